@@ -1,0 +1,32 @@
+"""fxquant: a compiler that quantizes vision transformers after training.
+
+``compile()`` captures a model as an FX graph, annotates the inputs of its products with
+quantizers, fits them on calibration images, and gives a :class:`CompiledModel` that runs, explains
+itself, and lowers to onnxruntime or to integer kernels.
+"""
+
+from fxquant import errors, policies
+from fxquant._version import __version__
+from fxquant.compiler import compile
+from fxquant.errors import FxQuantError
+from fxquant.model import CompiledModel, load
+from fxquant.policy import Policy, Rule
+from fxquant.report import Report
+from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
+
+__all__ = [
+    "CompiledModel",
+    "FxQuantError",
+    "Granularity",
+    "ObserverKind",
+    "Policy",
+    "Report",
+    "Rule",
+    "Scheme",
+    "TensorSpec",
+    "__version__",
+    "compile",
+    "errors",
+    "load",
+    "policies",
+]

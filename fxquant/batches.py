@@ -1,0 +1,145 @@
+"""Images out of whatever a user's loader yields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import BatchError, EmptyLoaderError, NonFiniteError
+
+# Names that data sets and processors in use give to the image tensor of a dict.
+IMAGE_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "img")
+LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+
+
+def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Images and, where there are any, labels of one batch.
+
+    Args:
+        batch: a tensor ``(B, …)``; a pair ``(images, labels)`` or longer sequence that starts so;
+            or a mapping with one of the keys in ``IMAGE_KEYS``.
+
+    Returns:
+        Float images ``(B, …)`` and labels ``(B,)`` or None.
+
+    Raises:
+        BatchError: no float tensor with a batch dimension is found.
+    """
+    images, labels = _pick(batch)
+    if not isinstance(images, Tensor):
+        raise BatchError(
+            f"a calibration batch must be a tensor, (images, labels) or a dict with one of "
+            f"{', '.join(IMAGE_KEYS)}; got {_describe(batch)}"
+        )
+    if not images.is_floating_point():
+        raise BatchError(
+            f"images must be float tensors as the model takes them, got {images.dtype}; "
+            "convert and normalise them first (for example torchvision's ToTensor, Normalize)"
+        )
+    if images.ndim < 2 or images.shape[0] == 0:
+        raise BatchError(
+            f"images must be (B, …) with B >= 1, got shape {tuple(images.shape)}; "
+            "add a batch dimension with images.unsqueeze(0) or use a DataLoader"
+        )
+    return images, labels if isinstance(labels, Tensor) else None
+
+
+def _pick(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        images = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
+        return images, next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    if isinstance(batch, list | tuple) and batch:
+        return batch[0], batch[1] if len(batch) > 1 else None
+    return batch, None
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a dict with keys {sorted(map(str, batch))}"
+    if isinstance(batch, list | tuple):
+        return f"{type(batch).__name__} of {[type(item).__name__ for item in batch]}"
+    return type(batch).__name__
+
+
+class CalibrationImages:
+    """The images of a loader, one batch at a time, checked; never more than two in memory.
+
+    The first batch is read on construction, since capture needs its shape. A loader that can be
+    iterated again (a list, a DataLoader) serves several passes, a generator only one.
+
+    Args:
+        loader: any iterable of batches (see :func:`split_batch`).
+
+    Raises:
+        BatchError: the loader is a bare tensor or not iterable, or its first batch is unusable.
+        EmptyLoaderError: the loader yields nothing.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        if isinstance(loader, Tensor) and loader.ndim >= 4:
+            loader = [loader]
+        if isinstance(loader, Tensor | str | bytes | Mapping) or not isinstance(loader, Iterable):
+            raise BatchError(
+                f"calib_loader must be an iterable of batches, got {_describe(loader)}; "
+                "wrap a single batch in a list: compile(model, [images])"
+            )
+        self._loader = loader
+        self._iterator = iter(loader)
+        self._rereadable = self._iterator is not loader
+        try:
+            batch = next(self._iterator)
+        except StopIteration as end:
+            raise EmptyLoaderError(
+                "calib_loader gave no batch; give at least one batch of images "
+                "(32 images are usual). A generator that was read before is empty"
+            ) from end
+        self.first = self._checked(batch, None)
+        self._fresh = True
+
+    def __len__(self) -> int:
+        """Number of batches, 0 where the loader does not know."""
+        try:
+            return len(self._loader)  # type: ignore[arg-type]
+        except TypeError:
+            return 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields the images of each batch, ``(B, …)`` each.
+
+        Raises:
+            BatchError: a batch is unusable or of another image shape than the first, or a
+                one-shot iterator is read again.
+            NonFiniteError: an image holds NaN or infinity.
+        """
+        if self._fresh:
+            self._fresh = False
+            yield self.first
+            rest = self._iterator
+        elif self._rereadable:
+            rest = iter(self._loader)
+        else:
+            raise BatchError(
+                "this policy reads the calibration data more than once, and calib_loader can be "
+                "read only once; pass a list or a DataLoader instead of a generator"
+            )
+        for batch in rest:
+            yield self._checked(batch, self.first)
+
+    @staticmethod
+    def _checked(batch: Any, first: Tensor | None) -> Tensor:
+        images, _ = split_batch(batch)
+        if first is not None and images.shape[1:] != first.shape[1:]:
+            raise BatchError(
+                f"a batch has images of shape {tuple(images.shape[1:])}, the first batch "
+                f"{tuple(first.shape[1:])}; resize all images to the model's input size"
+            )
+        finite = torch.isfinite(images).flatten(1).all(1)
+        if not bool(finite.all()):
+            raise NonFiniteError(
+                f"NaN or infinity in image {int((~finite).nonzero()[0])} of a calibration batch; "
+                "look for a division by zero in the normalisation or a corrupt file"
+            )
+        return images

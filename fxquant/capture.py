@@ -1,0 +1,192 @@
+"""From any ``nn.Module`` to an FX graph that owns its parameters."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxquant.errors import (
+    CaptureError,
+    ControlFlowError,
+    NonFiniteError,
+    TrainingModeError,
+)
+from fxquant.spec import Stage
+
+# Not 0 or 1, which torch.export would take as constants.
+_EXAMPLE_BATCH = 3
+
+
+def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Captures ``model`` with ``torch.export``, the batch dimension left free.
+
+    The user's model is not touched: the graph holds its own copy of the weights, and forward
+    hooks stay with the original.
+
+    Args:
+        model: in eval mode, taking one image tensor.
+        images: example batch ``(B, …)``; only its shape, dtype and device count.
+
+    Returns:
+        A graph of aten operators in stage FLOAT, with one placeholder.
+
+    Raises:
+        CaptureError: ``model`` is no module or torch.export cannot follow it.
+        TrainingModeError: ``model`` or a submodule is in training mode.
+        ControlFlowError: ``model`` branches on tensor values.
+        NonFiniteError: a parameter or buffer holds NaN or infinity.
+    """
+    _check(model)
+    own = own_copy(model)
+    example = images[:1].expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
+    with torch.no_grad(), _plain_attention(), warnings.catch_warnings():
+        # Export warns of caches that the model fills, such as LeViT's; they are our copy's.
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(
+                own, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
+            )
+            if _mutates(program):
+                program = program.run_decompositions({})
+        except Exception as error:  # torch.export documents no common base class
+            raise _explain(error, own, tuple(example.shape)) from error
+    return _plain_graph(program)
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy without the user's hooks and without gradients.
+
+    Hooks of torch itself (``weight_norm``) compute weights, so they stay.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    try:
+        own = copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise CaptureError(
+            f"the model cannot be deep-copied ({error}); detach tensors that it keeps as plain "
+            "attributes, or rebuild it and load its state dict"
+        ) from error
+    for module in own.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = getattr(module, name)
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):
+                    del hooks[key]
+    return own.requires_grad_(False)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; the CPU where there is none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    training = [name or "the model itself" for name, m in model.named_modules() if m.training]
+    if training:
+        raise TrainingModeError(
+            f"in training mode: {', '.join(training[:3])}"
+            f"{' …' if len(training) > 3 else ''}; call model.eval() before compile()"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(
+                f"weight {name} holds NaN or infinity; the checkpoint is damaged or training "
+                "diverged: load another"
+            )
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keeps nn.MultiheadAttention off its fused inference kernel, which export cannot open."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _mutates(program: ExportedProgram) -> bool:
+    return any(
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        for node in program.graph.nodes
+    )
+
+
+def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a graph with a plain signature: one tensor in, the user's outputs out."""
+    module = program.module(check_guards=False)
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    output = next(node for node in graph.nodes if node.op == "output")
+    leaves = pytree.tree_leaves(output.args[0])
+    spec = program.call_spec.out_spec
+    if spec is not None and _builtin_containers(spec):
+        output.args = (pytree.tree_unflatten(leaves, spec),)
+    else:
+        output.args = (tuple(leaves),)
+    gm = fx.GraphModule(module, graph)
+    gm.meta["stage"] = Stage.FLOAT
+    return gm
+
+
+def _builtin_containers(spec: pytree.TreeSpec) -> bool:
+    """Whether outputs nest in tensors, tuples, lists and dicts alone, which FX can hold."""
+    if spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(map(_builtin_containers, spec.children()))
+
+
+def _explain(error: Exception, model: nn.Module, shape: tuple[int, ...]) -> CaptureError:
+    """Turns an error of torch.export into one with module path, source line and advice."""
+    where = _where(error, model)
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    kind = f"{type(error).__name__}: {first}"
+    if "DataDependent" in type(error).__name__ or "data-dependent" in str(error):
+        return ControlFlowError(
+            f"{where}: the model branches on the values of a tensor, which a graph cannot hold "
+            f"({kind}). Rewrite the branch with torch.where, or move it out of the model"
+        )
+    if "batch" in str(error) and ("Constraints violated" in str(error) or "speciali" in str(error)):
+        return CaptureError(
+            f"{where}: the model fixes its batch size ({kind}). Use x.shape[0] or -1 instead of "
+            "a number in view, reshape and expand"
+        )
+    return CaptureError(
+        f"{where}: torch.export cannot capture the model for an input of shape {shape} ({kind}). "
+        "Check first that model(images) itself runs for this shape; else rewrite that line in "
+        "plain tensor operations"
+    )
+
+
+def _where(error: BaseException, model: nn.Module) -> str:
+    """Module path and source line at which ``error`` left the user's code."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    torch_root = str(Path(torch.__file__).parent)
+    path, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner: Any = frame.f_locals.get("self")
+        file = frame.f_code.co_filename
+        if id(owner) in paths:
+            path = paths[id(owner)]
+        if not file.startswith(torch_root) and not file.startswith(str(Path(__file__).parent)):
+            line = f"{file}:{number}"
+    return f"module {path or '(root)'} at {line or 'unknown line'}"

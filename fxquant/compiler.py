@@ -1,0 +1,155 @@
+"""``compile()``: the pipeline in order, nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.batches import CalibrationImages
+from fxquant.calibrate import calibrate
+from fxquant.capture import capture, device_of
+from fxquant.errors import CaptureError
+from fxquant.model import CompiledModel
+from fxquant.passes import (
+    AssignSpecs,
+    DropNoOps,
+    FoldBatchNorm,
+    FoldConstants,
+    Freeze,
+    InsertObservers,
+    NameNodes,
+    Pass,
+    PassResult,
+    QuantizeBias,
+    ScaleAfterMatmul,
+    SplitAttention,
+    SplitProjections,
+    ToLinear,
+    run_passes,
+)
+from fxquant.policy import Policy
+from fxquant.policy_file import policy_to_dict, resolve
+from fxquant.progress import track, working
+from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
+
+# Each pass relies on those before it: attention must be open before its products are sorted, a
+# transposed weight folded before a product is seen to be a linear, and batch norm folded before a
+# projection's weight is cut in parts.
+CANONICAL: tuple[Pass, ...] = (
+    DropNoOps(),
+    SplitAttention(),
+    FoldConstants(),
+    ToLinear(),
+    FoldBatchNorm(),
+    ScaleAfterMatmul(),
+    SplitProjections(),
+    NameNodes(),
+)
+# Images that canonicalization is checked on, and that the report's SQNR is measured on.
+_CHECK_IMAGES, _REPORT_IMAGES = 2, 8
+
+
+def compile(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    policy: str | Path | Policy | Mapping[str, Any] = "w8a8",
+    *,
+    progress: bool = False,
+) -> CompiledModel:
+    """Quantizes a vision transformer after training.
+
+    Args:
+        model: in eval mode, taking one float image tensor ``(B, C, H, W)``; not changed.
+        calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
+            DataLoader of these. 32 images are usual.
+        policy: preset name, Policy, dict, or path of a YAML file.
+        progress: show the progress of long steps on stderr.
+
+    Returns:
+        The quantized model.
+
+    Raises:
+        CaptureError: the model cannot be captured, or holds nothing to quantize.
+        PolicyError: the policy is malformed or does not fit the model.
+        CalibrationError: the calibration data cannot be used.
+    """
+    recipe = resolve(policy)
+    images = CalibrationImages(calib_loader)
+    clock = _Clock()
+    with working("capture", enabled=progress):
+        gm = capture(model, images.first)
+        results = _canonicalize(gm, images.first)
+    clock.lap("capture")
+    results |= run_passes(gm, (AssignSpecs(recipe.rules), InsertObservers()))
+    seen = calibrate(gm, track(images, label="calibrate", total=len(images), enabled=progress))
+    clock.lap("calibrate")
+    with working("fit quantizers", enabled=progress):
+        results |= run_passes(gm, (Freeze(), QuantizeBias()))
+    clock.lap("fit")
+    report = _report(gm, recipe, results, images.first, seen, clock)
+    return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
+
+
+class _Clock:
+    """Wall time by phase, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
+
+
+@torch.no_grad()
+def _canonicalize(gm: fx.GraphModule, images: Tensor) -> dict[str, PassResult]:
+    """Brings the graph to the canonical dialect and checks that its function is unchanged."""
+    sample = images[:_CHECK_IMAGES].to(device_of(gm))
+    before = torch.utils._pytree.tree_leaves(gm(sample))
+    results = run_passes(gm, CANONICAL)
+    after = torch.utils._pytree.tree_leaves(gm(sample))
+    for old, new in zip(before, after, strict=True):
+        if isinstance(old, Tensor) and old.is_floating_point():
+            error = float((old - new).abs().max() / old.abs().max().clamp(min=1e-6))
+            if not error < 1e-3:
+                raise CaptureError(
+                    f"the captured graph differs from the model by {error:.1e} of its largest "
+                    "output; a model that draws random numbers in eval mode cannot be compiled: "
+                    "turn that off"
+                )
+    return results
+
+
+def _report(
+    gm: fx.GraphModule,
+    recipe: Policy,
+    results: dict[str, PassResult],
+    images: Tensor,
+    seen: int,
+    clock: _Clock,
+) -> Report:
+    reasons = {skip.site: skip.reason for skip in results["AssignSpecs"].skips}
+    before, after = weight_bytes(gm)
+    sqnr = measure_sqnr(gm, images[:_REPORT_IMAGES].to(device_of(gm)))
+    clock.lap("report")
+    return Report(
+        policy=recipe.name,
+        plan=make_plan(gm, reasons),
+        sqnr=sqnr,
+        images=seen,
+        float_bytes=before,
+        quantized_bytes=after,
+        seconds=clock.seconds,
+        changes={name: result.changed for name, result in results.items()},
+        notes=tuple(
+            (name, skip.site, skip.reason)
+            for name, result in results.items()
+            for skip in result.skips
+        ),
+    )

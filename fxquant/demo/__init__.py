@@ -1,0 +1,1 @@
+"""The trained example models and the image set they were trained on."""

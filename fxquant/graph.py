@@ -1,0 +1,332 @@
+"""What passes ask of a graph: operations, edges, producers, paths, and how to edit it.
+
+The dialect is plain aten: each quantizable operation is one ``call_function`` node.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fxquant.errors import PassError
+from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
+
+aten = torch.ops.aten
+
+_OP_KINDS: dict[Any, OpKind] = {
+    aten.linear.default: OpKind.LINEAR,
+    aten.conv1d.default: OpKind.CONV,
+    aten.conv1d.padding: OpKind.CONV,
+    aten.conv2d.default: OpKind.CONV,
+    aten.conv2d.padding: OpKind.CONV,
+    aten.conv3d.default: OpKind.CONV,
+    aten.conv3d.padding: OpKind.CONV,
+    aten.matmul.default: OpKind.MATMUL,
+}
+
+_ARGS: dict[OpKind, dict[Arg, int]] = {
+    OpKind.LINEAR: {Arg.INPUT: 0, Arg.WEIGHT: 1},
+    OpKind.CONV: {Arg.INPUT: 0, Arg.WEIGHT: 1},
+    OpKind.MATMUL: {Arg.LHS: 0, Arg.RHS: 1},
+}
+
+# Products that the dialect has no quantized form of. They are reported, never passed over.
+UNSUPPORTED: dict[Any, str] = {
+    aten.conv_transpose2d.input: "transposed convolution has no quantized form yet",
+    aten.conv_transpose1d.default: "transposed convolution has no quantized form yet",
+    aten.bilinear.default: "bilinear has no quantized form yet",
+    aten.lstm.input: "recurrent layers have no quantized form yet",
+    aten.gru.input: "recurrent layers have no quantized form yet",
+    aten.embedding_bag.default: "embedding bags have no quantized form yet",
+    aten.einsum.default: "an einsum that is no plain matrix product has no quantized form yet",
+}
+
+# Operations that move values and never change them.
+MOVES: frozenset[Any] = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.movedim.int,
+        aten.expand.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.unbind.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.roll.default,
+        aten.pad.default,
+        operator.getitem,
+    }
+)
+
+_PRODUCERS: dict[Any, str] = {
+    aten.softmax.int: "softmax",
+    aten._softmax.default: "softmax",
+    aten.gelu.default: "gelu",
+    aten.silu.default: "silu",
+    aten.relu.default: "relu",
+    aten.relu6.default: "relu",
+    aten.hardswish.default: "hardswish",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+    aten.layer_norm.default: "layer_norm",
+    aten.rms_norm.default: "rms_norm",
+    aten.group_norm.default: "group_norm",
+    aten.batch_norm.default: "batch_norm",
+    aten._native_batch_norm_legit_no_training.default: "batch_norm",
+    aten.add.Tensor: "add",
+    aten.mul.Tensor: "mul",
+    aten.cat.default: "cat",
+    aten.mean.dim: "mean",
+    aten.adaptive_avg_pool2d.default: "mean",
+}
+
+PRODUCER_NAMES: frozenset[str] = frozenset(
+    {*_PRODUCERS.values(), *(str(k) for k in OpKind), "image", "parameter"}
+)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An input of a quantizable operation: where quantization is annotated."""
+
+    node: fx.Node
+    arg: Arg
+
+    @property
+    def kind(self) -> OpKind:
+        """Kind of the consuming operation."""
+        kind = op_kind(self.node)
+        assert kind is not None
+        return kind
+
+    @property
+    def index(self) -> int:
+        """Position of the argument in ``node.args``."""
+        return _ARGS[self.kind][self.arg]
+
+    @property
+    def source(self) -> fx.Node:
+        """The node that the argument comes from, a quantizer call included."""
+        return operand(self.node, self.index)
+
+    @property
+    def name(self) -> str:
+        """Unique name, from the module path: ``blocks_0_attn_proj__input``."""
+        return f"{self.node.name}__{self.arg}"
+
+    @property
+    def path(self) -> str:
+        """Path of the module that the operation belongs to: ``blocks.0.attn.proj``."""
+        return module_path(self.node)
+
+    @property
+    def spec(self) -> TensorSpec | None:
+        """The annotation, None where the edge stays float."""
+        spec = self.node.meta.get("quant", {}).get(self.arg)
+        assert spec is None or isinstance(spec, TensorSpec)
+        return spec
+
+    @property
+    def scale_axis(self) -> int | None:
+        """Axis that gets a scale each, None per tensor and where the edge stays float.
+
+        0 for the output channels of a weight, -1 for the channels of an activation, -3 for heads.
+        """
+        if self.spec is None or self.spec.granularity is Granularity.TENSOR:
+            return None
+        if self.spec.granularity is Granularity.HEAD:
+            return -3
+        return 0 if self.arg is Arg.WEIGHT else -1
+
+    def replace_source(self, new: fx.Node) -> None:
+        """Feeds this edge, and no other, from ``new``."""
+        self.node.update_arg(self.index, new)
+
+
+def op_kind(node: fx.Node) -> OpKind | None:
+    """Kind of a quantizable operation, None for any other node."""
+    return _OP_KINDS.get(node.target) if node.op == "call_function" else None
+
+
+def edges(gm: fx.GraphModule) -> Iterator[Edge]:
+    """All edges of all quantizable operations, in graph order."""
+    for node in list(gm.graph.nodes):
+        kind = op_kind(node)
+        if kind is not None:
+            for arg in _ARGS[kind]:
+                yield Edge(node, arg)
+
+
+def quantized_edges(gm: fx.GraphModule) -> Iterator[Edge]:
+    """The edges that carry an annotation."""
+    return (edge for edge in edges(gm) if edge.spec is not None)
+
+
+def through_moves(node: fx.Node) -> fx.Node:
+    """Follows data back through operations that only move it, quantizers and observers too."""
+    while node.op == "call_module" or (node.op == "call_function" and node.target in MOVES):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The argument of ``node`` at a position where there must be a node."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def data_users(node: fx.Node) -> list[fx.Node]:
+    """The users of a node's values; those that ask for its size alone are left out."""
+    return [user for user in node.users if user.target is not aten.sym_size.int]
+
+
+def fed_by(edge: Edge) -> str:
+    """Name of what computed the values on an edge.
+
+    ``softmax``, ``gelu``, ``linear``, ``image`` and the like (``PRODUCER_NAMES``), data movement
+    looked through. An operation without a name of its own gives its aten name.
+    """
+    source = through_moves(edge.source)
+    if source.op == "placeholder":
+        return "image"
+    if source.op == "get_attr":
+        return "parameter"
+    kind = op_kind(source)
+    if kind is not None:
+        return str(kind)
+    return _PRODUCERS.get(source.target, getattr(source.target, "__name__", "?").split(".")[0])
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the user's module that a node came from; empty for the model itself."""
+    if "path" in node.meta:
+        return str(node.meta["path"])
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return re.sub(r"^L\['self'\]\.?", "", str(path))
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's code that made a node, or an empty string."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    return lines[-1] if lines else ""
+
+
+def stage(gm: fx.GraphModule) -> Stage:
+    """The stage the graph is in."""
+    return Stage(gm.meta["stage"])
+
+
+def get_parameter(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The tensor behind a ``get_attr`` node."""
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise PassError(f"{node.target} is no tensor but {type(value).__name__}")
+    return value
+
+
+def constant(gm: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor if ``node`` reads a parameter or buffer, else None."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        return get_parameter(gm, node)
+    return None
+
+
+def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) -> fx.Node:
+    """Registers ``value`` as a buffer of the graph and returns a node that reads it.
+
+    Args:
+        gm: the graph; the new node goes to the current insertion point.
+        value: the tensor; detached, made contiguous.
+        name: wanted name; made unique.
+        like: the node whose module path and source line the new one takes.
+    """
+    stem = re.sub(r"\W", "_", name)
+    unique, i = stem, 0
+    while hasattr(gm, unique):
+        i += 1
+        unique = f"{stem}_{i}"
+    gm.register_buffer(unique, value.detach().contiguous())
+    node = gm.graph.get_attr(unique)
+    _copy_origin(node, like)
+    node.meta["val"] = _fake_mode(like).from_tensor(get_parameter(gm, node), static_shapes=True)
+    return node
+
+
+def emit(
+    gm: fx.GraphModule, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any
+) -> fx.Node:
+    """Adds a ``call_function`` node at the insertion point, its ``val`` computed on fake tensors.
+
+    Args:
+        gm: the graph.
+        target: an aten operator.
+        *args: its arguments; nodes or values.
+        like: the node whose module path and source line the new one takes.
+        **kwargs: its keyword arguments.
+    """
+    node = gm.graph.call_function(target, args, kwargs)
+    _copy_origin(node, like)
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: fake_value(gm, n))
+    with _fake_mode(like):
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def fake_value(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """The fake tensor (or symbolic integer) that a node yields."""
+    if "val" not in node.meta and node.op == "get_attr":
+        mode = _fake_mode(next(iter(node.users)))
+        node.meta["val"] = mode.from_tensor(get_parameter(gm, node), static_shapes=True)
+    return node.meta["val"]
+
+
+def rank(node: fx.Node) -> int:
+    """Number of dimensions of the tensor a node yields."""
+    return int(node.meta["val"].ndim)
+
+
+def _copy_origin(node: fx.Node, like: fx.Node) -> None:
+    for key in ("nn_module_stack", "stack_trace", "path"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+
+
+def _fake_mode(node: fx.Node) -> FakeTensorMode:
+    """The fake mode that the graph was captured under, found from any node of it."""
+    for candidate in (node, *node.graph.nodes):
+        value = candidate.meta.get("val")
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, FakeTensor):
+                return item.fake_mode
+    raise PassError("the graph carries no shapes; capture it with fxquant.capture.capture")
+
+
+def submodule(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a ``call_module`` node calls, else None."""
+    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -1,0 +1,247 @@
+"""The result of a compilation: runs, explains itself, saves, and lowers to backends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from fxquant import quantizers
+from fxquant.errors import FileFormatError, LoweringError
+from fxquant.files import write_text, write_whole
+from fxquant.graph import edges, get_parameter, submodule
+from fxquant.quantizers import Quantizer
+from fxquant.report import PlanEntry, Report
+from fxquant.serialize import graph_from_json, graph_to_json, set_tensor
+from fxquant.spec import Stage
+from fxquant.suggest import did_you_mean
+from fxquant.verify import verify
+
+if TYPE_CHECKING:
+    from fxquant.backends.onnx_qdq import OnnxExport
+
+CONFIG_FILE, WEIGHTS_FILE = "quant_config.json", "model.safetensors"
+FORMAT = 1
+BACKENDS = ("integer", "inductor")
+_CODES = "codes."
+
+
+class CompiledModel(nn.Module):
+    """A quantized model.
+
+    Calling it simulates quantization in float arithmetic; it takes and gives what the captured
+    model did.
+
+    Args:
+        gm: graph in stage FROZEN.
+        report: what was decided.
+        policy: the recipe, as plain values.
+        image_shape: shape of one input image, ``(C, H, W)``.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        report: Report,
+        policy: dict[str, Any],
+        image_shape: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.graph_module = gm
+        self.report = report
+        self.policy = policy
+        self.image_shape = image_shape
+        self.eval()
+
+    @property
+    def plan(self) -> tuple[PlanEntry, ...]:
+        """The decision for each edge."""
+        return self.report.plan
+
+    def forward(self, images: Tensor) -> Any:
+        """Outputs of the quantized model, for images ``(B, C, H, W)``."""
+        return self.graph_module(images)
+
+    def lower(self, backend: str) -> nn.Module:
+        """This model for a backend that runs in this process.
+
+        Args:
+            backend: ``integer`` (reference kernels on integer codes) or ``inductor``
+                (``torch.compile`` of the integer form).
+
+        Raises:
+            LoweringError: unknown backend, or it cannot express the graph.
+        """
+        if backend not in BACKENDS:
+            raise LoweringError(
+                f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}; there are "
+                f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime"
+            )
+        from fxquant.backends.integer import lower_to_integer
+
+        lowered = lower_to_integer(self.graph_module)
+        if backend == "integer":
+            return lowered
+        from fxquant.backends.inductor import compile_integer
+
+        return compile_integer(lowered)
+
+    def export_onnx(self, path: str | Path) -> OnnxExport:
+        """Writes an ONNX QDQ file for onnxruntime (opset 21, IR 10, dynamic batch).
+
+        Args:
+            path: the file; written beside and renamed.
+
+        Returns:
+            File size, and which nodes onnxruntime runs on integer kernels.
+
+        Raises:
+            LoweringError: ONNX cannot express the graph, or onnxruntime's result is wrong.
+            OutputError: the file cannot be written.
+        """
+        from fxquant.backends.onnx_qdq import export_onnx
+
+        return export_onnx(self.graph_module, self.image_shape, Path(path))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``quant_config.json`` and ``model.safetensors``; :func:`load` reads them.
+
+        Quantized weights are stored as integer codes.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        tensors, coded = _pack(self.graph_module)
+        config = {
+            "format": FORMAT,
+            "torch": torch.__version__.split("+")[0],
+            "policy": self.policy,
+            "image_shape": list(self.image_shape),
+            "quantizers": {
+                name: module.config()
+                for name, module in self.graph_module.named_modules()
+                if isinstance(module, Quantizer)
+            },
+            "coded_weights": coded,
+            "graph": graph_to_json(self.graph_module.graph),
+            "report": self.report.to_dict(),
+        }
+        text = json.dumps(config, indent=1)
+        write_whole(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
+        write_text(folder / CONFIG_FILE, text)
+
+
+def load(folder: str | Path) -> CompiledModel:
+    """Reads what :meth:`CompiledModel.save` wrote.
+
+    Raises:
+        FileFormatError: a file is missing, truncated, or not fxquant's.
+    """
+    folder = Path(folder)
+    config, tensors = _read_config(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
+    try:
+        gm = _rebuild(config, tensors)
+        report = Report.from_dict(config["report"])
+        shape = tuple(int(n) for n in config["image_shape"])
+        return CompiledModel(gm, report, config["policy"], shape)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileFormatError(
+            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} do not fit together or are damaged "
+            f"({type(error).__name__}: {error}); compile and save the model again"
+        ) from error
+
+
+def _pack(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and for each weight stored as codes the name of its quantizer."""
+    tensors: dict[str, Tensor] = {}
+    coded: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name, value = str(node.target), get_parameter(gm, node).detach().cpu()
+        users = {str(user.target): submodule(gm, user) for user in node.users}
+        quantizer = next(iter(users.values())) if len(users) == 1 else None
+        if isinstance(quantizer, Quantizer):
+            dtype = torch.int8 if quantizer.bits <= 8 else torch.int16
+            codes = quantizer.quantize(get_parameter(gm, node)).cpu()
+            # Unsigned codes are stored shifted to the signed type of their width.
+            codes = codes - _code_shift(quantizer)
+            tensors[_CODES + name] = codes.to(dtype).contiguous()
+            coded[name] = next(iter(users))
+        else:
+            tensors[name] = value.contiguous().clone()
+    for name, module in gm.named_modules():
+        if isinstance(module, Quantizer):
+            for key, buffer in module.named_buffers():
+                tensors[f"{name}.{key}"] = buffer.detach().cpu().contiguous().clone()
+    return tensors, coded
+
+
+def _code_shift(quantizer: Quantizer) -> int:
+    signed = bool(quantizer.config()["signed"])
+    return 0 if signed else 1 << (quantizer.bits - 1)
+
+
+def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
+    root = nn.Module()
+    for name, settings in config["quantizers"].items():
+        quantizer = quantizers.from_config(settings)
+        state = {key: tensors.pop(f"{name}.{key}") for key, _ in quantizer.named_buffers()}
+        quantizer.load_state_dict(state)
+        parent, _, last = name.rpartition(".")
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root.get_submodule(parent).add_module(last, quantizer)
+    for name, codes in tensors.items():
+        plain, value = name.removeprefix(_CODES), codes
+        if plain != name:
+            coder = root.get_submodule(config["coded_weights"][plain])
+            assert isinstance(coder, Quantizer)
+            value = coder.dequantize(codes.float() + _code_shift(coder))
+        set_tensor(root, plain, value)
+    gm = fx.GraphModule(root, graph_from_json(config["graph"]))
+    gm.meta["stage"] = Stage.FROZEN
+    report = Report.from_dict(config["report"])
+    specs = {entry.edge: entry.spec for entry in report.plan if entry.spec is not None}
+    for edge in list(edges(gm)):
+        if edge.name in specs:
+            edge.node.meta["quant"] = {
+                **edge.node.meta.get("quant", {}),
+                edge.arg: specs[edge.name],
+            }
+    gm.graph.lint()
+    verify(gm)
+    return gm
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    advice = "give the folder that CompiledModel.save or `fxquant compile` wrote"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    except ValueError as error:
+        raise FileFormatError(
+            f"{path} is no JSON ({error}): truncated or foreign; {advice}"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else None
+        raise FileFormatError(
+            f"{path} is not of format {FORMAT} (found {found!r}); {advice}, with this version"
+        )
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(
+            f"cannot read {path}: {error}; it is missing, truncated or no safetensors file"
+        ) from error

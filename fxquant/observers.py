@@ -1,0 +1,159 @@
+"""Observers: a tensor in, streaming statistics kept, a quantizer out.
+
+Memory is bounded by the number of scales, never by the number of images seen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import CalibrationError, NonFiniteError
+from fxquant.quantizers import UniformQuantizer
+from fxquant.search.histogram import mse_range, percentile_range
+from fxquant.spec import ObserverKind, TensorSpec
+
+# Power of two, so that a doubled range merges whole pairs of bins.
+BINS = 4096
+
+
+class Observer(nn.Module, ABC):
+    """Records what passes through it and fits a quantizer to it.
+
+    Args:
+        spec: the quantizer wanted.
+        axis: axis of the observed tensor that gets a scale each; None for per tensor.
+        where: edge name, for messages.
+    """
+
+    def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
+        super().__init__()
+        self.spec, self.axis, self.where = spec, axis, where
+        self.lo: Tensor | None = None
+        self.hi: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Records ``x`` and returns it unchanged.
+
+        Raises:
+            NonFiniteError: ``x`` holds NaN or infinity.
+        """
+        if x.numel():
+            rows = self._rows(x.detach())
+            self._update_range(rows)
+            self._record(rows)
+        return x
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value seen, ``()`` or ``(C,)``.
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        if self.lo is None or self.hi is None:
+            raise CalibrationError(
+                f"{self.where}: no calibration data reached this edge; it lies on a path that "
+                "the calibration images do not take. Keep it float with a rule (spec: null)"
+            )
+        return self.lo, self.hi
+
+    def fit(self) -> UniformQuantizer:
+        """The quantizer for what was seen."""
+        lo, hi = self._fit_range()
+        if self.axis is None:
+            lo, hi = lo.reshape(()), hi.reshape(())
+        return UniformQuantizer.from_range(lo, hi, self.spec, self.axis)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """``x`` as ``(C, n)``, one row a scale."""
+        if self.axis is None:
+            return x.reshape(1, -1)
+        return x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+
+    def _update_range(self, rows: Tensor) -> None:
+        lo, hi = torch.aminmax(rows.float(), dim=1)
+        if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+            raise NonFiniteError(
+                f"{self.where}: NaN or infinity during calibration. The float model itself "
+                "produces it for these images: check its weights and the image normalisation"
+            )
+        self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
+        self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+
+    @abstractmethod
+    def _record(self, rows: Tensor) -> None:
+        """Takes one batch, ``(C, n)``."""
+
+    @abstractmethod
+    def _fit_range(self) -> tuple[Tensor, Tensor]:
+        """The range to cover, ``(C,)`` each."""
+
+
+class MinMaxObserver(Observer):
+    """Covers everything seen."""
+
+    def _record(self, rows: Tensor) -> None:
+        pass
+
+    def _fit_range(self) -> tuple[Tensor, Tensor]:
+        return self.range()
+
+
+class HistogramObserver(Observer):
+    """Keeps one histogram a scale, over a range that doubles as larger values come.
+
+    The bins of ``[-R, R)`` become the middle half of ``[-2R, 2R)`` by adding neighbours, so the
+    result depends on the data alone, not on how it was split into batches beyond the first.
+    """
+
+    def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
+        super().__init__(spec, axis=axis, where=where)
+        self.counts: Tensor | None = None
+        self.limit: Tensor | None = None
+
+    def _record(self, rows: Tensor) -> None:
+        peak = rows.abs().amax(dim=1).float()
+        # A power of two makes the doubling exact; the factor keeps the peak inside the half-open
+        # last bin.
+        fit = torch.exp2(torch.ceil(torch.log2(peak.clamp(min=1e-30) * (1 + 1e-6))))
+        if self.counts is None or self.limit is None:
+            self.counts = torch.zeros(rows.shape[0], BINS, dtype=torch.float64, device=rows.device)
+            self.limit = fit
+        while bool((grow := self.limit < fit).any()):
+            self.counts[grow] = _halve_resolution(self.counts[grow])
+            self.limit = torch.where(grow, self.limit * 2, self.limit)
+        self.counts += _count(rows, self.limit)
+
+    def _fit_range(self) -> tuple[Tensor, Tensor]:
+        lo, hi = self.range()
+        assert self.counts is not None and self.limit is not None
+        if self.spec.observer is ObserverKind.PERCENTILE:
+            return percentile_range(self.counts, self.limit, lo, hi, self.spec.percentile)
+        return mse_range(self.counts, self.limit, lo, hi, self.spec)
+
+
+def _halve_resolution(counts: Tensor) -> Tensor:
+    quarter = BINS // 4
+    merged = counts.reshape(-1, BINS // 2, 2).sum(-1)
+    return torch.nn.functional.pad(merged, (quarter, quarter))
+
+
+def _count(rows: Tensor, limit: Tensor) -> Tensor:
+    """Histogram of each row over ``[-limit, limit)``: ``(C, BINS)``."""
+    width = (2 * limit / BINS).unsqueeze(1)
+    counts = []
+    # A row at a time keeps the index tensor as small as one head or channel.
+    for row, step in zip(rows, width, strict=True):
+        index = torch.floor(row.float() / step).add_(BINS // 2).clamp_(0, BINS - 1)
+        counts.append(torch.bincount(index.to(torch.int64), minlength=BINS))
+    return torch.stack(counts).to(torch.float64)
+
+
+def make_observer(spec: TensorSpec, *, axis: int | None, where: str) -> Observer:
+    """The observer that ``spec.observer`` names."""
+    if spec.observer is ObserverKind.MINMAX:
+        return MinMaxObserver(spec, axis=axis, where=where)
+    return HistogramObserver(spec, axis=axis, where=where)

@@ -1,0 +1,34 @@
+"""The passes of the compiler, one file each; `CONTRIBUTING.md` says how to write one."""
+
+from fxquant.passes.assign_specs import AssignSpecs
+from fxquant.passes.base import Pass, PassResult, Skip, run_passes
+from fxquant.passes.drop_noops import DropNoOps
+from fxquant.passes.fold_batch_norm import FoldBatchNorm
+from fxquant.passes.fold_constants import FoldConstants
+from fxquant.passes.freeze import Freeze
+from fxquant.passes.insert_observers import InsertObservers
+from fxquant.passes.name_nodes import NameNodes
+from fxquant.passes.quantize_bias import QuantizeBias
+from fxquant.passes.scale_after_matmul import ScaleAfterMatmul
+from fxquant.passes.split_attention import SplitAttention
+from fxquant.passes.split_projections import SplitProjections
+from fxquant.passes.to_linear import ToLinear
+
+__all__ = [
+    "AssignSpecs",
+    "DropNoOps",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "Freeze",
+    "InsertObservers",
+    "NameNodes",
+    "Pass",
+    "PassResult",
+    "QuantizeBias",
+    "ScaleAfterMatmul",
+    "Skip",
+    "SplitAttention",
+    "SplitProjections",
+    "ToLinear",
+    "run_passes",
+]

@@ -1,0 +1,94 @@
+"""Annotates edges from the rules of a policy.
+
+Before: stage FLOAT
+After:  stage ANNOTATED; ``node.meta["quant"]`` maps arguments to their TensorSpec
+
+The first matching rule decides. What stays float is reported with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from fxquant.errors import UnusedRuleError
+from fxquant.graph import UNSUPPORTED, Edge, constant, edges, fed_by, rank
+from fxquant.passes.base import PassResult, Skip
+from fxquant.policy import Rule
+from fxquant.spec import Arg, Granularity, Stage, TensorSpec
+
+
+@dataclass(frozen=True)
+class AssignSpecs:
+    """See the module's text.
+
+    Attributes:
+        rules: in order of precedence.
+    """
+
+    rules: tuple[Rule, ...]
+    requires: ClassVar[Stage] = Stage.FLOAT
+    ensures: ClassVar[Stage] = Stage.ANNOTATED
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Annotates.
+
+        Raises:
+            UnusedRuleError: a rule that is not optional matches no edge of the graph.
+        """
+        matched: set[int] = set()
+        chosen: dict[fx.Node, dict[Arg, TensorSpec]] = {}
+        skips = [
+            Skip(node.name, UNSUPPORTED[node.target])
+            for node in gm.graph.nodes
+            if node.target in UNSUPPORTED
+        ]
+        for edge in edges(gm):
+            hits = [i for i, rule in enumerate(self.rules) if rule.matches(edge)]
+            matched.update(hits)
+            spec, reason = self._decide(gm, edge, hits[0] if hits else None)
+            if reason:
+                skips.append(Skip(edge.name, reason))
+            if spec is not None:
+                chosen.setdefault(edge.node, {})[edge.arg] = spec
+        self._check_used(gm, matched)
+        for node, specs in chosen.items():
+            node.meta["quant"] = specs
+        return PassResult(sum(map(len, chosen.values())), tuple(skips))
+
+    def _decide(
+        self, gm: fx.GraphModule, edge: Edge, hit: int | None
+    ) -> tuple[TensorSpec | None, str]:
+        """The spec of an edge and, where it differs from the rule's, a sentence why."""
+        if hit is None:
+            return None, "left float: no rule matches it"
+        spec = self.rules[hit].spec
+        if spec is None:
+            return None, f"left float: rule {hit + 1} says so"
+        value = edge.source.meta.get("val")
+        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            return None, "left float: the operand holds no floating-point numbers"
+        if edge.arg is Arg.WEIGHT and constant(gm, edge.source) is None:
+            return None, "left float: the weight is computed at run time"
+        if rank(edge.source) < 2:
+            return None, "left float: a vector operand has no integer kernel"
+        if spec.granularity is Granularity.HEAD and (
+            edge.arg is Arg.WEIGHT or rank(edge.source) < 4
+        ):
+            per_tensor = replace(spec, granularity=Granularity.TENSOR)
+            return per_tensor, "per tensor: it has no (batch, head, token, channel) axes"
+        return spec, ""
+
+    def _check_used(self, gm: fx.GraphModule, matched: set[int]) -> None:
+        for i, rule in enumerate(self.rules):
+            if i not in matched and not rule.optional:
+                paths = sorted({edge.path for edge in edges(gm)})
+                feeds = sorted({fed_by(edge) for edge in edges(gm)})
+                shown = ", ".join(paths[:8]) + (" …" if len(paths) > 8 else "")
+                raise UnusedRuleError(
+                    f"rule {i + 1} ({rule}) matches no edge. Mark it optional, remove it, or "
+                    f"correct it: this model's module paths are {shown}; its edges are fed by "
+                    f"{', '.join(feeds)}"
+                )

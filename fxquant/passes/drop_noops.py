@@ -1,0 +1,106 @@
+"""Removes what computes nothing in eval mode.
+
+Before: ``y = dropout(x, p, train=False)``, ``y = clone(x)``, ``y = to(x, x.dtype)``
+After:  ``y = x``
+
+``view`` becomes ``reshape``, since a dropped ``clone`` may have been what made its input
+contiguous; ``reshape_as`` becomes ``reshape`` to that size, so that it no longer looks like a use
+of the other tensor's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import SymInt, Tensor, fx
+
+from fxquant.graph import aten, emit, operand
+from fxquant.passes.base import PassResult
+from fxquant.spec import Stage
+
+_CHECKS = {
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+
+
+_LIKE = {aten.reshape_as.default, aten.view_as.default}
+
+
+def _reshape_to_size(gm: fx.GraphModule, node: fx.Node) -> None:
+    other = operand(node, 1)
+    with gm.graph.inserting_before(node):
+        sizes = [
+            emit(gm, aten.sym_size.int, other, i, like=node) if isinstance(n, SymInt) else n
+            for i, n in enumerate(other.meta["val"].shape)
+        ]
+    node.target = aten.reshape.default
+    node.args = (operand(node, 0), sizes)
+
+
+def _same_type(node: fx.Node) -> bool:
+    before, after = operand(node, 0).meta.get("val"), node.meta.get("val")
+    return (
+        isinstance(before, Tensor)
+        and isinstance(after, Tensor)
+        and bool((before.dtype, before.device) == (after.dtype, after.device))
+    )
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+def _not_training(node: fx.Node) -> bool:
+    return bool(node.args[1] == 0) or not (len(node.args) > 2 and node.args[2])
+
+
+_NOOPS: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.clone.default: _always,
+    aten.contiguous.default: _always,
+    aten.detach.default: _always,
+    aten.alias.default: _always,
+    aten.lift_fresh_copy.default: _always,
+    aten.dropout.default: _not_training,
+    aten.feature_dropout.default: _not_training,
+    aten.alpha_dropout.default: _not_training,
+    aten.type_as.default: _same_type,
+    aten.to.dtype: _same_type,
+    aten.to.device: _same_type,
+    aten.to.dtype_layout: _same_type,
+    aten._to_copy.default: _same_type,
+}
+
+
+@dataclass(frozen=True)
+class DropNoOps:
+    """See the module's text."""
+
+    requires: ClassVar[Stage] = Stage.FLOAT
+    ensures: ClassVar[Stage] = Stage.FLOAT
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Removes no-ops, run-time checks and dead code."""
+        changed = 0
+        for node in list(gm.graph.nodes):
+            if node.target in _CHECKS:
+                gm.graph.erase_node(node)
+                changed += 1
+            elif node.target in _NOOPS and _NOOPS[node.target](node):
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
+                changed += 1
+            elif node.target in _VIEWS:
+                node.target = aten.reshape.default
+                changed += 1
+            elif node.target in _LIKE:
+                _reshape_to_size(gm, node)
+                changed += 1
+        gm.graph.eliminate_dead_code()
+        return PassResult(changed)

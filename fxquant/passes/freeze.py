@@ -1,0 +1,60 @@
+"""Turns observers into quantizers and fits those of the weights.
+
+Before: ``linear(observer(x), W)``, stage OBSERVED, data seen
+After:  ``linear(quantizer(x), quantizer(W))``, stage FROZEN
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.graph import Edge, get_parameter, quantized_edges, submodule
+from fxquant.observers import Observer, make_observer
+from fxquant.passes.base import PassResult
+from fxquant.spec import Arg, Stage, TensorSpec
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """See the module's text."""
+
+    requires: ClassVar[Stage] = Stage.OBSERVED
+    ensures: ClassVar[Stage] = Stage.FROZEN
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Fits every quantizer.
+
+        Raises:
+            CalibrationError: an edge saw no data.
+        """
+        fitted = 0
+        for node in gm.graph.nodes:
+            observer = submodule(gm, node)
+            if isinstance(observer, Observer):
+                gm.set_submodule(str(node.target), observer.fit())
+                fitted += 1
+        shared: dict[tuple[fx.Node, TensorSpec], fx.Node] = {}
+        for edge in quantized_edges(gm):
+            spec = edge.spec
+            if spec is None or edge.arg is not Arg.WEIGHT:
+                continue
+            key = (edge.source, spec)
+            if key not in shared:
+                shared[key] = _quantize_weight(gm, edge, spec)
+            edge.replace_source(shared[key])
+        return PassResult(fitted + len(shared))
+
+
+def _quantize_weight(gm: fx.GraphModule, edge: Edge, spec: TensorSpec) -> fx.Node:
+    observer = make_observer(spec, axis=edge.scale_axis, where=edge.name)
+    observer(get_parameter(gm, edge.source))
+    gm.add_submodule(f"quant.{edge.name}", observer.fit())
+    with gm.graph.inserting_after(edge.source):
+        call = gm.graph.call_module(f"quant.{edge.name}", (edge.source,))
+    call.meta["val"] = edge.source.meta.get("val")
+    return call

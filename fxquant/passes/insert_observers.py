@@ -1,0 +1,47 @@
+"""Puts observers on annotated activation edges.
+
+Before: ``linear(x, W)`` with ``quant = {input: spec, weight: …}``, stage ANNOTATED
+After:  ``linear(quant.<edge>(x), W)``, stage OBSERVED
+
+Edges that read one value with one spec share an observer: a run-time has one copy of the value.
+Weights need no data and are fitted by Freeze.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+from fxquant.graph import quantized_edges
+from fxquant.observers import make_observer
+from fxquant.passes.base import PassResult
+from fxquant.spec import Arg, Stage, TensorSpec
+
+
+@dataclass(frozen=True)
+class InsertObservers:
+    """See the module's text."""
+
+    requires: ClassVar[Stage] = Stage.ANNOTATED
+    ensures: ClassVar[Stage] = Stage.OBSERVED
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Inserts one observer for each (value, spec)."""
+        gm.add_module("quant", nn.Module())
+        shared: dict[tuple[fx.Node, TensorSpec], fx.Node] = {}
+        for edge in quantized_edges(gm):
+            spec = edge.spec
+            if spec is None or edge.arg is Arg.WEIGHT:
+                continue
+            key = (edge.source, spec)
+            if key not in shared:
+                observer = make_observer(spec, axis=edge.scale_axis, where=edge.name)
+                gm.add_submodule(f"quant.{edge.name}", observer)
+                with gm.graph.inserting_before(edge.node):
+                    call = gm.graph.call_module(f"quant.{edge.name}", (edge.source,))
+                call.meta["val"] = edge.source.meta["val"]
+                shared[key] = call
+            edge.replace_source(shared[key])
+        return PassResult(len(shared))

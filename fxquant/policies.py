@@ -1,0 +1,76 @@
+"""The presets. Each is a function that returns a Policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fxquant.errors import UnknownPresetError
+from fxquant.policy import Policy, Rule
+from fxquant.spec import Arg, Granularity, ObserverKind, TensorSpec
+from fxquant.suggest import did_you_mean
+
+
+def w8a8() -> Policy:
+    """Eight bits everywhere, laid out as integer CPU kernels want it.
+
+    Weights symmetric per output channel; activations asymmetric per tensor, their range chosen by
+    least squared error; the right operands of attention products symmetric, since they take the
+    place of weights in the kernel; attention probabilities on the full range [0, max].
+    """
+    return Policy(
+        name="w8a8",
+        description="8-bit weights and activations for integer CPU kernels; least squared error",
+        rules=(
+            Rule(
+                arg=Arg.WEIGHT,
+                spec=TensorSpec(bits=8, symmetric=True, granularity=Granularity.CHANNEL),
+            ),
+            Rule(
+                arg=Arg.RHS,
+                spec=TensorSpec(bits=8, symmetric=True, observer=ObserverKind.MSE),
+                optional=True,
+            ),
+            Rule(fed_by="softmax", spec=TensorSpec(bits=8), optional=True),
+            Rule(spec=TensorSpec(bits=8, observer=ObserverKind.MSE)),
+        ),
+    )
+
+
+def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
+    """The plain baseline: ranges are the smallest and largest value seen.
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of all activations, asymmetric per tensor.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    return Policy(
+        name=f"minmax_w{weight_bits}a{act_bits}",
+        description="plain min-max ranges at any width: the baseline to compare with",
+        rules=(
+            Rule(
+                arg=Arg.WEIGHT,
+                spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=Granularity.CHANNEL),
+            ),
+            Rule(spec=TensorSpec(bits=act_bits)),
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], Policy]] = {"w8a8": w8a8, "minmax": minmax}
+
+
+def preset(name: str) -> Policy:
+    """The preset of that name, with its default options.
+
+    Raises:
+        UnknownPresetError: there is none; the message names the nearest.
+    """
+    if name not in PRESETS:
+        raise UnknownPresetError(
+            f"no preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}. "
+            "A policy file must exist and end in .yaml or .yml"
+        )
+    return PRESETS[name]()

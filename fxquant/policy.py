@@ -1,0 +1,85 @@
+"""Policies: which edge is quantized how, as ordered rules, in Python or YAML."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+from fxquant.errors import PolicyError, UnknownKeyError
+from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
+from fxquant.spec import Arg, OpKind, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Says how the edges that it matches are quantized. All given conditions must hold.
+
+    Attributes:
+        spec: how; None keeps the edge float.
+        path: regular expression that the whole module path must match.
+        op: kind of the consuming operation.
+        arg: which of its inputs.
+        fed_by: what computed the values, data movement looked through: ``softmax``, ``gelu``,
+            ``layer_norm``, ``image`` … (``graph.PRODUCER_NAMES``).
+        optional: a rule that matches nothing is an error unless it is optional.
+    """
+
+    spec: TensorSpec | None
+    path: str = ".*"
+    op: OpKind | None = None
+    arg: Arg | None = None
+    fed_by: str | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the conditions.
+
+        Raises:
+            PolicyError: ``path`` is no regular expression.
+            UnknownKeyError: ``fed_by`` names no producer.
+        """
+        try:
+            re.compile(self.path)
+        except re.error as error:
+            raise PolicyError(f"path {self.path!r} is no regular expression: {error}") from error
+        if self.fed_by is not None and self.fed_by not in PRODUCER_NAMES:
+            raise UnknownKeyError(
+                f"fed_by {self.fed_by!r} is unknown; one of {', '.join(sorted(PRODUCER_NAMES))}"
+            )
+
+    def matches(self, edge: Edge) -> bool:
+        """Whether all conditions hold for ``edge``."""
+        return (
+            (self.op is None or self.op is edge.kind)
+            and (self.arg is None or self.arg is edge.arg)
+            and re.fullmatch(self.path, edge.path) is not None
+            and (self.fed_by is None or self.fed_by == fed_by(edge))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A complete recipe. The first rule that matches an edge decides; no match leaves it float.
+
+    Attributes:
+        name: shown in reports.
+        rules: in order of precedence.
+        description: one sentence for ``fxquant policies``.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = field(default=())
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks the rules.
+
+        Raises:
+            PolicyError: there is none.
+        """
+        if not self.rules:
+            raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
+
+    def with_rules(self, *rules: Rule) -> Policy:
+        """This policy with ``rules`` put before its own."""
+        return replace(self, rules=(*rules, *self.rules))

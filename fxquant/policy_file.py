@@ -1,0 +1,197 @@
+"""Policies in and out of YAML and dicts, with errors that point at the line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fxquant import policies
+from fxquant.errors import PolicyError, UnknownKeyError
+from fxquant.files import write_text
+from fxquant.policy import Policy, Rule
+from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, TensorSpec
+from fxquant.suggest import did_you_mean
+
+_ENUMS: dict[str, type[StrEnum]] = {
+    "op": OpKind,
+    "arg": Arg,
+    "scheme": Scheme,
+    "granularity": Granularity,
+    "observer": ObserverKind,
+}
+# Where in a file a value stands: its keys and positions from the root, e.g. ("rules", 0, "op").
+Location = tuple[str | int, ...]
+
+
+def resolve(policy: str | Path | Policy | Mapping[str, Any]) -> Policy:
+    """A Policy from whatever ``compile()`` takes.
+
+    Args:
+        policy: preset name, path of a YAML file, Policy, or dict.
+
+    Raises:
+        UnknownPresetError: a name that is neither a preset nor a YAML file.
+        PolicyError: a malformed policy.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, Mapping):
+        return policy_from_dict(policy)
+    if not isinstance(policy, str | Path):
+        raise PolicyError(
+            f"policy must be a preset name, a Policy, a dict or a path of a YAML file, got "
+            f"{type(policy).__name__}"
+        )
+    if Path(policy).suffix in (".yaml", ".yml"):
+        return read_policy(Path(policy))
+    return policies.preset(str(policy))
+
+
+def read_policy(path: Path) -> Policy:
+    """Reads a YAML policy file.
+
+    Raises:
+        PolicyError: the file cannot be read or is malformed; the message has the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise PolicyError(f"cannot read policy file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"policy file {path} is no UTF-8 text") from error
+    except yaml.YAMLError as error:
+        raise PolicyError(f"policy file {path} is no YAML: {error}") from error
+    lines: dict[Location, int] = {}
+    if root is not None:
+        _collect_lines(root, (), lines)
+    return _policy(values, lambda at: f"{path}:{_nearest(lines, at)}")
+
+
+def policy_from_dict(values: Mapping[str, Any]) -> Policy:
+    """A Policy from plain values, the inverse of :func:`policy_to_dict`.
+
+    Raises:
+        PolicyError: malformed; the message says where.
+    """
+    return _policy(values, lambda at: ".".join(map(str, at)) or "policy")
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """Plain values, those at their default left out."""
+    return {
+        "name": policy.name,
+        "description": policy.description,
+        "rules": [_rule_to_dict(rule) for rule in policy.rules],
+    }
+
+
+def write_policy(policy: Policy, path: Path) -> None:
+    """Writes a YAML policy file that :func:`read_policy` reads back equal.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(path, to_yaml(policy))
+
+
+def to_yaml(policy: Policy) -> str:
+    """The policy as YAML text."""
+    return yaml.safe_dump(policy_to_dict(policy), sort_keys=False)
+
+
+def _rule_to_dict(rule: Rule) -> dict[str, Any]:
+    values = _changed(rule, Rule(spec=None))
+    values["spec"] = None if rule.spec is None else _changed(rule.spec, TensorSpec())
+    return values
+
+
+def _changed(item: Any, default: Any) -> dict[str, Any]:
+    usual = asdict(default)
+    return {
+        key: str(value) if isinstance(value, StrEnum) else value
+        for key, value in asdict(item).items()
+        if value != usual[key]
+    }
+
+
+def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int]) -> None:
+    lines[at] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _collect_lines(value, (*at, key.value), lines)
+            lines[(*at, key.value)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _collect_lines(value, (*at, i), lines)
+
+
+def _nearest(lines: dict[Location, int], at: Location) -> int:
+    while at and at not in lines:
+        at = at[:-1]
+    return lines.get(at, 1)
+
+
+def _policy(values: Any, where: Callable[[Location], str]) -> Policy:
+    given = _mapping(values, Policy, (), where)
+    rules = given.pop("rules", [])
+    if not isinstance(rules, list):
+        raise PolicyError(f"{where(('rules',))}: rules must be a list")
+    given["rules"] = tuple(_rule(rule, ("rules", i), where) for i, rule in enumerate(rules))
+    return _build(Policy, {"name": "custom", **given}, (), where)  # type: ignore[no-any-return]
+
+
+def _rule(values: Any, at: Location, where: Callable[[Location], str]) -> Rule:
+    given = _mapping(values, Rule, at, where)
+    if "spec" not in given:
+        raise PolicyError(
+            f"{where(at)}: the rule has no spec; give one, or `spec: null` to keep edges float"
+        )
+    if given["spec"] is not None:
+        spec_at = (*at, "spec")
+        spec = _mapping(given["spec"], TensorSpec, spec_at, where)
+        given["spec"] = _build(TensorSpec, spec, spec_at, where)
+    return _build(Rule, given, at, where)  # type: ignore[no-any-return]
+
+
+def _mapping(
+    values: Any, cls: type, at: Location, where: Callable[[Location], str]
+) -> dict[str, Any]:
+    """``values`` as a dict whose keys are fields of ``cls`` and whose enums are parsed."""
+    if not isinstance(values, Mapping):
+        raise PolicyError(
+            f"{where(at)}: expected the fields of a {cls.__name__}, got {values!r:.80}"
+        )
+    known = [item.name for item in fields(cls)]
+    parsed: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UnknownKeyError(
+                f"{where((*at, str(key)))}: unknown key {key!r}{did_you_mean(str(key), known)}; "
+                f"a {cls.__name__} has {', '.join(known)}"
+            )
+        enum = _ENUMS.get(key)
+        if enum is not None and value is not None and value not in list(enum):
+            raise UnknownKeyError(
+                f"{where((*at, key))}: {key} {value!r} is unknown"
+                f"{did_you_mean(str(value), list(enum))}; one of {', '.join(enum)}"
+            )
+        parsed[key] = enum(value) if enum is not None and value is not None else value
+    return parsed
+
+
+def _build(
+    cls: Callable[..., Any], given: dict[str, Any], at: Location, where: Callable[[Location], str]
+) -> Any:
+    try:
+        return cls(**given)
+    except PolicyError as error:
+        raise type(error)(f"{where(at)}: {error}") from error
+    except TypeError as error:
+        raise PolicyError(f"{where(at)}: a value has the wrong type: {error}") from error

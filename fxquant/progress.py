@@ -1,0 +1,85 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing under two seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+QUIET_SECONDS = 2.0
+LINE_SECONDS = 5.0
+
+
+def track(items: Iterable[T], *, label: str, total: int = 0, enabled: bool = True) -> Iterator[T]:
+    """Yields ``items`` and shows how far they are, on stderr.
+
+    Args:
+        items: what to go through.
+        label: what is being done.
+        total: number of items, 0 if unknown.
+        enabled: False yields silently.
+    """
+    if not enabled:
+        yield from items
+        return
+    console = Console(stderr=True)
+    show = _bar if console.is_terminal else _lines
+    yield from show(items, label, total, console)
+
+
+def _bar(items: Iterable[T], label: str, total: int, console: Console) -> Iterator[T]:
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    start = time.monotonic()
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(label, total=total or None)
+    started = False
+    try:
+        for item in items:
+            if not started and time.monotonic() - start > QUIET_SECONDS:
+                bar.start()
+                started = True
+            yield item
+            bar.advance(task)
+    finally:
+        bar.stop()
+
+
+def _lines(items: Iterable[T], label: str, total: int, console: Console) -> Iterator[T]:
+    start = time.monotonic()
+    due = start + QUIET_SECONDS
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now > due:
+            of = f"/{total}" if total else ""
+            print(f"{label}: {done}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            due = now + LINE_SECONDS
+        yield item
+
+
+@contextmanager
+def working(label: str, *, enabled: bool = True) -> Iterator[None]:
+    """Shows that one step without countable parts is under way, on stderr.
+
+    Args:
+        label: what is being done.
+        enabled: False shows nothing.
+    """
+    if not enabled:
+        yield
+        return
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(label):
+            yield
+        return
+    start = time.monotonic()
+    yield
+    if time.monotonic() - start > QUIET_SECONDS:
+        print(f"{label}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

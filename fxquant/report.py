@@ -1,0 +1,205 @@
+"""What was decided for each edge, and what it cost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from fxquant.graph import edges, fed_by, get_parameter, submodule
+from fxquant.quantizers import Quantizer
+from fxquant.spec import Arg, Granularity, ObserverKind, Scheme, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """The decision for one edge.
+
+    Attributes:
+        edge: unique name of the edge.
+        path: module path of the consuming operation.
+        op: its kind.
+        arg: the role of the edge.
+        fed_by: what computed the values.
+        spec: how it is quantized; None if it stays float.
+        quantizer: name of the quantizer module; edges that share a value share it.
+        reason: why it stays float or differs from its rule; empty otherwise.
+    """
+
+    edge: str
+    path: str
+    op: str
+    arg: str
+    fed_by: str
+    spec: TensorSpec | None
+    quantizer: str | None
+    reason: str = ""
+
+
+def make_plan(gm: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[PlanEntry, ...]:
+    """The decisions in a FROZEN graph.
+
+    Args:
+        gm: the graph.
+        reasons: edge name -> why it was not quantized as asked.
+    """
+    entries = []
+    for edge in edges(gm):
+        quantized = isinstance(submodule(gm, edge.source), Quantizer)
+        entries.append(
+            PlanEntry(
+                edge=edge.name,
+                path=edge.path,
+                op=str(edge.kind),
+                arg=str(edge.arg),
+                fed_by=fed_by(edge),
+                spec=edge.spec,
+                quantizer=str(edge.source.target) if quantized else None,
+                reason=reasons.get(edge.name, ""),
+            )
+        )
+    return tuple(entries)
+
+
+@torch.no_grad()
+def measure_sqnr(gm: fx.GraphModule, images: Tensor) -> dict[str, float]:
+    """Signal to quantization noise of every quantizer on one batch, the network quantized.
+
+    Args:
+        gm: in stage FROZEN.
+        images: ``(B, …)`` on the graph's device.
+
+    Returns:
+        Quantizer name -> decibels; infinite where the quantizer changes nothing.
+    """
+    measured: dict[str, float] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            signal, noise = args[0].double().square().sum(), (output - args[0]).double()
+            measured[name] = float(10 * torch.log10(signal / noise.square().sum()))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name))
+        for name, module in gm.named_modules()
+        if isinstance(module, Quantizer)
+    ]
+    try:
+        gm(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return measured
+
+
+def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:
+    """Bytes of all parameters as float32, and with quantized weights at their bit-width."""
+    before = after = 0.0
+    quantized = {
+        edge.source.args[0]: edge.spec.bits
+        for edge in edges(gm)
+        if edge.arg is Arg.WEIGHT and edge.spec is not None
+    }
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            count = get_parameter(gm, node).numel()
+            before += 4 * count
+            after += count * quantized.get(node, 32) / 8
+    return round(before), round(after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a compilation did.
+
+    Attributes:
+        policy: name of the policy.
+        plan: the decision for each edge.
+        sqnr: quantizer name -> signal to noise on one calibration batch, dB.
+        images: number of calibration images seen.
+        float_bytes: size of the parameters before.
+        quantized_bytes: size after, weights at their bit-width.
+        seconds: phase -> wall time.
+        changes: pass -> number of sites changed.
+        notes: (pass, site, reason) for each site that a pass left alone.
+    """
+
+    policy: str
+    plan: tuple[PlanEntry, ...]
+    sqnr: dict[str, float]
+    images: int
+    float_bytes: int
+    quantized_bytes: int
+    seconds: dict[str, float]
+    changes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def left_float(self) -> tuple[PlanEntry, ...]:
+        """The edges that could be quantized and were not; each has its reason."""
+        return tuple(entry for entry in self.plan if entry.spec is None)
+
+    def summary(self) -> str:
+        """One line."""
+        quantized = len(self.plan) - len(self.left_float)
+        return (
+            f"{self.policy}: {quantized} of {len(self.plan)} edges quantized, "
+            f"{self.images} calibration images, parameters {self.float_bytes / 1e6:.2f} -> "
+            f"{self.quantized_bytes / 1e6:.2f} MB, {sum(self.seconds.values()):.1f} s"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; infinite decibels become None."""
+        values = asdict(self)
+        values["sqnr"] = {k: v if v < float("inf") else None for k, v in self.sqnr.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`."""
+        plan = tuple(
+            PlanEntry(**{**e, "spec": None if e["spec"] is None else spec_from_dict(e["spec"])})
+            for e in values["plan"]
+        )
+        sqnr = {k: float("inf") if v is None else v for k, v in values["sqnr"].items()}
+        notes = tuple((a, b, c) for a, b, c in values["notes"])
+        return cls(**{**values, "plan": plan, "sqnr": sqnr, "notes": notes})
+
+    def __str__(self) -> str:
+        """The table of edges, what stayed float and why, and the summary."""
+        table = Table("edge", "fed by", "bits", "granularity", "observer", "SQNR dB")
+        for entry in self.plan:
+            spec = entry.spec
+            if spec is None or entry.quantizer is None:
+                table.add_row(entry.edge, entry.fed_by, "float", "", "", "")
+                continue
+            kind = f"{spec.bits} {'sym' if spec.symmetric else 'asym'}"
+            decibel = f"{self.sqnr.get(entry.quantizer, float('nan')):.1f}"
+            table.add_row(entry.edge, entry.fed_by, kind, spec.granularity, spec.observer, decibel)
+        console = Console(file=io.StringIO(), width=120)
+        console.print(table)
+        for entry in self.plan:
+            if entry.reason:
+                console.print(f"{entry.edge}: {entry.reason}", soft_wrap=True)
+        console.print(self.summary(), soft_wrap=True)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def spec_from_dict(values: dict[str, Any]) -> TensorSpec:
+    """A TensorSpec from plain values, as ``dataclasses.asdict`` gives them."""
+    return TensorSpec(
+        **{
+            **values,
+            "scheme": Scheme(values["scheme"]),
+            "granularity": Granularity(values["granularity"]),
+            "observer": ObserverKind(values["observer"]),
+        }
+    )

@@ -1,0 +1,1 @@
+"""Algorithm cores: pure tensor functions, apart from their wiring."""
