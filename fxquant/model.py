@@ -91,11 +91,13 @@ class CompiledModel(nn.Module):
 
         return compile_integer(lowered)
 
-    def export_onnx(self, path: str | Path) -> OnnxExport:
+    def export_onnx(self, path: str | Path, *, target: str = "auto") -> OnnxExport:
         """Writes an ONNX QDQ file for onnxruntime (opset 21, IR 10, dynamic batch).
 
         Args:
             path: the file; written beside and renamed.
+            target: CPUs that the file is for: ``x86-vnni``, ``x86-avx2``, or ``auto`` for the
+                one of this machine.
 
         Returns:
             File size, and which nodes onnxruntime runs on integer kernels.
@@ -106,7 +108,7 @@ class CompiledModel(nn.Module):
         """
         from fxquant.backends.onnx_qdq import export_onnx
 
-        return export_onnx(self.graph_module, self.image_shape, Path(path))
+        return export_onnx(self.graph_module, self.image_shape, Path(path), target)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``quant_config.json`` and ``model.safetensors``; :func:`load` reads them.

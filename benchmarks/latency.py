@@ -1,0 +1,132 @@
+"""Latency in onnxruntime: float32, onnxruntime's own quantize_static, and fxquant, in one run.
+
+    python benchmarks/latency.py --model deit_small_patch16_224 --batches 1 8
+
+The three are timed in turn, round by round, so that a noisy machine slows all alike; compare the
+ratios. Weights are random: latency does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import timm
+import torch
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quant_pre_process,
+    quantize_static,
+)
+from rich.console import Console
+from rich.table import Table
+
+import fxquant
+from fxquant.backends.onnx_qdq import TARGETS, make_session
+from fxquant.backends.onnx_qdq.target import u8s8_saturates
+
+
+class Reader(CalibrationDataReader):
+    """Calibration images for quantize_static, one batch at a time."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._batches: Iterator[dict[str, np.ndarray]] = iter(
+            [{"images": images[i : i + 4]} for i in range(0, len(images), 4)]
+        )
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next batch, None at the end."""
+        return next(self._batches, None)
+
+
+def export_float(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Writes the float32 model with PyTorch's exporter."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (images[:2],),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            opset_version=21,
+            verbose=False,
+        )
+        program.model.ir_version = 10
+        program.save(path)
+
+
+def quantize_with_onnxruntime(float_path: Path, images: np.ndarray, path: Path) -> None:
+    """Onnxruntime's own QDQ file, uint8 activations and int8 weights per channel."""
+    prepared = path.with_suffix(".prepared.onnx")
+    quant_pre_process(str(float_path), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(path),
+        Reader(images),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+
+
+def time_sessions(
+    sessions: dict[str, ort.InferenceSession], images: np.ndarray, rounds: int
+) -> dict[str, float]:
+    """Median milliseconds a run of each session, timed in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for i in range(rounds + 2):
+        for name, session in sessions.items():
+            start = time.perf_counter()
+            session.run(None, {session.get_inputs()[0].name: images})
+            if i >= 2:  # the first rounds warm caches up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) * 1e3 for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Runs the comparison and prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="deit_small_patch16_224", help="timm model")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--images", type=int, default=32, help="calibration images")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    model = timm.create_model(options.model).eval()
+    images = torch.randn(options.images, *model.pretrained_cfg["input_size"])
+    compiled = fxquant.compile(model, images.split(8), "w8a8")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"float32": Path(folder) / "float32.onnx"}
+        export_float(model, images, paths["float32"])
+        paths["quantize_static"] = Path(folder) / "static.onnx"
+        quantize_with_onnxruntime(paths["float32"], images.numpy(), paths["quantize_static"])
+        for target in TARGETS:
+            paths[f"fxquant {target}"] = Path(folder) / f"{target}.onnx"
+            print(compiled.export_onnx(paths[f"fxquant {target}"], target=target))
+        sessions = {name: make_session(path, options.threads) for name, path in paths.items()}
+        table = Table("batch", "runtime", "ms", "float32 / this", "quantize_static / this")
+        for batch in options.batches:
+            data = images[:1].expand(batch, *images.shape[1:]).contiguous().numpy()
+            times = time_sessions(sessions, data, options.rounds)
+            for name, ms in times.items():
+                ratios = [f"{times[peer] / ms:.2f}" for peer in ("float32", "quantize_static")]
+                table.add_row(str(batch), name, f"{ms:.1f}", *ratios)
+    print(f"{options.model}, {options.threads} threads, onnxruntime {ort.__version__}")
+    print(f"uint8 x int8 products overflow on this CPU: {'yes' if u8s8_saturates() else 'no'}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

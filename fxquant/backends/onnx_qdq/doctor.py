@@ -1,0 +1,155 @@
+"""What onnxruntime makes of a QDQ file: kernels, products left float, and whether it is right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session, read_model
+from fxquant.backends.onnx_qdq.target import u8s8_saturates
+from fxquant.errors import FileFormatError
+
+# A rounding tie moves a code by one now and then, which a deep network carries to its end; a
+# wrong fusion changes the output by more than this share of its norm.
+TOLERANCE = 0.05
+_BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorReport:
+    """The findings.
+
+    Attributes:
+        path: the file.
+        file_bytes: its size.
+        opset: version of the default operator set.
+        quantizers: number of QuantizeLinear and DequantizeLinear nodes in the file.
+        stored: type of quantized constants -> number of values.
+        fused: integer kernel -> number of nodes that run on it.
+        unfused: products that run in float, with reasons.
+        difference: relative L2 difference of the outputs between graph optimizations on and off.
+        saturates: int8 right operands meet a CPU whose uint8 x int8 product overflows.
+    """
+
+    path: Path
+    file_bytes: int
+    opset: int
+    quantizers: tuple[int, int]
+    stored: dict[str, int]
+    fused: dict[str, int]
+    unfused: tuple[Unfused, ...]
+    difference: float
+    saturates: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether optimizations leave the result as it is."""
+        return self.difference <= TOLERANCE
+
+    def __str__(self) -> str:
+        """Several lines of text."""
+        kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.fused.items()))
+        stored = ", ".join(f"{count:,} {name}" for name, count in sorted(self.stored.items()))
+        lines = [
+            f"{self.path}: {self.file_bytes / 1e6:.2f} MB, opset {self.opset}, "
+            f"{self.quantizers[0]} QuantizeLinear, {self.quantizers[1]} DequantizeLinear",
+            f"quantized constants: {stored or 'none'}",
+            f"integer kernels: {kernels or 'none'}",
+        ]
+        lines += [f"float: {item.node} ({item.op}): {item.reason}" for item in self.unfused]
+        verdict = "ok" if self.ok else "WRONG: do not deploy this file on this CPU"
+        lines.append(f"optimizations on and off differ by {self.difference:.1e}: {verdict}")
+        if self.saturates:
+            lines.append(
+                "this CPU has no VNNI: its uint8 x int8 product overflows 16 bits. Export with "
+                "target x86-avx2, or set session.x64quantprecision=1"
+            )
+        return "\n".join(lines)
+
+
+def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorReport:
+    """Examines a QDQ file, fxquant's or any other.
+
+    Args:
+        path: an ONNX file.
+        images: data for the first input, ``(B, …)``; random numbers if None.
+
+    Raises:
+        FileFormatError: the file is truncated, not ONNX, or does not run on the data.
+    """
+    model = read_model(path)
+    fused, unfused, _ = inspect(path)
+    nodes = Counter(node.op_type for node in model.graph.node)
+    stored = _stored(model)
+    return DoctorReport(
+        path=path,
+        file_bytes=path.stat().st_size,
+        opset=max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        quantizers=(nodes["QuantizeLinear"], nodes["DequantizeLinear"]),
+        stored=stored,
+        fused=fused,
+        unfused=unfused,
+        difference=optimization_difference(path, images),
+        saturates="int8" in stored and u8s8_saturates(),
+    )
+
+
+def optimization_difference(path: Path, images: NDArray[np.float32] | None = None) -> float:
+    """Relative L2 difference of the outputs between graph optimizations on and off.
+
+    Args:
+        path: an ONNX file.
+        images: data for the first input; random numbers if None.
+
+    Raises:
+        FileFormatError: the model does not run on the data.
+    """
+    results = []
+    for optimize in (True, False):
+        session = make_session(path, optimize=optimize)
+        feeds = _feeds(session, images)
+        try:
+            outputs = session.run(None, feeds)
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            shapes = {name: value.shape for name, value in feeds.items()}
+            raise FileFormatError(
+                f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}"
+            ) from error
+        results.append(np.concatenate([np.ravel(o).astype(np.float64) for o in outputs]))
+    plain = max(float(np.linalg.norm(results[1])), 1e-12)
+    return float(np.linalg.norm(results[0] - results[1])) / plain
+
+
+def _feeds(
+    session: ort.InferenceSession, images: NDArray[np.float32] | None
+) -> dict[str, NDArray[np.generic]]:
+    random = np.random.default_rng(0)
+    feeds: dict[str, NDArray[np.generic]] = {}
+    for i, entry in enumerate(session.get_inputs()):
+        shape = [size if isinstance(size, int) and size > 0 else _BATCH for size in entry.shape]
+        if i == 0 and images is not None:
+            feeds[entry.name] = images
+        elif entry.type == "tensor(float)":
+            feeds[entry.name] = random.standard_normal(shape).astype(np.float32)
+        else:
+            dtype = {"tensor(int64)": np.int64, "tensor(bool)": np.bool_}.get(entry.type, np.int32)
+            feeds[entry.name] = np.ones(shape, dtype)
+    return feeds
+
+
+def _stored(model: onnx.ModelProto) -> dict[str, int]:
+    """Number of quantized values by type, over the constants that a DequantizeLinear reads."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    read = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    counts: Counter[str] = Counter()
+    for name in read & set(constants):
+        tensor = constants[name]
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        counts[kind] += int(np.prod(tensor.dims))
+    return dict(counts)

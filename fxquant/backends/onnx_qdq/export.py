@@ -1,0 +1,173 @@
+"""From a FROZEN graph to an ONNX QDQ file, checked."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from fxquant.backends.onnx_qdq.doctor import TOLERANCE, optimization_difference
+from fxquant.backends.onnx_qdq.legalize import Legalizer
+from fxquant.backends.onnx_qdq.rules import check_rules
+from fxquant.backends.onnx_qdq.runtime import Unfused, inspect
+from fxquant.backends.onnx_qdq.target import Target, resolve_target, u8s8_saturates
+from fxquant.backends.onnx_qdq.torch_ops import TRANSLATIONS
+from fxquant.errors import LoweringError
+from fxquant.files import write_whole
+from fxquant.graph import stage
+from fxquant.spec import Stage
+
+OPSET, IR_VERSION = 21, 10
+INPUT_NAME = "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxExport:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        file_bytes: its size.
+        target: name of the CPU family it is for.
+        fused: integer kernel -> number of nodes that onnxruntime runs on it.
+        unfused: products that run in float, with reasons.
+        difference: relative L2 difference of the outputs between optimizations on and off on a
+            random batch; None where this CPU's product overflows on the target's types.
+    """
+
+    path: Path
+    file_bytes: int
+    target: str
+    fused: dict[str, int]
+    unfused: tuple[Unfused, ...]
+    difference: float | None
+
+    def __str__(self) -> str:
+        """A few lines of text."""
+        kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.fused.items()))
+        lines = [
+            f"{self.path}: {self.file_bytes / 1e6:.2f} MB for {self.target}",
+            f"integer kernels: {kernels or 'none'}",
+        ]
+        lines += [f"float: {item.node} ({item.op}): {item.reason}" for item in self.unfused]
+        if self.difference is None:
+            lines.append("numbers not checked: this CPU's uint8 x int8 product overflows")
+        else:
+            lines.append(f"optimizations on and off differ by {self.difference:.1e}")
+        return "\n".join(lines)
+
+
+def export_onnx(
+    gm: fx.GraphModule, image_shape: tuple[int, ...], path: Path, target: str = "auto"
+) -> OnnxExport:
+    """Writes the file and checks what onnxruntime makes of it.
+
+    Args:
+        gm: in stage FROZEN; not changed.
+        image_shape: shape of one image, ``(C, H, W)``.
+        path: the file; written beside and renamed.
+        target: CPU family (``target.TARGETS``), or ``auto`` for this machine's.
+
+    Raises:
+        LoweringError: the graph has no ONNX form, or onnxruntime computes something else.
+        OutputError: the file cannot be written.
+    """
+    if stage(gm) is not Stage.FROZEN:
+        raise LoweringError(f"export takes a graph in stage FROZEN, got {stage(gm).name}")
+    chosen = resolve_target(target)
+    model = _translate(gm, image_shape, chosen)
+    check_rules(model)
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "model.onnx"
+        ir.save(model, draft)
+        onnx.checker.check_model(str(draft))
+        fused, unfused, _ = inspect(draft)
+        checked = not (chosen.signed_weights and u8s8_saturates())
+        difference = optimization_difference(draft) if checked else None
+        if difference is not None and not difference <= TOLERANCE:
+            raise LoweringError(
+                f"onnxruntime's optimized graph differs by {difference:.2g} (relative L2) from the "
+                f"plain one for target {chosen.name}; nothing was written. Please report "
+                "this with the model"
+            )
+        content = draft.read_bytes()
+    write_whole(path, lambda temporary: _write(temporary, content))
+    return OnnxExport(
+        path=path,
+        file_bytes=len(content),
+        target=chosen.name,
+        fused=fused,
+        unfused=unfused,
+        difference=difference,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _translate(gm: fx.GraphModule, image_shape: tuple[int, ...], target: Target) -> ir.Model:
+    own = copy.deepcopy(gm).to("cpu")
+    Legalizer(own, target).run()
+    images = torch.zeros(2, *image_shape)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                own,
+                (images,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                custom_translation_table=TRANSLATIONS,
+                input_names=[INPUT_NAME],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's errors share no base class
+        text = str(error).strip().splitlines()
+        raise LoweringError(
+            f"PyTorch's ONNX exporter failed ({type(error).__name__}: {text[0] if text else ''}). "
+            "An operator of the model has no ONNX form; the error it names says which"
+        ) from error
+    assert program is not None
+    model = program.model
+    model.ir_version = IR_VERSION
+    _strip(model)
+    return model
+
+
+def _strip(model: ir.Model) -> None:
+    """Removes the exporter's notes, which hold stack traces and paths of this machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.producer_name = "fxquant"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns and logs of things that concern its own developers."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,61 @@
+"""The rules that keep a QDQ model fast and right in onnxruntime, checked on the finished model.
+
+onnxruntime fuses some wrong models without a word: a bias whose scale is not ``s_x s_w`` is taken
+for one that is, and a weight scale along the summed axis for one along the output. The legalizer
+never writes these; this check proves it for each file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from fxquant.errors import LoweringError
+
+
+def check_rules(model: ir.Model) -> None:
+    """Checks every quantized product.
+
+    Raises:
+        LoweringError: a rule is broken; that is a bug in this backend.
+    """
+    for node in model.graph:
+        if node.op_type in ("Gemm", "MatMul", "Conv"):
+            broken = _broken(node)
+            if broken:
+                raise LoweringError(f"{node.name} ({node.op_type}): {broken}. This is a bug")
+
+
+def _broken(node: ir.Node) -> str | None:
+    x, w = (_dequantizer(value) for value in node.inputs[:2])
+    if x is None or w is None:
+        return None
+    x_scale, w_scale = _array(x.inputs[1]), _array(w.inputs[1])
+    if x_scale is None or w_scale is None:
+        return "a scale is no constant"
+    if x_scale.size != 1:
+        return "an activation has more than one scale, which fails at run time"
+    output_axis = 0 if node.op_type == "Conv" else 1
+    if w_scale.ndim and _axis(w) != output_axis:
+        return f"the weight's scale runs along axis {_axis(w)}, not the output's {output_axis}"
+    bias = _dequantizer(node.inputs[2]) if len(node.inputs) > 2 else None
+    if bias is not None:
+        unit = _array(bias.inputs[1])
+        if unit is None or not np.allclose(unit, x_scale * w_scale, rtol=1e-6, atol=0):
+            return "the bias is not in units of the product of the two scales"
+    return None
+
+
+def _dequantizer(value: ir.Value | None) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _axis(node: ir.Node) -> int:
+    attribute = node.attributes.get("axis")
+    return 1 if attribute is None else int(attribute.as_int())
+
+
+def _array(value: ir.Value | None) -> np.ndarray | None:
+    constant = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if constant is None else np.asarray(constant.numpy())

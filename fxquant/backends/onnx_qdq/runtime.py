@@ -1,0 +1,154 @@
+"""Sessions of onnxruntime, and a look at what it made of a model."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+
+from fxquant.errors import FileFormatError
+
+PROVIDERS = ["CPUExecutionProvider"]
+# Kernels that multiply integer codes.
+INTEGER_KERNELS = frozenset(
+    {
+        "QLinearMatMul",
+        "MatMulIntegerToFloat",
+        "QGemm",
+        "QLinearConv",
+        "MatMulInteger",
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulNBits",
+    }
+)
+FLOAT_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedGemm", "FusedConv"})
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """A product that onnxruntime runs in float.
+
+    Attributes:
+        node: its name.
+        op: its operator.
+        reason: a sentence.
+    """
+
+    node: str
+    op: str
+    reason: str
+
+
+def make_session(
+    path: Path,
+    threads: int | None = None,
+    *,
+    optimize: bool = True,
+    optimized_to: Path | None = None,
+) -> ort.InferenceSession:
+    """Opens a model on the CPU.
+
+    Args:
+        path: an ONNX file.
+        threads: threads of one operator; None leaves it to onnxruntime.
+        optimize: False turns all graph optimizations off.
+        optimized_to: where to write the optimized graph.
+
+    Raises:
+        FileFormatError: onnxruntime cannot load the file.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized_to is not None:
+        # Hardware-bound layouts would hide the operators; they do not touch quantized products.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(optimized_to)
+    # Exact numbers for weight-only nodes: level 4 would quantize their activations too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=PROVIDERS)
+    except Exception as error:  # onnxruntime's exceptions share no base but Exception
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise FileFormatError(
+            f"onnxruntime cannot load {path}: {_first_line(error)}. The file is truncated, not "
+            "ONNX, or needs operators that onnxruntime does not have"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error))[:300]
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Reads and checks an ONNX file.
+
+    Raises:
+        FileFormatError: it is missing, truncated or no ONNX model.
+    """
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except OSError as error:
+        raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's DecodeError and the checker's share no base
+        raise FileFormatError(
+            f"{path} is no valid ONNX model ({_first_line(error)}): truncated or of another format"
+        ) from error
+    if not model.graph.node:
+        raise FileFormatError(f"{path} holds an empty graph: truncated or of another format")
+    return model
+
+
+def inspect(path: Path) -> tuple[dict[str, int], tuple[Unfused, ...], onnx.ModelProto]:
+    """What onnxruntime runs on integer kernels, and what it does not.
+
+    Returns:
+        Integer kernel -> count; the products left float with reasons; the optimized model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        make_session(path, optimized_to=optimized)
+        model = onnx.load(str(optimized))
+    counts = Counter(n.op_type for n in model.graph.node if n.op_type in INTEGER_KERNELS)
+    return dict(counts), tuple(_unfused(model)), model
+
+
+def _unfused(model: onnx.ModelProto) -> list[Unfused]:
+    makers = {output: node for node in model.graph.node for output in node.output}
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type in FLOAT_PRODUCTS:
+            sources = [makers.get(name) for name in node.input[:2]]
+            found.append(Unfused(node.name, node.op_type, _reason(node, sources, types)))
+    return found
+
+
+def _reason(
+    node: onnx.NodeProto, sources: list[onnx.NodeProto | None], types: dict[str, int]
+) -> str:
+    quantized = [s is not None and s.op_type == "DequantizeLinear" for s in sources]
+    if not any(quantized):
+        return "both operands are float"
+    if not all(quantized):
+        return f"operand {quantized.index(False) + 1} is float"
+    # The zero_point has the type of the codes and, unlike them, is always a constant.
+    codes = [types.get(s.input[2]) for s in sources if s is not None and len(s.input) > 2]
+    if {onnx.TensorProto.INT16, onnx.TensorProto.UINT16} & set(codes):
+        return "16-bit codes have no integer kernel"
+    if codes[:1] == [onnx.TensorProto.INT8]:
+        return "int8 activations: x86 kernels take uint8 ones"
+    if node.op_type.endswith("Conv"):
+        return "an integer convolution needs a quantized output, and this one's is float"
+    return "onnxruntime has no integer kernel for this combination of types, axes and consumers"

@@ -1,0 +1,166 @@
+"""Writes single quantized tensors in ONNX's terms: activations, weights, biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.backends.onnx_qdq.target import Target
+from fxquant.backends.onnx_qdq.torch_ops import DEQUANTIZE, QUANTIZE
+from fxquant.errors import LoweringError
+from fxquant.graph import Edge, add_constant, aten, constant, emit, operand
+from fxquant.quantizers import INT32_MAX, UniformQuantizer, accumulator_scale
+from fxquant.spec import Arg
+
+
+class TensorWriter:
+    """Adds nodes for quantized tensors to a graph, at its insertion point.
+
+    Args:
+        gm: a graph whose nodes carry shapes.
+        target: chooses the storage types.
+    """
+
+    def __init__(self, gm: fx.GraphModule, target: Target) -> None:
+        self._gm, self._target = gm, target
+        # (quantizer call, storage type) -> codes, so that a value is quantized once.
+        self._shared: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def _constant(self, value: Tensor, name: str, like: fx.Node) -> fx.Node:
+        return add_constant(self._gm, value, name, like=like)
+
+    def _call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+        return emit(self._gm, target, *args, like=like)
+
+    def _shift(self, quantizer: UniformQuantizer, storage: torch.dtype) -> int:
+        """What is added to codes to store them: half the range where signedness differs."""
+        signed = torch.iinfo(storage).min < 0
+        return (int(quantizer.signed) - int(signed)) << (quantizer.bits - 1)
+
+    def codes(self, edge: Edge, quantizer: UniformQuantizer) -> fx.Node:
+        """Integer codes of an activation. A scale per head is divided out first."""
+        right = edge.arg is Arg.RHS
+        storage = self._target.storage(right=right, bits=quantizer.bits)
+        key = (edge.source, storage)
+        if key in self._shared:
+            return self._shared[key]
+        like, x = edge.node, operand(edge.source, 0)
+        with self._gm.graph.inserting_before(edge.source):
+            scale, zero = quantizer.scale, quantizer.zero_point
+            if quantizer.axis is not None:
+                x = self._divided(edge, quantizer, x)
+                scale, zero = torch.ones(()), torch.zeros(())
+            if quantizer.bits not in (8, 16):
+                ends = (quantizer.qmin, quantizer.qmax)
+                low, high = ((end - float(zero)) * float(scale) for end in ends)
+                x = self._call(aten.clamp.default, x, low, high, like=like)
+            point = (zero + self._shift(quantizer, storage)).to(storage)
+            stored = self._constant(scale, f"{edge.name}_scale", like)
+            stored_point = self._constant(point, f"{edge.name}_zero_point", like)
+            codes = self._call(QUANTIZE, x, stored, stored_point, like=like)
+        self._shared[key] = codes
+        return codes
+
+    def _divided(self, edge: Edge, quantizer: UniformQuantizer, x: fx.Node) -> fx.Node:
+        """``x`` in units of its scale per head, moved by the zero_point per head."""
+        if quantizer.axis != -3:
+            raise LoweringError(
+                f"{edge.name}: a scale per channel of an activation fails in onnxruntime; use "
+                "granularity tensor or head for this edge, or keep it float"
+            )
+        heads = self._constant(quantizer.scale.view(-1, 1, 1), f"{edge.name}_heads", edge.node)
+        x = self._call(aten.div.Tensor, x, heads, like=edge.node)
+        if bool((quantizer.zero_point != 0).any()):
+            points = quantizer.zero_point.view(-1, 1, 1)
+            moved = self._constant(points, f"{edge.name}_points", edge.node)
+            x = self._call(aten.add.Tensor, x, moved, like=edge.node)
+        return x
+
+    def activation(
+        self, edge: Edge, quantizer: UniformQuantizer, codes: fx.Node, factor: float = 1.0
+    ) -> fx.Node:
+        """Float value of codes times ``factor``; with scales per head, still in units of these."""
+        like = edge.node
+        per_head = quantizer.axis is not None
+        scale = torch.ones(()) if per_head else quantizer.scale
+        zero = torch.zeros(()) if per_head else quantizer.zero_point
+        storage = codes.meta["val"].dtype
+        point = (zero + self._shift(quantizer, storage)).to(storage)
+        value = self._call(
+            DEQUANTIZE,
+            codes,
+            self._constant(scale * factor, f"{edge.name}_scale", like),
+            self._constant(point, f"{edge.name}_zero_point", like),
+            None,
+            like=like,
+        )
+        if per_head and bool((quantizer.zero_point != 0).any()):
+            points = self._constant(
+                factor * quantizer.zero_point.view(-1, 1, 1), f"{edge.name}_points", like
+            )
+            value = self._call(aten.sub.Tensor, value, points, like=like)
+        return value
+
+    def weight(
+        self, edge: Edge, quantizer: UniformQuantizer, *, matrix: bool, right: bool = True
+    ) -> fx.Node:
+        """Float value of a weight stored as codes.
+
+        Args:
+            edge: the weight's edge.
+            quantizer: its quantizer.
+            matrix: store as ``(K, N)`` with the scale along axis 1; else in its own shape.
+            right: the weight meets a quantized activation, so the target's type is wanted.
+        """
+        weight = constant(self._gm, operand(edge.source, 0))
+        assert weight is not None
+        storage = self._target.storage(right=right, bits=quantizer.bits)
+        shift = self._shift(quantizer, storage)
+        codes = (quantizer.quantize(weight) + shift).to(storage)
+        points = (quantizer.zero_point + shift).to(storage)
+        axis = None if quantizer.axis is None else 0
+        if matrix:
+            codes = codes.flatten(1).t()
+            axis = None if axis is None else 1
+        like = edge.node
+        return self._call(
+            DEQUANTIZE,
+            self._constant(codes, f"{edge.name}_codes", like),
+            self._constant(quantizer.scale, f"{edge.name}_scale", like),
+            self._constant(points, f"{edge.name}_zero_point", like),
+            axis,
+            like=like,
+        )
+
+    def bias(
+        self, node: fx.Node, x: UniformQuantizer, w: UniformQuantizer
+    ) -> tuple[fx.Node | None, bool]:
+        """Float value of the bias, and whether it is stored as int32 codes.
+
+        onnxruntime takes a bias for one in units of ``s_x s_w`` without looking at its scale, so
+        no other scale may ever be written.
+        """
+        given = node.args[2] if len(node.args) > 2 else None
+        bias = constant(self._gm, given)
+        if not isinstance(given, fx.Node):
+            return None, False
+        if bias is None:
+            return given, False
+        unit = accumulator_scale(x, w)
+        codes = torch.round(bias.double() / unit.double())
+        if bool((codes.abs() >= INT32_MAX).any()):
+            return given, False
+        unit = unit.expand_as(bias)
+        value = self._call(
+            DEQUANTIZE,
+            self._constant(codes.to(torch.int32), f"{node.name}_bias_codes", node),
+            self._constant(unit, f"{node.name}_bias_scale", node),
+            self._constant(
+                torch.zeros_like(unit, dtype=torch.int32), f"{node.name}_bias_zero", node
+            ),
+            0,
+            like=node,
+        )
+        return value, True
