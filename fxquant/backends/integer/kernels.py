@@ -1,0 +1,193 @@
+"""Products of integer codes, exact to the last bit.
+
+``int_matmul(a, b)`` is the plain product of two integer tensors; ``affine_matmul`` that of codes
+with zero points, ``sum_k (a - z_a)(b - z_b)``. Either is computed one of three ways, all exact:
+
+- *int8*: torch's own int8 product, where the device has instructions for it. It sums in int32.
+- *float32*: the sum over K is cut into chunks in which no partial sum can pass 2^24. Up to there
+  float32 holds every whole number, so products and sums are exact in whatever order the GEMM
+  takes them. Chunks are added as integers. Operands are at most 256 in magnitude, which even
+  bfloat16 and TF32 hold: settings that let a GEMM round its operands to these change nothing,
+  since it goes on summing in float32.
+- *float64*: the same with 2^53, for codes of more than 8 bits.
+
+Sums are int32 where the bound of the operands proves that they fit, else int64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import LoweringError
+from fxquant.quantizers import INT32_MAX
+
+# Largest n such that every whole number up to n in magnitude is a value of the type.
+_WHOLE = {torch.float32: 2**24, torch.float64: 2**53}
+# The same for bfloat16, to which torch may round the operands of a float32 product.
+_NARROW = 2**8
+# With K below this, the int8 product and each correction for zero points is below 2^29.
+_INT8_DEPTH = 2**15
+
+
+class Operand(NamedTuple):
+    """Codes with what they stand for, up to the scale: ``codes - zero_point``.
+
+    Attributes:
+        codes: integers, ``(..., M, K)`` on the left, ``(..., K, N)`` on the right.
+        zero_point: int32, broadcasting against codes and of length one along K; None for zero.
+        bound: no ``codes - zero_point`` is larger in magnitude.
+    """
+
+    codes: Tensor
+    zero_point: Tensor | None
+    bound: int
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cpu_multiplies_int8() -> bool:
+    """Whether this CPU has int8 dot products (VNNI or AMX).
+
+    Without them torch's int8 product is some 80 times slower than its float32 one. On older
+    vector units it may also saturate, so it is not used there at all.
+    """
+    query = getattr(torch.cpu, "get_capabilities", None)
+    if query is not None:
+        found = query()
+        return any(bool(found.get(name)) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    # Older versions of torch answer this alone, in private, so it may be missing as well.
+    vnni = getattr(torch.cpu, "_is_vnni_supported", None)
+    return bool(vnni()) if vnni is not None else False
+
+
+def accumulator_dtype(bound: int) -> torch.dtype:
+    """Type of sums that are at most ``bound`` in magnitude: int32 or int64."""
+    return torch.int32 if bound <= INT32_MAX else torch.int64
+
+
+def int_matmul(a: Tensor, b: Tensor, bounds: tuple[int, int] | None = None) -> Tensor:
+    """Exact ``a @ b`` of integer tensors.
+
+    Args:
+        a: integers, ``(..., M, K)``.
+        b: integers, ``(..., K, N)``; leading axes broadcast.
+        bounds: largest magnitudes in ``a`` and ``b``; those of their types if not given.
+
+    Returns:
+        ``(..., M, N)``, int32 where K and the bounds prove that no sum overflows, else int64.
+
+    Raises:
+        LoweringError: the bounds pass 16-bit codes, so that float64 could not hold a product.
+    """
+    bounds = bounds or (_magnitude(a.dtype), _magnitude(b.dtype))
+    if a.dtype == b.dtype == torch.int8 and _runs_int8(a, b):
+        return product_int8(a, b)
+    dtype = _float_dtype(bounds)
+    return product_float(a.to(dtype), b.to(dtype), bounds)
+
+
+def affine_matmul(a: Operand, b: Operand) -> Tensor:
+    """Exact ``(a.codes - a.zero_point) @ (b.codes - b.zero_point)``.
+
+    Returns:
+        ``(..., M, N)``, int32 or int64 as in :func:`int_matmul`.
+    """
+    if _is_byte(a.codes) and _is_byte(b.codes) and _runs_int8(a.codes, b.codes):
+        return affine_int8(a, b)
+    bounds = (a.bound, b.bound)
+    dtype = _float_dtype(bounds)
+    return product_float(_centred(a, dtype), _centred(b, dtype), bounds)
+
+
+def product_float(a: Tensor, b: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """Exact ``a @ b`` of whole numbers held as floats; see the module's text.
+
+    Args:
+        a: whole numbers, ``(..., M, K)``, float32 or float64.
+        b: whole numbers, ``(..., K, N)``, of the same type.
+        bounds: largest magnitudes in ``a`` and ``b``; for float32 at most 256 each.
+    """
+    depth, largest = a.shape[-1], max(bounds[0] * bounds[1], 1)
+    length = _WHOLE[a.dtype] // largest
+    accumulator = accumulator_dtype(depth * largest)
+    # Under autocast the product would be rounded to a half-precision type.
+    with torch.autocast(a.device.type, enabled=False):
+        total = torch.matmul(a[..., :length], b[..., :length, :]).to(accumulator)
+        for start in range(length, depth, length):
+            stop = start + length
+            part = torch.matmul(a[..., start:stop], b[..., start:stop, :])
+            total = total + part.to(accumulator)
+    return total
+
+
+def product_int8(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by torch's int8 product; int8 ``(..., M, K)`` and ``(K, N)`` to int32."""
+    product = torch._int_mm(a.reshape(-1, a.shape[-1]), b)
+    return product.reshape(*a.shape[:-1], b.shape[-1])
+
+
+def affine_int8(a: Operand, b: Operand) -> Tensor:
+    """:func:`affine_matmul` by the int8 product, zero points taken off afterwards.
+
+    ``sum (a - z_a)(b - z_b) = sum a b - z_a sum b - z_b sum a + K z_a z_b``, all in int32.
+    """
+    left, left_zero = _as_int8(a)
+    right, right_zero = _as_int8(b)
+    total = product_int8(left, right)
+    if left_zero is not None:
+        total = total - left_zero * right.sum(-2, keepdim=True, dtype=torch.int32)
+    if right_zero is not None:
+        total = total - right_zero * left.sum(-1, keepdim=True, dtype=torch.int32)
+    if left_zero is not None and right_zero is not None:
+        total = total + left.shape[-1] * left_zero * right_zero
+    return total
+
+
+def _as_int8(operand: Operand) -> tuple[Tensor, Tensor | None]:
+    """The operand as int8; unsigned codes and their zero point both 128 lower."""
+    codes, zero = operand.codes, operand.zero_point
+    if codes.dtype == torch.int8:
+        return codes, zero
+    # Flipping the top bit of a byte and reading it as signed takes 128 off.
+    codes = torch.bitwise_xor(codes.view(torch.int8), -128)
+    if zero is None:
+        return codes, torch.full((), -128, dtype=torch.int32, device=codes.device)
+    return codes, zero - 128
+
+
+def _centred(operand: Operand, dtype: torch.dtype) -> Tensor:
+    codes = operand.codes.to(dtype)
+    return codes if operand.zero_point is None else codes - operand.zero_point.to(dtype)
+
+
+def _float_dtype(bounds: tuple[int, int]) -> torch.dtype:
+    if max(bounds) <= _NARROW:
+        return torch.float32
+    if bounds[0] * bounds[1] > _WHOLE[torch.float64]:
+        raise LoweringError(
+            f"int_matmul got operands of magnitudes up to {bounds[0]} and {bounds[1]}, whose "
+            "products float64 cannot hold; state the bounds of the codes (at most 16 bits)"
+        )
+    return torch.float64
+
+
+def _magnitude(dtype: torch.dtype) -> int:
+    return -torch.iinfo(dtype).min or torch.iinfo(dtype).max
+
+
+def _is_byte(codes: Tensor) -> bool:
+    return codes.dtype in (torch.int8, torch.uint8)
+
+
+def _runs_int8(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's int8 product takes ``a @ b`` on this device and is fast."""
+    depth, width = b.shape[-2], b.shape[-1]
+    if b.ndim != 2 or not 0 < depth < _INT8_DEPTH:
+        return False
+    if a.device.type == "cuda":
+        # The rules that torch._int_mm states for CUDA.
+        rows = a.numel() // depth
+        return rows > 16 and depth % 8 == 0 and width % 8 == 0
+    return a.device.type == "cpu" and bool(cpu_multiplies_int8())

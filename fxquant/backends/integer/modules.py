@@ -1,0 +1,217 @@
+"""The modules of a lowered graph: floats to codes, codes to floats, products of codes.
+
+Between a quantizer and a product only codes travel. A product sums them in integers, adds the
+integer bias, and multiplies by the scales, which are constant along the summed axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.backends.integer.convolve import Geometry, convolve
+from fxquant.backends.integer.kernels import Operand, accumulator_dtype, affine_matmul
+from fxquant.ops import broadcast
+from fxquant.quantizers import INT32_MAX, UniformQuantizer
+
+
+def storage_dtype(quantizer: UniformQuantizer) -> torch.dtype:
+    """The narrowest integer type that holds every code.
+
+    int8 or uint8 up to 8 bits, else int16, and int32 for the unsigned codes of 16 bits.
+    """
+    if quantizer.bits <= 8:
+        return torch.int8 if quantizer.qmin < 0 else torch.uint8
+    return torch.int16 if quantizer.qmax < 2**15 else torch.int32
+
+
+class ToCodes(nn.Module):
+    """Quantizes: floats of any shape to integer codes of that shape.
+
+    The same arithmetic as the quantizer's own ``quantize``, written in plain operators, which
+    ``torch.compile`` can fuse with their neighbours.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: UniformQuantizer) -> None:
+        super().__init__()
+        self.qmin, self.qmax, self.axis = quantizer.qmin, quantizer.qmax, quantizer.axis
+        self.dtype = storage_dtype(quantizer)
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", quantizer.zero_point.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Codes of ``x``."""
+        steps = torch.round(x / broadcast(self.scale, x.ndim, self.axis))
+        codes = steps + broadcast(self.zero_point, x.ndim, self.axis)
+        return codes.clamp(self.qmin, self.qmax).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """Range and type of the codes."""
+        return f"{self.qmin}..{self.qmax}, {self.dtype}, axis={self.axis}"
+
+
+class FromCodes(nn.Module):
+    """Dequantizes, for an operation that stays float: integer codes to float32."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: UniformQuantizer) -> None:
+        super().__init__()
+        self.axis = quantizer.axis
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", quantizer.zero_point.clone())
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Values of ``codes``."""
+        steps = codes.to(self.scale.dtype) - broadcast(self.zero_point, codes.ndim, self.axis)
+        return steps * broadcast(self.scale, codes.ndim, self.axis)
+
+
+class Side(nn.Module):
+    """One operand of a product: what its codes stand for.
+
+    Args:
+        quantizer: the operand's quantizer.
+        axis: axis of the operand, as the product sees it, that the scale runs along; None per
+            tensor. Negative where the number of axes is not known.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, quantizer: UniformQuantizer, axis: int | None) -> None:
+        super().__init__()
+        self.axis = axis
+        centred = not bool(quantizer.zero_point.any())
+        # Zero is on the grid, so that no code is further from zero_point than the whole range.
+        self.bound = (
+            max(-quantizer.qmin, quantizer.qmax) if centred else quantizer.qmax - quantizer.qmin
+        )
+        self.register_buffer("scale", quantizer.scale.clone())
+        zero = None if centred else quantizer.zero_point.to(torch.int32)
+        self.register_buffer("zero_point", zero)
+
+    def forward(self, codes: Tensor) -> Operand:
+        """The operand that ``codes`` are."""
+        zero = self.zero_point
+        if zero is not None:
+            zero = broadcast(zero, codes.ndim, self.axis)
+        return Operand(codes, zero, self.bound)
+
+    def factor(self, ndim: int) -> Tensor:
+        """The scale, broadcasting against the product of ``ndim`` axes."""
+        return broadcast(self.scale, ndim, self.axis)
+
+    def extra_repr(self) -> str:
+        """Bound of the centred codes, axis of the scale."""
+        return f"bound={self.bound}, axis={self.axis}, zero_point={self.zero_point is not None}"
+
+
+class IntMatmul(nn.Module):
+    """``lhs @ rhs`` of codes; a scale may run along any axis but the summed one."""
+
+    def __init__(self, lhs: Side, rhs: Side) -> None:
+        super().__init__()
+        self.lhs, self.rhs = lhs, rhs
+
+    def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """Float product ``(..., M, N)`` of codes ``(..., M, K)`` and ``(..., K, N)``."""
+        total = affine_matmul(self.lhs(lhs), self.rhs(rhs))
+        unit = self.lhs.factor(lhs.ndim) * self.rhs.factor(rhs.ndim)
+        return total.to(unit.dtype) * unit
+
+
+class IntLinear(nn.Module):
+    """``x @ weight^T + bias`` of codes.
+
+    Args:
+        x: the input; its scale may run along any axis but the last.
+        weight: the transposed weight, its output channels on axis -1.
+        bias_codes: bias in units of the accumulator, ``(N,)``, or None.
+    """
+
+    bias_codes: Tensor | None
+
+    def __init__(self, x: Side, weight: Side, bias_codes: Tensor | None) -> None:
+        super().__init__()
+        self.input, self.weight = x, weight
+        self.register_buffer("bias_codes", bias_codes)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Float ``(..., N)``.
+
+        Args:
+            x: codes ``(..., K)``.
+            weight: codes ``(N, K)``.
+            bias: float ``(N,)``, added behind the scale; where bias_codes are None.
+        """
+        total = affine_matmul(self.input(x), self.weight(weight.t()))
+        if self.bias_codes is not None:
+            total = total + self.bias_codes
+        unit = self.input.factor(x.ndim) * self.weight.factor(2)
+        out = total.to(unit.dtype) * unit
+        return out if bias is None else out + bias
+
+
+class IntConv(nn.Module):
+    """Convolution of codes in one to three dimensions.
+
+    Args:
+        x: the input, one scale.
+        weight: the weight, one scale or one for each output channel (axis 0).
+        bias_codes: bias in units of the accumulator, ``(N,)``, or None.
+        geometry: stride, padding, dilation, groups.
+    """
+
+    bias_codes: Tensor | None
+
+    def __init__(
+        self, x: Side, weight: Side, bias_codes: Tensor | None, geometry: Geometry
+    ) -> None:
+        super().__init__()
+        self.input, self.weight, self.geometry = x, weight, geometry
+        self.register_buffer("bias_codes", bias_codes)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Float ``(B, N, *spatial')``, or without B where ``x`` has none.
+
+        Args:
+            x: codes ``(B, C, *spatial)`` or ``(C, *spatial)``.
+            weight: codes ``(N, C / groups, *kernel)``.
+            bias: float ``(N,)``, added behind the scale; where bias_codes are None.
+        """
+        if x.ndim < weight.ndim:
+            return self.forward(x.unsqueeze(0), weight, bias).squeeze(0)
+        along = (-1, *[1] * (weight.ndim - 2))
+        total = convolve(self.input(x), self.weight(weight), self.geometry)
+        if self.bias_codes is not None:
+            total = total + self.bias_codes.view(along)
+        unit = self.input.scale * self.weight.scale
+        out = total.to(unit.dtype) * (unit.view(along) if unit.ndim else unit)
+        return out if bias is None else out + bias.view(along)
+
+    def extra_repr(self) -> str:
+        """The geometry."""
+        return str(self.geometry)
+
+
+def bias_codes(bias: Tensor, unit: Tensor, largest: int) -> Tensor | None:
+    """The whole numbers of units that a bias is made of; None where it is not.
+
+    Args:
+        bias: float ``(N,)``.
+        unit: unit of the accumulator, ``()`` or ``(N,)``.
+        largest: bound of the sums that the bias is added to.
+
+    Returns:
+        ``(N,)``, int32, or int64 where the sum with the bias could pass int32.
+    """
+    codes = torch.round(bias.double() / unit.double())
+    peak = int(codes.abs().max()) if codes.numel() else 0
+    if peak >= INT32_MAX or not torch.equal((codes * unit.double()).to(bias.dtype), bias):
+        return None
+    return codes.to(accumulator_dtype(largest + peak))
