@@ -153,13 +153,16 @@ class Edge:
     def scale_axis(self) -> int | None:
         """Axis that gets a scale each, None per tensor and where the edge stays float.
 
-        0 for the output channels of a weight, -1 for the channels of an activation, -3 for heads.
+        0 for the output channels of a weight; for the channels of an activation -1, or 1 at a
+        convolution; -3 for heads.
         """
         if self.spec is None or self.spec.granularity is Granularity.TENSOR:
             return None
         if self.spec.granularity is Granularity.HEAD:
             return -3
-        return 0 if self.arg is Arg.WEIGHT else -1
+        if self.arg is Arg.WEIGHT:
+            return 0
+        return 1 if self.kind is OpKind.CONV else -1
 
     def replace_source(self, new: fx.Node) -> None:
         """Feeds this edge, and no other, from ``new``."""

@@ -45,8 +45,8 @@ class Scheme(StrEnum):
 class Granularity(StrEnum):
     """What shares one scale.
 
-    The tensor; an output channel of a weight, or a channel (last axis) of an activation; or an
-    attention head (axis -3 of a matmul operand).
+    The tensor; an output channel of a weight, or a channel of an activation (its last axis, axis 1
+    at a convolution); or an attention head (axis -3 of a matmul operand).
     """
 
     TENSOR = "tensor"
