@@ -66,16 +66,23 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
 def own_copy(model: nn.Module) -> nn.Module:
     """A deep copy without the user's hooks and without gradients.
 
-    Hooks of torch itself (``weight_norm``) compute weights, so they stay.
+    Hooks of torch itself (``weight_norm``) compute weights, so they stay. Computed tensors that a
+    module keeps as plain attributes, such as the weight that they compute, are copied detached.
 
     Raises:
         CaptureError: the model cannot be copied.
     """
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        own = copy.deepcopy(model)
+        own = copy.deepcopy(model, computed)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise CaptureError(
-            f"the model cannot be deep-copied ({error}); detach tensors that it keeps as plain "
+            f"the model cannot be deep-copied ({error}); remove what cannot be copied from its "
             "attributes, or rebuild it and load its state dict"
         ) from error
     for module in own.modules():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from fxquant.errors import OutputError
 
@@ -21,33 +24,61 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OutputError: the folder or file cannot be written, or the disk is full.
     """
-    temporary: Path | None = None
+    write_together({path: write})
+
+
+def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Writes files that belong together: all of them, or none.
+
+    Args:
+        files: as in :func:`write_whole`, for each file.
+
+    Raises:
+        OutputError: one of them cannot be written.
+    """
+    path = Path()
+    temporary: dict[Path, Path] = {}
+    made: list[Path] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
+        for path, write in files.items():
+            made += _make_folder(path.parent)
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(handle)
+            temporary[path] = Path(name)
+            write(temporary[path])
+            temporary[path].chmod(0o666 & ~_umask())
+        for path in files:
+            os.replace(temporary[path], path)
+        made.clear()
+    except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}. Choose a writable folder with "
-            "enough free space; nothing half-written was left"
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Choose a writable "
+            "folder with enough free space; nothing half-written was left"
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and its parents; those that were not there, outermost first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes ``text`` as UTF-8, whole or not at all; errors as in :func:`write_whole`."""
-    write_whole(path, lambda temporary: _write_text(temporary, text))
+    write_whole(path, lambda temporary: write_utf8(temporary, text))
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_utf8(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` itself; for :func:`write_together`."""
     path.write_text(text, encoding="utf-8")
 
 

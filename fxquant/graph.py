@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxquant.errors import PassError
 from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
 
 aten = torch.ops.aten
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 _OP_KINDS: dict[Any, OpKind] = {
     aten.linear.default: OpKind.LINEAR,
@@ -151,13 +153,16 @@ class Edge:
     def scale_axis(self) -> int | None:
         """Axis that gets a scale each, None per tensor and where the edge stays float.
 
-        0 for the output channels of a weight, -1 for the channels of an activation, -3 for heads.
+        0 for the output channels of a weight; for the channels of an activation -1, or 1 at a
+        convolution; -3 for heads.
         """
         if self.spec is None or self.spec.granularity is Granularity.TENSOR:
             return None
         if self.spec.granularity is Granularity.HEAD:
             return -3
-        return 0 if self.arg is Arg.WEIGHT else -1
+        if self.arg is Arg.WEIGHT:
+            return 0
+        return 1 if self.kind is OpKind.CONV else -1
 
     def replace_source(self, new: fx.Node) -> None:
         """Feeds this edge, and no other, from ``new``."""
@@ -229,10 +234,11 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost line of the user's code that made a node, or an empty string."""
+    """The innermost line outside torch that made a node, or an empty string."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    return lines[-1] if lines else ""
+    own = [line for line in lines if not line.startswith(f'File "{_TORCH_FOLDER}')]
+    return own[-1] if own else ""
 
 
 def stage(gm: fx.GraphModule) -> Stage:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxquant import quantizers
 from fxquant.errors import FileFormatError, LoweringError
-from fxquant.files import write_text, write_whole
+from fxquant.files import write_together, write_utf8
 from fxquant.graph import edges, get_parameter, submodule
 from fxquant.quantizers import Quantizer
 from fxquant.report import PlanEntry, Report
@@ -135,8 +135,12 @@ class CompiledModel(nn.Module):
             "report": self.report.to_dict(),
         }
         text = json.dumps(config, indent=1)
-        write_whole(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
-        write_text(folder / CONFIG_FILE, text)
+        write_together(
+            {
+                folder / WEIGHTS_FILE: lambda temporary: save_file(tensors, temporary),
+                folder / CONFIG_FILE: lambda temporary: write_utf8(temporary, text),
+            }
+        )
 
 
 def load(folder: str | Path) -> CompiledModel:
@@ -152,7 +156,7 @@ def load(folder: str | Path) -> CompiledModel:
         report = Report.from_dict(config["report"])
         shape = tuple(int(n) for n in config["image_shape"])
         return CompiledModel(gm, report, config["policy"], shape)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileFormatError(
             f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} do not fit together or are damaged "
             f"({type(error).__name__}: {error}); compile and save the model again"

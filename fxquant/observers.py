@@ -106,7 +106,7 @@ class HistogramObserver(Observer):
     """Keeps one histogram a scale, over a range that doubles as larger values come.
 
     The bins of ``[-R, R)`` become the middle half of ``[-2R, 2R)`` by adding neighbours, so the
-    result depends on the data alone, not on how it was split into batches beyond the first.
+    result depends on the data alone, not on its order or how it was split into batches.
     """
 
     def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
@@ -116,9 +116,10 @@ class HistogramObserver(Observer):
 
     def _record(self, rows: Tensor) -> None:
         peak = rows.abs().amax(dim=1).float()
-        # A power of two makes the doubling exact; the factor keeps the peak inside the half-open
-        # last bin.
-        fit = torch.exp2(torch.ceil(torch.log2(peak.clamp(min=1e-30) * (1 + 1e-6))))
+        # The smallest power of two above the peak, so that doubling is exact and the peak falls
+        # inside the half-open last bin; never so large that float32 overflows.
+        exponent = torch.frexp(peak.clamp(min=1e-30))[1].clamp(max=127)
+        fit = torch.ldexp(torch.ones_like(peak), exponent)
         if self.counts is None or self.limit is None:
             self.counts = torch.zeros(rows.shape[0], BINS, dtype=torch.float64, device=rows.device)
             self.limit = fit
@@ -143,7 +144,7 @@ def _halve_resolution(counts: Tensor) -> Tensor:
 
 def _count(rows: Tensor, limit: Tensor) -> Tensor:
     """Histogram of each row over ``[-limit, limit)``: ``(C, BINS)``."""
-    width = (2 * limit / BINS).unsqueeze(1)
+    width = (limit / (BINS // 2)).unsqueeze(1)
     counts = []
     # A row at a time keeps the index tensor as small as one head or channel.
     for row, step in zip(rows, width, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
-from fxquant.spec import Arg, OpKind, TensorSpec
+from fxquant.spec import Arg, OpKind, TensorSpec, check_flag, parse_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,14 @@ class Rule:
         """Checks the conditions.
 
         Raises:
-            PolicyError: ``path`` is no regular expression.
-            UnknownKeyError: ``fed_by`` names no producer.
+            PolicyError: ``path`` is no regular expression, or ``optional`` no boolean.
+            UnknownKeyError: ``fed_by`` names no producer, or ``op`` or ``arg`` is unknown.
         """
+        if self.op is not None:
+            parse_field(self, "op", OpKind)
+        if self.arg is not None:
+            parse_field(self, "arg", Arg)
+        check_flag(self, "optional")
         try:
             re.compile(self.path)
         except re.error as error:

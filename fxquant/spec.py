@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import Any
 
-from fxquant.errors import BitWidthError, PolicyError
+from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -45,8 +46,8 @@ class Scheme(StrEnum):
 class Granularity(StrEnum):
     """What shares one scale.
 
-    The tensor; an output channel of a weight, or a channel (last axis) of an activation; or an
-    attention head (axis -3 of a matmul operand).
+    The tensor; an output channel of a weight, or a channel of an activation (its last axis, axis 1
+    at a convolution); or an attention head (axis -3 of a matmul operand).
     """
 
     TENSOR = "tensor"
@@ -60,6 +61,29 @@ class ObserverKind(StrEnum):
     MINMAX = "minmax"
     PERCENTILE = "percentile"
     MSE = "mse"
+
+
+def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
+    """Turns the plain string in a field of a frozen dataclass into the enum it stands for.
+
+    Raises:
+        UnknownKeyError: it stands for none.
+    """
+    value = getattr(item, name)
+    if value not in list(enum):
+        raise UnknownKeyError(f"{name} must be one of {', '.join(enum)}, got {value!r}")
+    object.__setattr__(item, name, enum(value))
+
+
+def check_flag(item: Any, name: str) -> None:
+    """Checks that a field is true or false.
+
+    Raises:
+        PolicyError: it is something else, such as the string ``"no"``.
+    """
+    value = getattr(item, name)
+    if not isinstance(value, bool):
+        raise PolicyError(f"{name} must be true or false, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +113,13 @@ class TensorSpec:
 
         Raises:
             BitWidthError: bits is not an integer in 2..16.
-            PolicyError: percentile is not in (50, 100].
+            UnknownKeyError: scheme, granularity or observer is unknown.
+            PolicyError: percentile is not in (50, 100], or symmetric is no boolean.
         """
+        parse_field(self, "scheme", Scheme)
+        parse_field(self, "granularity", Granularity)
+        parse_field(self, "observer", ObserverKind)
+        check_flag(self, "symmetric")
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
             raise BitWidthError(f"bits must be an integer, got {self.bits!r}")
         if not MIN_BITS <= self.bits <= MAX_BITS:

@@ -17,7 +17,7 @@ from fxquant.errors import UnusedRuleError
 from fxquant.graph import UNSUPPORTED, Edge, constant, edges, fed_by, rank
 from fxquant.passes.base import PassResult, Skip
 from fxquant.policy import Rule
-from fxquant.spec import Arg, Granularity, Stage, TensorSpec
+from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AssignSpecs:
         if rank(edge.source) < 2:
             return None, "left float: a vector operand has no integer kernel"
         if spec.granularity is Granularity.HEAD and (
-            edge.arg is Arg.WEIGHT or rank(edge.source) < 4
+            edge.kind is not OpKind.MATMUL or rank(edge.source) < 4
         ):
             per_tensor = replace(spec, granularity=Granularity.TENSOR)
             return per_tensor, "per tensor: it has no (batch, head, token, channel) axes"

@@ -3,7 +3,7 @@
 Before: ``linear(x, W)`` with ``quant = {input: spec, weight: …}``, stage ANNOTATED
 After:  ``linear(quant.<edge>(x), W)``, stage OBSERVED
 
-Edges that read one value with one spec share an observer: a run-time has one copy of the value.
+Edges that read one value with one spec and axis share an observer: a run-time has one copy of the value.
 Weights need no data and are fitted by Freeze.
 """
 
@@ -28,14 +28,14 @@ class InsertObservers:
     ensures: ClassVar[Stage] = Stage.OBSERVED
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Inserts one observer for each (value, spec)."""
+        """Inserts one observer for each (value, spec, axis)."""
         gm.add_module("quant", nn.Module())
-        shared: dict[tuple[fx.Node, TensorSpec], fx.Node] = {}
+        shared: dict[tuple[fx.Node, TensorSpec, int | None], fx.Node] = {}
         for edge in quantized_edges(gm):
             spec = edge.spec
             if spec is None or edge.arg is Arg.WEIGHT:
                 continue
-            key = (edge.source, spec)
+            key = (edge.source, spec, edge.scale_axis)
             if key not in shared:
                 observer = make_observer(spec, axis=edge.scale_axis, where=edge.name)
                 gm.add_submodule(f"quant.{edge.name}", observer)

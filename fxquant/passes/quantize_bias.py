@@ -56,6 +56,8 @@ class QuantizeBias:
                 skips.append(Skip(node.name, "the bias stays float: it overflows int32"))
                 continue
             rounded = (codes * unit.double()).to(bias.dtype)
+            if torch.equal(rounded, bias):
+                continue
             with gm.graph.inserting_before(node):
                 new = add_constant(gm, rounded, f"{node.name}_bias", like=node)
             node.update_arg(2, new)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxquant.graph import MOVES, aten, emit
+from fxquant.graph import MOVES, aten, emit, operand
 from fxquant.passes.base import PassResult
 from fxquant.spec import Stage
 
@@ -24,8 +24,8 @@ def _scaling(node: object) -> fx.Node | None:
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if node.target is aten.mul.Tensor and isinstance(node.args[1], int | float):
             return node
-        if node.target not in MOVES:
-            return None
+        if node.target not in MOVES or node.target is aten.pad.default:
+            return None  # what is padded with need not be zero
         node = node.args[0]
     return None
 
@@ -42,15 +42,13 @@ class ScaleAfterMatmul:
         changed = 0
         for node in [n for n in gm.graph.nodes if n.target is aten.matmul.default]:
             factor = 1.0
-            for operand in node.args:
-                while (scaling := _scaling(operand)) is not None:
-                    factor *= float(scaling.args[1])  # type: ignore[arg-type]
-                    source = scaling.args[0]
-                    scaling.replace_all_uses_with(source)  # type: ignore[arg-type]
+            for index in (0, 1):
+                while (scaling := _scaling(node.args[index])) is not None:
+                    times = 2 if node.args[0] is node.args[1] else 1
+                    factor *= float(scaling.args[1]) ** times  # type: ignore[arg-type]
+                    scaling.replace_all_uses_with(operand(scaling, 0))
                     gm.graph.erase_node(scaling)
                     changed += 1
-                    if operand is scaling:
-                        break
             if factor != 1.0:
                 with gm.graph.inserting_after(node):
                     scaled = emit(gm, aten.mul.Tensor, node, factor, like=node)

@@ -113,8 +113,8 @@ def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
     return _Branch(node, rows, tuple(axes))
 
 
-def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> None:
-    """Replaces the branch by a projection of its own, reshaped and permuted alike."""
+def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
+    """Replaces the branch by a projection of its own, which is returned."""
     source, weight = linear.args[0], get_parameter(gm, linear.args[1])  # type: ignore[arg-type]
     bias = constant(gm, linear.args[2] if len(linear.args) > 2 else None)
     rows = branch.rows.flatten()
@@ -138,6 +138,7 @@ def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> None:
         order = [lead.index(axis) if axis != -1 else next(place) for axis in branch.axes]
         moved = call(aten.permute.default, shaped, order)
     branch.node.replace_all_uses_with(moved)
+    return product
 
 
 @dataclass(frozen=True)
@@ -151,22 +152,24 @@ class SplitProjections:
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Splits every packed projection with constant weights."""
         changed, skips = 0, []
-        for linear in [n for n in gm.graph.nodes if n.target is aten.linear.default]:
+        pending = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+        for linear in pending:
             leaves = _leaves(linear)
             if not leaves:
                 continue
-            reason = _split(gm, linear, leaves)
-            if reason is None:
-                changed += 1
+            parts = _split(gm, linear, leaves)
+            if isinstance(parts, str):
+                skips.append(Skip(linear.name, f"the packed projection stays: {parts}"))
             else:
-                skips.append(Skip(linear.name, f"the packed projection stays: {reason}"))
+                changed += 1
+                pending += parts  # each may be packed in turn
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
         return PassResult(changed, tuple(skips))
 
 
-def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> str | None:
-    """Splits one projection; the reason where it stays."""
+def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> list[fx.Node] | str:
+    """Splits one projection into those returned; the reason where it stays."""
     bias = linear.args[2] if len(linear.args) > 2 else None
     if constant(gm, linear.args[1]) is None or (bias is not None and constant(gm, bias) is None):
         return "its weight or bias is no constant"
@@ -180,6 +183,4 @@ def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> str | 
     width = int(linear.meta["val"].shape[-1])
     if len(branches) < 2 or not torch.equal(rows.sort().values, torch.arange(width)):
         return "its branches do not divide its output channels"
-    for branch in branches:
-        _rebuild(gm, linear, branch)
-    return None
+    return [_rebuild(gm, linear, branch) for branch in branches]

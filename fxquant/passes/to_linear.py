@@ -50,7 +50,8 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     plain = not node.kwargs  # beta and alpha are keyword-only
     weight = _weight(gm, rhs)
     assert isinstance(lhs, fx.Node)
-    if weight is not None and rank(lhs) >= 2:
+    # A weight with more axes than the tokens gives its leading ones to the result.
+    if weight is not None and rank(lhs) >= rank(rhs):
         new_weight = add_constant(gm, weight, f"{node.name}_weight", like=node)
         bias = constant(gm, addend)
         if plain and bias is not None and bias.shape == (weight.shape[0],):

@@ -62,7 +62,9 @@ def mse_range(
         hi: largest value seen, ``(C,)``.
         spec: bit-width and symmetry of the quantizer.
     """
-    edges = _edges(counts, limit)
+    # In units of the limit, a power of two: squared errors then neither overflow nor vanish.
+    lo, hi = lo / limit, hi / limit
+    edges = _edges(counts, torch.ones_like(limit))
     centres = ((edges[:, :-1] + edges[:, 1:]) / 2).float()
     # The outermost values are known exactly; a bin's centre may lie outside the range seen.
     centres = torch.minimum(torch.maximum(centres, lo.unsqueeze(1)), hi.unsqueeze(1))
@@ -74,7 +76,8 @@ def mse_range(
         )
         for i in range(0, len(lo), rows)
     ]
-    return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
+    low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+    return low * limit, high * limit
 
 
 def _shrink(

@@ -1,0 +1,194 @@
+"""Observers: what they fit, and that neither order nor amount of data matters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxquant.errors import CalibrationError, NonFiniteError
+from fxquant.observers import BINS, HistogramObserver, MinMaxObserver, Observer, make_observer
+from fxquant.spec import Granularity, ObserverKind, TensorSpec
+
+KINDS = list(ObserverKind)
+
+
+def observed(spec: TensorSpec, *batches: Tensor, axis: int | None = None) -> Observer:
+    observer = make_observer(spec, axis=axis, where="an_edge__input")
+    for batch in batches:
+        observer(batch)
+    return observer
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> list[Tensor]:
+    """Batches ``(b, 6, 3)`` whose magnitudes differ by up to 2 ** 40, zero batches included."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    exponents = draw(st.lists(st.integers(-20, 20) | st.none(), min_size=1, max_size=5))
+    sizes = draw(st.lists(st.integers(1, 3), min_size=len(exponents), max_size=len(exponents)))
+    return [
+        torch.randn(size, 6, 3, generator=generator) * (0.0 if e is None else 2.0**e)
+        for size, e in zip(sizes, exponents, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("axis", [None, -1])
+@pytest.mark.parametrize("kind", KINDS)
+@given(stream=streams(), symmetric=st.booleans())
+def test_the_fit_does_not_depend_on_batches(
+    kind: ObserverKind, axis: int | None, stream: list[Tensor], symmetric: bool
+) -> None:
+    spec = TensorSpec(observer=kind, symmetric=symmetric, percentile=90.0)
+    whole = observed(spec, torch.cat(stream), axis=axis).fit()
+    for order in (stream, stream[::-1]):
+        parts = observed(spec, *order, axis=axis).fit()
+        assert torch.equal(parts.scale, whole.scale)
+        assert torch.equal(parts.zero_point, whole.zero_point)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_power_of_two_is_counted_alike_in_any_order(kind: ObserverKind) -> None:
+    # The largest value of a batch lies exactly on the limit of a histogram.
+    spec = TensorSpec(observer=kind, percentile=60.0)
+    batches = [torch.full((4,), 2.0**e) for e in (-40, 0, 60, 100)]
+    one, other = observed(spec, *batches).fit(), observed(spec, *batches[::-1]).fit()
+    assert torch.equal(one.scale, other.scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", [None, -1, -3])
+def test_memory_is_bounded(kind: ObserverKind, axis: int | None) -> None:
+    def held(observer: Observer) -> int:
+        return sum(t.numel() for t in vars(observer).values() if isinstance(t, Tensor)) + sum(
+            t.numel() for t in observer.buffers()
+        )
+
+    observer = make_observer(TensorSpec(observer=kind), axis=axis, where="e")
+    observer(torch.randn(1, 2, 3, 4))
+    first = held(observer)
+    for i in range(40):
+        observer(torch.randn(8, 2, 3, 4) * 1.5**i)
+    assert held(observer) == first
+    assert first <= (BINS + 3) * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_passes_through_unchanged(kind: ObserverKind) -> None:
+    x = torch.randn(3, 4)
+    assert make_observer(TensorSpec(observer=kind), axis=None, where="e")(x) is x
+
+
+@given(stream=streams())
+def test_min_max_is_the_range_of_the_data(stream: list[Tensor]) -> None:
+    observer = observed(TensorSpec(), *stream, axis=-1)
+    assert isinstance(observer, MinMaxObserver)
+    rows = torch.cat(stream).flatten(0, 1)
+    lo, hi = observer.range()
+    assert torch.equal(lo, rows.amin(0)) and torch.equal(hi, rows.amax(0))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    percentile=st.sampled_from([60.0, 90.0, 99.0, 99.9, 100.0]),
+    magnitude=st.integers(-10, 10),
+)
+def test_percentile_is_the_quantile_of_torch_within_a_bin(
+    seed: int, percentile: float, magnitude: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4000, generator=generator) * 3.0**magnitude
+    spec = TensorSpec(observer=ObserverKind.PERCENTILE, percentile=percentile)
+    lo, hi = observed(spec, *x.split(1000))._fit_range()
+    tail = (1 - percentile / 100) / 2
+    width = 4 * float(x.abs().max()) / BINS  # limit is at most twice the peak
+    for fitted, share, kind in ((lo, tail, "lower"), (hi, 1 - tail, "higher")):
+        expected = float(torch.quantile(x.double(), share, interpolation=kind))
+        other = "higher" if kind == "lower" else "lower"
+        near = float(torch.quantile(x.double(), share, interpolation=other))
+        low, high = min(expected, near) - width, max(expected, near) + width
+        assert low <= float(fitted) <= high
+
+
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    power=st.sampled_from([1, 3, 5]),
+    shift=st.sampled_from([-1.0, 0.0, 0.3]),
+)
+def test_mse_is_never_worse_than_min_max(
+    seed: int, bits: int, symmetric: bool, power: int, shift: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2000, generator=generator) ** power + shift  # higher powers have outliers
+    spec = {"bits": bits, "symmetric": symmetric}
+    searched = observed(TensorSpec(observer=ObserverKind.MSE, **spec), x).fit()
+    plain = observed(TensorSpec(**spec), x).fit()
+    error = float((searched(x) - x).square().mean())
+    limit = float((plain(x) - x).square().mean())
+    # The search sees bins, not values: half a bin's width moves each value.
+    half_bin = 2 * float(x.abs().max()) / BINS
+    assert error**0.5 <= limit**0.5 + 2 * half_bin
+
+
+@given(seed=st.integers(0, 1000), exponent=st.integers(-80, 90), symmetric=st.booleans())
+def test_mse_does_not_depend_on_the_unit(seed: int, exponent: int, symmetric: bool) -> None:
+    x = torch.randn(200, generator=torch.Generator().manual_seed(seed)) ** 3
+    spec = TensorSpec(bits=4, symmetric=symmetric, observer=ObserverKind.MSE)
+    small, large = observed(spec, x).fit(), observed(spec, x * 2.0**exponent).fit()
+    assert float(large.scale) == float(small.scale) * 2.0**exponent
+    assert torch.equal(large.zero_point, small.zero_point)
+
+
+def test_mse_clips_an_outlier() -> None:
+    x = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([8.0])])
+    spec = TensorSpec(bits=4, observer=ObserverKind.MSE)
+    searched = observed(spec, x).fit()
+    plain = observed(TensorSpec(bits=4), x).fit()
+    assert (searched(x) - x).square().mean() < 0.8 * (plain(x) - x).square().mean()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_infinity_raise_and_name_the_edge(kind: ObserverKind, bad: float) -> None:
+    observer = make_observer(TensorSpec(observer=kind), axis=None, where="blocks_0_fc1__input")
+    with pytest.raises(NonFiniteError, match=r"blocks_0_fc1__input: NaN or infinity"):
+        observer(torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edge_without_data_raises(kind: ObserverKind) -> None:
+    observer = make_observer(TensorSpec(observer=kind), axis=None, where="blocks_0_fc1__input")
+    observer(torch.empty(0, 4))
+    with pytest.raises(CalibrationError, match=r"blocks_0_fc1__input: no calibration data"):
+        observer.fit()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.0, 0.3, -5.0, 1e-38, 1e38])
+def test_constant_data_gives_a_usable_quantizer(kind: ObserverKind, value: float) -> None:
+    x = torch.full((10,), value)
+    y = observed(TensorSpec(observer=kind), x).fit()(x)
+    assert bool(torch.isfinite(y).all())
+    torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-30)
+
+
+def test_histogram_counts_every_value_once() -> None:
+    observer = observed(TensorSpec(observer=ObserverKind.MSE), *torch.randn(5, 7, 3, 4), axis=-1)
+    assert isinstance(observer, HistogramObserver) and observer.counts is not None
+    assert observer.counts.sum(1).tolist() == [5 * 7 * 3.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("granularity", "axis", "count"),
+    [(Granularity.TENSOR, None, ()), (Granularity.CHANNEL, -1, (4,)), (Granularity.HEAD, -3, (2,))],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_scale_a_row(
+    kind: ObserverKind, granularity: Granularity, axis: int | None, count: tuple[int, ...]
+) -> None:
+    spec = TensorSpec(observer=kind, granularity=granularity)
+    quantizer = observed(spec, torch.randn(5, 2, 3, 4), axis=axis).fit()
+    assert tuple(quantizer.scale.shape) == count
