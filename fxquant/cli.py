@@ -16,8 +16,6 @@ from typing import Any
 import torch
 
 from fxquant._version import __version__
-from fxquant.cli_commands import run_compile, run_doctor, run_eval, run_policies
-from fxquant.cli_demo import run_demo
 from fxquant.errors import FxQuantError
 
 _MODEL_HELP = "timm/NAME, torchvision/NAME, NAME (timm first), glyph_vit or glyph_swin"
@@ -33,23 +31,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = build_parser().parse_args(argv)
-    debug = getattr(options, "debug", False)
-    threads = getattr(options, "threads", None)
-    options.threads = threads
-    if threads is not None:
-        torch.set_num_threads(threads)
+    usual = argparse.Namespace(debug=False, threads=None)
+    options = build_parser().parse_args(argv, usual)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     try:
-        code: int = options.run(options)
-        return code
+        return _run(options)
     except FxQuantError as error:
-        if debug:
+        if options.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    # timm, torchvision and onnxruntime take seconds to import, which --help need not wait for.
+    from fxquant import cli_commands, cli_demo
+
+    commands = {
+        "compile": cli_commands.run_compile,
+        "eval": cli_commands.run_eval,
+        "doctor": cli_commands.run_doctor,
+        "policies": cli_commands.run_policies,
+        "demo": cli_demo.run_demo,
+    }
+    return commands[options.command](options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[common],
     )
     parser.add_argument("--version", action="version", version=f"fxquant {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_compile, _add_eval, _add_doctor, _add_policies, _add_demo):
         add(commands, common)
     return parser
@@ -74,7 +83,6 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "compile", parents=[common], help="quantize a model and write it for onnxruntime"
     )
-    parser.set_defaults(run=run_compile)
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
@@ -115,7 +123,6 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("eval", parents=[common], help="measure accuracy and speed")
-    parser.set_defaults(run=run_eval)
     parser.add_argument("path", type=Path, metavar="PATH", help="folder from compile, or .onnx")
     parser.add_argument(
         "--data",
@@ -139,7 +146,6 @@ def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "doctor", parents=[common], help="what onnxruntime makes of a quantized ONNX file"
     )
-    parser.set_defaults(run=run_doctor)
     parser.add_argument("path", type=Path, metavar="FILE.onnx")
     parser.add_argument("--data", metavar="FOLDER", help=f"{_DATA_HELP} (random numbers)")
     parser.add_argument("--images", type=_count, default=8)
@@ -150,7 +156,6 @@ def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_policies(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("policies", parents=[common], help="list or print the presets")
-    parser.set_defaults(run=run_policies)
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one as YAML")
     parser.add_argument("--describe", action="store_true", help="explain it instead")
 
@@ -159,7 +164,6 @@ def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "demo", parents=[common], help="quantize a small shipped model and compare the runtimes"
     )
-    parser.set_defaults(run=run_demo)
     parser.add_argument("--model", default="glyph_vit", help="glyph_vit or glyph_swin")
     parser.add_argument("--images", type=_count, default=1000, help="test images (1000)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the files here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import shutil
@@ -16,7 +17,8 @@ import torch
 
 from fxquant import policies
 from fxquant.backends.onnx_qdq import OnnxExport, doctor
-from fxquant.cli_data import DEMO, Batches, batches, open_data
+from fxquant.backends.onnx_qdq.target import resolve_target
+from fxquant.cli_data import DEMO, batches, open_data
 from fxquant.cli_eval import Runtime, evaluate, onnx_runtime, torch_runtime
 from fxquant.cli_models import (
     DEMO_MODELS,
@@ -37,10 +39,12 @@ from fxquant.errors import DataError, FileFormatError, ModelError, OutputError
 from fxquant.files import write_text, write_together
 from fxquant.model import CONFIG_FILE, WEIGHTS_FILE, CompiledModel, load
 from fxquant.policy_file import resolve, to_yaml
-from fxquant.progress import working
+from fxquant.progress import track, working
 from fxquant.report import Report
 
 ONNX_FILE = "model.onnx"
+# Edges named for one reason; quant_config.json has them all.
+_SHOWN = 6
 _FILES = (ONNX_FILE, CONFIG_FILE, WEIGHTS_FILE, PREPROCESSING_FILE)
 
 
@@ -48,26 +52,18 @@ def run_compile(options: Namespace) -> int:
     """``fxquant compile``: quantizes a model and writes it."""
     # All that can be wrong is looked at before the work starts.
     source, policy = find_model(options.model), resolve(options.policy)
+    resolve_target(options.target)
     check_writable(options.out)
     arguments = dict(options.model_arg)
     own = preprocessing_of(source, image_size_of(arguments))
     preprocessing = _override(own, options)
-    if options.data is None and options.model not in DEMO_MODELS:
-        raise DataError("--data is missing: give a folder of images like those the model will see")
-    data = open_data(
-        options.data or DEMO, preprocessing, labelled=False, split="calib", count=options.images
-    )
+    images = _calibration_images(options, preprocessing)
     weights = Weights(
         checkpoint=options.checkpoint, pretrained=options.pretrained, random=options.random_weights
     )
     torch.manual_seed(options.seed)
     model = build_model(source, weights, arguments)
-    compiled = compile(
-        model,
-        _calibration(data_batches=batches(data, options.images, options.batch_size, options.seed)),
-        policy,
-        progress=True,
-    )
+    compiled = compile(model, images, policy, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
     print_left_float(compiled.report)
@@ -76,9 +72,18 @@ def run_compile(options: Namespace) -> int:
     return 0
 
 
-def _calibration(data_batches: Batches) -> list[torch.Tensor]:
-    """The images read once, so that a damaged file is found before the model is captured."""
-    return [images for images, _ in data_batches]
+def _calibration_images(options: Namespace, preprocessing: Preprocessing) -> list[torch.Tensor]:
+    """Batches read now, so that a damaged file is found before the model is captured."""
+    if options.data is None and options.model not in DEMO_MODELS:
+        raise DataError("--data is missing: give a folder of images like those the model will see")
+    name, count = options.data or DEMO, options.images
+    data = open_data(name, preprocessing, labelled=False, split="calib", count=count)
+    loader = batches(data, count, options.batch_size, options.seed)
+    images = [batch for batch, _ in track(loader, label="read images", total=len(loader))]
+    found = sum(map(len, images))
+    if found < count:
+        print(f"note: --data has {found} images, {count} were asked for", file=sys.stderr)
+    return images
 
 
 def check_writable(folder: Path) -> None:
@@ -115,7 +120,7 @@ def write_artifacts(
         compiled.save(draft)
         write_text(draft / PREPROCESSING_FILE, preprocessing.to_json())
         write_together({folder / file: partial(_copy, draft / file) for file in _FILES})
-    return type(export)(**{**vars(export), "path": folder / ONNX_FILE})
+    return dataclasses.replace(export, path=folder / ONNX_FILE)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -128,7 +133,8 @@ def print_left_float(report: Report) -> None:
     for entry in report.left_float:
         by_reason.setdefault(entry.reason or "the policy keeps it float", []).append(entry.edge)
     for reason, names in by_reason.items():
-        print(f"stayed float: {', '.join(names)}: {reason}")
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        print(f"stayed float: {', '.join(names[:_SHOWN])}{more}: {reason}")
 
 
 def run_eval(options: Namespace) -> int:

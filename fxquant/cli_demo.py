@@ -111,8 +111,9 @@ def _table(
     latencies: dict[int, dict[str, float]],
 ) -> Table:
     images = len(scores[_SIMULATION].predictions)
-    table = Table("runtime", title=f"{name}, policy {_POLICY}, {images} test images")
-    for column in ("top-1 %", "agreement %", "MB", *(f"ms/image, batch {n}" for n in latencies)):
+    table = Table(title=f"{name}, policy {_POLICY}, {images} test images")
+    table.add_column("runtime", no_wrap=True)
+    for column in ("top-1 %", "agreement %", "MB", *(f"ms/image\nbatch {n}" for n in latencies)):
         table.add_column(column, justify="right")
     for key, score in scores.items():
         agreement = (score.predictions == scores[_SIMULATION].predictions).float().mean().item()

@@ -97,15 +97,23 @@ def onnx_runtime(path: Path, threads: int | None) -> Runtime:
     fixed = [size for size in entry.shape[1:] if isinstance(size, int) and size > 0]
     batch = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
 
+    def run_once(images: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(None, {entry.name: images.numpy()})[0])
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise ModelError(
+                f"{path} does not run on images of shape {tuple(images.shape)}: "
+                f"{str(error)[:200]}. It must take float32 images (B, 3, H, W) as its one input"
+            ) from error
+
     def run(images: Tensor) -> Tensor:
         if batch is None:
-            return torch.from_numpy(session.run(None, {entry.name: images.numpy()})[0])
+            return run_once(images)
         parts = []
         # The file takes batches of one size: the last is filled up.
         for part in torch.split(images, batch):
             whole = torch.cat([part, part[:1].expand(batch - len(part), *part.shape[1:])])
-            scores = session.run(None, {entry.name: whole.numpy()})[0]
-            parts.append(torch.from_numpy(scores)[: len(part)])
+            parts.append(run_once(whole)[: len(part)])
         return torch.cat(parts)
 
     shape = tuple(fixed) if len(fixed) == len(entry.shape) - 1 else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -21,6 +22,7 @@ import fxquant
 from fxquant import cli_commands
 from fxquant.cli import main
 from fxquant.cli_preprocess import timm_preprocessing, torchvision_preprocessing
+from fxquant.errors import LoweringError
 
 VIT = "timm/vit_tiny_patch16_224"
 TINY = {"depth": 1, "img_size": 32, "embed_dim": 32, "num_heads": 2, "num_classes": 7}
@@ -119,9 +121,11 @@ def test_compile_prints_the_summary_and_what_stayed_float(
     policy.write_text(yaml.safe_dump({"name": "mine", "rules": rules}))
     arguments = ["compile", "vit_tiny_patch16_224", *ARGS, "--random-weights", "--policy"]
     assert main([*arguments, str(policy), "--data", str(flat), "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
+    captured = capsys.readouterr()
+    printed = captured.out
     assert "mine: " in printed
     assert "3 calibration images" in printed
+    assert "has 3 images, 32 were asked for" in captured.err
     assert "stayed float: blocks_0_attn" in printed
 
 
@@ -314,9 +318,13 @@ def test_a_failed_export_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ["compile", VIT, *ARGS, "--random-weights", "--data", flat]
-    error = fails(capsys, *arguments, "--out", tmp_path / "o", "--target", "x87")
-    assert "x87" in error
+    def refuse(*_: object, **__: object) -> None:
+        raise LoweringError("no form for this operator")
+
+    arguments = ["compile", VIT, *ARGS, "--random-weights", "--data", flat, "--out", tmp_path / "o"]
+    assert "x87" in fails(capsys, *arguments, "--target", "x87")
+    monkeypatch.setattr(fxquant.CompiledModel, "export_onnx", refuse)
+    assert "no form for this operator" in fails(capsys, *arguments)
     assert not (tmp_path / "o").exists()
 
 
@@ -394,6 +402,30 @@ def test_a_damaged_preprocessing_file_is_refused(
         (tmp_path / "preprocessing.json").write_text(text)
         error = fails(capsys, "eval", tmp_path, "--data", photos)
         assert "preprocessing.json" in error
+
+
+def test_eval_of_a_foreign_file_of_fixed_batch_and_other_type(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A classifier on (4, 3, 32, 32): 14 images need the last batch filled up."""
+    for name, kind in (("float", onnx.TensorProto.FLOAT), ("double", onnx.TensorProto.DOUBLE)):
+        value = onnx.helper.make_tensor_value_info
+        graph = onnx.helper.make_graph(
+            [
+                onnx.helper.make_node("ReduceMean", ["x"], ["mean"], axes=[2], keepdims=0),
+                onnx.helper.make_node("Flatten", ["mean"], ["scores"]),
+            ],
+            "classifier",
+            [value("x", kind, [4, 3, 32, 32])],
+            [value("scores", kind, [4, 96])],
+        )
+        opset = [onnx.helper.make_opsetid("", 13)]
+        model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    options = ["--data", str(photos), "--model", "resnet18"]
+    assert main(["eval", str(tmp_path / "float.onnx"), *options]) == 0
+    assert "14 images" in capsys.readouterr().out
+    assert "float32 images" in fails(capsys, "eval", tmp_path / "double.onnx", *options)
 
 
 def test_doctor(compiled: Path, flat: Path, capsys: pytest.CaptureFixture[str]) -> None:
