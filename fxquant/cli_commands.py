@@ -18,7 +18,7 @@ import torch
 from fxquant import policies
 from fxquant.backends.onnx_qdq import OnnxExport, doctor
 from fxquant.backends.onnx_qdq.target import resolve_target
-from fxquant.cli_data import DEMO, batches, open_data
+from fxquant.cli_data import DEMO, Batches, batches, open_data
 from fxquant.cli_eval import Runtime, evaluate, onnx_runtime, torch_runtime
 from fxquant.cli_models import (
     DEMO_MODELS,
@@ -57,12 +57,13 @@ def run_compile(options: Namespace) -> int:
     arguments = dict(options.model_arg)
     own = preprocessing_of(source, image_size_of(arguments))
     preprocessing = _override(own, options)
-    images = _calibration_images(options, preprocessing)
+    loader = _calibration_loader(options, preprocessing)
     weights = Weights(
         checkpoint=options.checkpoint, pretrained=options.pretrained, random=options.random_weights
     )
     torch.manual_seed(options.seed)
     model = build_model(source, weights, arguments)
+    images = _read_images(loader, options.images)
     compiled = compile(model, images, policy, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
@@ -72,13 +73,16 @@ def run_compile(options: Namespace) -> int:
     return 0
 
 
-def _calibration_images(options: Namespace, preprocessing: Preprocessing) -> list[torch.Tensor]:
-    """Batches read now, so that a damaged file is found before the model is captured."""
+def _calibration_loader(options: Namespace, preprocessing: Preprocessing) -> Batches:
     if options.data is None and options.model not in DEMO_MODELS:
         raise DataError("--data is missing: give a folder of images like those the model will see")
     name, count = options.data or DEMO, options.images
     data = open_data(name, preprocessing, labelled=False, split="calib", count=count)
-    loader = batches(data, count, options.batch_size, options.seed)
+    return batches(data, count, options.batch_size, options.seed)
+
+
+def _read_images(loader: Batches, count: int) -> list[torch.Tensor]:
+    """Batches read now, so that a damaged file is found before the model is captured."""
     images = [batch for batch, _ in track(loader, label="read images", total=len(loader))]
     found = sum(map(len, images))
     if found < count:
