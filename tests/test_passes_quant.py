@@ -29,7 +29,7 @@ from fxquant.passes import (
     run_passes,
 )
 from fxquant.policy import Rule
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import UniformQuantizer, accumulator_scale
 from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Stage, TensorSpec
 from fxquant.testing import DIM, assert_same_function, images, op_names, relative_error, seeded, tokens
 
@@ -333,15 +333,17 @@ def test_a_bias_stays_float_and_says_why(rules: list[Rule], reason: str) -> None
     assert {skip.reason for skip in result.skips} == {f"the bias stays float: {reason}"}
 
 
-def test_a_bias_too_large_for_int32_stays_float() -> None:
+def test_a_bias_too_large_for_int32_widens_its_channels_scale() -> None:
     model = seeded(nn.Linear(DIM, DIM))
     model.bias.data[0] = 1e6
     gm = capture(model, tokens() * 1e-5)
     run_passes(gm, (*CANONICAL, AssignSpecs((Rule(spec=EIGHT),)), InsertObservers()))
     calibrate(gm, [tokens() * 1e-5])
     run_passes(gm, [Freeze()])
-    (skip,) = run_passes(gm, [QuantizeBias()])["QuantizeBias"].skips
-    assert skip.reason == "the bias stays float: it overflows int32"
+    assert run_passes(gm, [QuantizeBias()])["QuantizeBias"].skips == ()
+    x, w = (gm.get_submodule(f"quant.linear__{arg}") for arg in ("input", "weight"))
+    assert float((model.bias / accumulator_scale(x, w)).abs().max()) < 2**31
+    assert_same_function(gm, model, tokens() * 1e-5, 1e-2)
 
 
 # The runner

@@ -23,7 +23,6 @@ from fxquant.graph import (
     Edge,
     add_constant,
     aten,
-    constant,
     data_users,
     edges,
     emit,
@@ -32,10 +31,8 @@ from fxquant.graph import (
     rank,
     submodule,
 )
-from fxquant.quantizers import INT32_MAX, Quantizer, UniformQuantizer, accumulator_scale
+from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.spec import Arg, OpKind
-
-
 
 _Operand = tuple[Edge, UniformQuantizer]
 
@@ -132,9 +129,7 @@ class Legalizer:
         out = self._gemm(node, x, w, codes)
         if len(lead) == 1:
             return out
-        return self._call(
-            aten.reshape.default, out, [*lead, out.meta["val"].shape[-1]], like=node
-        )
+        return self._call(aten.reshape.default, out, [*lead, out.meta["val"].shape[-1]], like=node)
 
     def _gemm(
         self,
