@@ -69,6 +69,7 @@ def product_names(gm: fx.GraphModule) -> list[str]:
     return [node.name for node in gm.graph.nodes if op_kind(node) is not None]
 
 
+@torch.no_grad()
 def relative_error(actual: Any, expected: Any) -> float:
     """Largest difference of two outputs over the largest expected value.
 
@@ -163,7 +164,8 @@ class PackedAttention(nn.Module):
         qkv = self.qkv(x).reshape(b, n, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+        z: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, c))
+        return z
 
 
 class PerHeadAttention(nn.Module):
@@ -181,7 +183,8 @@ class PerHeadAttention(nn.Module):
         q, k, v = self.qkv(x).view(b, n, HEADS, -1).split(self.widths, dim=3)
         q, k, v = q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3)
         y = (q @ k * self.widths[0] ** -0.5).softmax(-1) @ v
-        return self.proj(y.transpose(1, 2).reshape(b, n, -1))
+        z: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, -1))
+        return z
 
 
 class KvAttention(nn.Module):
@@ -260,7 +263,7 @@ class Products(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, N, C)`` to ``(B, N, N)``."""
-        y = torch.addmm(self.bias, x.flatten(0, 1), self.weight).unflatten(0, x.shape[:2])
+        y = torch.addmm(self.bias, x.flatten(0, 1), self.weight).reshape(x.shape)
         return torch.bmm(y, x.transpose(1, 2))
 
 

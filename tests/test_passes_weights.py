@@ -274,7 +274,9 @@ def test_the_parts_hold_the_rows_of_the_packed_weight() -> None:
     gm = capture(model, tokens())
     run_passes(gm, [SplitAttention(), SplitProjections()])
     parts = [
-        get_parameter(gm, n.args[1]) for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default
+        get_parameter(gm, n.args[1])
+        for n in gm.graph.nodes
+        if n.target is torch.ops.aten.linear.default
     ]
     assert torch.equal(torch.cat(parts[:3]), model.qkv.weight)
 

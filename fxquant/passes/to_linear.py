@@ -49,7 +49,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     addend = None if at is None else node.args[at]
     plain = not node.kwargs  # beta and alpha are keyword-only
     weight = _weight(gm, rhs)
-    assert isinstance(lhs, fx.Node)
+    assert isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)
     # A weight with more axes than the tokens gives its leading ones to the result.
     if weight is not None and rank(lhs) >= rank(rhs):
         new_weight = add_constant(gm, weight, f"{node.name}_weight", like=node)
