@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 from torch import Tensor, fx, nn
 
 from fxquant import testing
@@ -24,8 +27,13 @@ def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
     return gm
 
 
+@cache
+def _block() -> fx.GraphModule:
+    return canonical(testing.Block(), tokens())
+
+
 def annotated(*rules: Rule, model: nn.Module | None = None) -> tuple[fx.GraphModule, PassResult]:
-    gm = canonical(model or testing.Block(), tokens())
+    gm = copy.deepcopy(_block()) if model is None else canonical(model, tokens())
     return gm, run_passes(gm, [AssignSpecs(rules)])["AssignSpecs"]
 
 
