@@ -273,7 +273,7 @@ class ConvNorm(nn.Module):
     def __init__(self, *, bias: bool = False, groups: int = 1, affine: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 3, padding=1, bias=bias, groups=groups)
-        self.bn = nn.BatchNorm2d(6, affine=affine)
+        self.bn = nn.BatchNorm2d(6, eps=0.1, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps ``(B, 6, H, W)``."""
@@ -286,7 +286,7 @@ class LinearNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(DIM, 2 * DIM, bias=False)
-        self.bn = nn.BatchNorm1d(2 * DIM)
+        self.bn = nn.BatchNorm1d(2 * DIM, eps=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, N, C)`` to ``(B, N, 2 C)``."""
