@@ -178,7 +178,7 @@ def test_other_models_of_timm_keep_their_function(name: str) -> None:
     assert_same_function(gm, model, x, 1e-4)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     heads=st.integers(1, 3),
     width=st.integers(1, 3),
