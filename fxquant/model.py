@@ -18,6 +18,7 @@ from fxquant.graph import edges, get_parameter, submodule
 from fxquant.policy_file import policy_from_dict
 from fxquant.quantizers import Quantizer
 from fxquant.report import PlanEntry, Report
+from fxquant.rewrite import propagate_shapes
 from fxquant.serialize import graph_from_json, graph_to_json, set_tensor
 from fxquant.spec import Stage
 from fxquant.suggest import did_you_mean
@@ -234,6 +235,7 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
                 edge.arg: specs[edge.name],
             }
     gm.graph.lint()
+    propagate_shapes(gm, tuple(config["image_shape"]))
     verify(gm)
     return gm
 

@@ -4,7 +4,6 @@ import dataclasses
 import pytest
 import timm
 import torch
-from tests.integer_helpers import assert_integer_equals_simulation, code_buffers, compare
 from torch import nn
 
 import fxquant
@@ -14,6 +13,7 @@ from fxquant.backends.integer.modules import FromCodes, IntConv, IntLinear, IntM
 from fxquant.errors import LoweringError
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.spec import Arg, OpKind, Stage
+from tests.integer_helpers import assert_integer_equals_simulation, code_buffers, compare
 
 torch.set_num_threads(1)
 

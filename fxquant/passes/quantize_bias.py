@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import add_constant, constant, op_kind, submodule
+from fxquant.graph import constant, op_kind, submodule
 from fxquant.passes.base import PassResult, Skip
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
+from fxquant.rewrite import add_constant
 from fxquant.spec import OpKind, Stage
-
 
 _Site = tuple[fx.Node, Tensor, UniformQuantizer, UniformQuantizer]
 # Largest bias code: float32 sums of the accumulator's products fit beside it in int32.

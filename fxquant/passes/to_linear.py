@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from fxquant.graph import add_constant, aten, constant, emit, rank
+from fxquant.graph import aten, constant, rank
 from fxquant.passes.base import PassResult
+from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Stage
 
 # Operator -> positions of (addend, lhs, rhs).

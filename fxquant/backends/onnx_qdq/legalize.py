@@ -19,19 +19,9 @@ from torch import SymInt, Tensor, fx
 from fxquant.backends.onnx_qdq.target import Target
 from fxquant.backends.onnx_qdq.tensors import TensorWriter
 from fxquant.errors import LoweringError
-from fxquant.graph import (
-    Edge,
-    add_constant,
-    aten,
-    data_users,
-    edges,
-    emit,
-    op_kind,
-    operand,
-    rank,
-    submodule,
-)
+from fxquant.graph import Edge, aten, data_users, edges, op_kind, operand, rank, submodule
 from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Arg, OpKind
 
 _Operand = tuple[Edge, UniformQuantizer]
