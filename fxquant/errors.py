@@ -79,3 +79,11 @@ class OutputError(FxQuantError):
 
 class FileFormatError(FxQuantError):
     """A file is missing, truncated, or not of the expected kind."""
+
+
+class ModelError(FxQuantError):
+    """A model, its arguments or its weights could not be found or loaded."""
+
+
+class DataError(FxQuantError):
+    """A folder of images is missing or empty, holds a damaged file, or does not fit the model."""

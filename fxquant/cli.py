@@ -1,0 +1,194 @@
+"""The command line: arguments, exit codes, and how errors are shown.
+
+Exit codes: 0 success, 1 ``doctor`` found the file wrong, 2 an error, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxquant._version import __version__
+from fxquant.cli_commands import run_compile, run_doctor, run_eval, run_policies
+from fxquant.cli_demo import run_demo
+from fxquant.errors import FxQuantError
+
+_MODEL_HELP = "timm/NAME, torchvision/NAME, NAME (timm first), glyph_vit or glyph_swin"
+_DATA_HELP = "folder of images, or `demo` for the built-in glyph images"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; those of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    options = build_parser().parse_args(argv)
+    debug = getattr(options, "debug", False)
+    threads = getattr(options, "threads", None)
+    options.threads = threads
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        code: int = options.run(options)
+        return code
+    except FxQuantError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    # Global options may stand before or after the command; a default would undo the former.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--threads", type=_count, metavar="N", help="CPU threads")
+    parser = argparse.ArgumentParser(
+        prog="fxquant",
+        description="Quantizes vision transformers after training.",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"fxquant {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_compile, _add_eval, _add_doctor, _add_policies, _add_demo):
+        add(commands, common)
+    return parser
+
+
+def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "compile", parents=[common], help="quantize a model and write it for onnxruntime"
+    )
+    parser.set_defaults(run=run_compile)
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors or .pth; a state dict, plain or under state_dict, model or model_ema "
+        "(averaged weights are preferred)",
+    )
+    weights.add_argument("--pretrained", action="store_true", help="download the weights")
+    weights.add_argument(
+        "--random-weights", action="store_true", help="no weights: to try out speed and coverage"
+    )
+    parser.add_argument(
+        "--model-arg",
+        action="extend",
+        nargs="+",
+        default=[],
+        type=_key_value,
+        metavar="KEY=VALUE",
+        help="argument of the model's constructor; repeatable",
+    )
+    parser.add_argument("--data", metavar="FOLDER", help=f"calibration: {_DATA_HELP}")
+    parser.add_argument("--images", type=_count, default=32, help="calibration images (32)")
+    parser.add_argument("--batch-size", type=_count, default=8)
+    parser.add_argument(
+        "--policy", default="w8a8", help="preset (see `fxquant policies`) or YAML file (w8a8)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for the choice of images, and random weights (0)"
+    )
+    parser.add_argument(
+        "--target", default="auto", help="CPUs that the ONNX file is for (auto: this machine's)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _add_preprocessing(parser)
+
+
+def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("eval", parents=[common], help="measure accuracy and speed")
+    parser.set_defaults(run=run_eval)
+    parser.add_argument("path", type=Path, metavar="PATH", help="folder from compile, or .onnx")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FOLDER",
+        help="folder with one subfolder per class, or `demo` for the built-in glyph images",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("torch", "onnx", "integer"),
+        help="torch simulates; the default is onnx, or torch for a folder without model.onnx",
+    )
+    parser.add_argument("--images", type=_count, help="as many, chosen by --seed (all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=_count, default=8)
+    parser.add_argument("--model", help="take the preprocessing of this timm or torchvision model")
+    _add_preprocessing(parser)
+
+
+def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "doctor", parents=[common], help="what onnxruntime makes of a quantized ONNX file"
+    )
+    parser.set_defaults(run=run_doctor)
+    parser.add_argument("path", type=Path, metavar="FILE.onnx")
+    parser.add_argument("--data", metavar="FOLDER", help=f"{_DATA_HELP} (random numbers)")
+    parser.add_argument("--images", type=_count, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="take the preprocessing of this timm or torchvision model")
+    _add_preprocessing(parser)
+
+
+def _add_policies(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("policies", parents=[common], help="list or print the presets")
+    parser.set_defaults(run=run_policies)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one as YAML")
+    parser.add_argument("--describe", action="store_true", help="explain it instead")
+
+
+def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "demo", parents=[common], help="quantize a small shipped model and compare the runtimes"
+    )
+    parser.set_defaults(run=run_demo)
+    parser.add_argument("--model", default="glyph_vit", help="glyph_vit or glyph_swin")
+    parser.add_argument("--images", type=_count, default=1000, help="test images (1000)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the files here")
+
+
+def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("preprocessing", "instead of the model's own")
+    group.add_argument("--image-size", type=_count, metavar="PIXELS", help="height and width")
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="of values in 0..1"
+        )
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, for example img_size=224")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

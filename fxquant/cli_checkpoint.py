@@ -1,0 +1,136 @@
+"""Weights out of the files that people have."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fxquant.errors import FileFormatError, ModelError
+
+# Training scripts keep the state dict under one of these; averaged weights (EMA) come first, as
+# in timm, since they are what such a script reports the accuracy of.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Prefixes that DistributedDataParallel and torch.compile put before each name.
+_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN = 3
+# What safetensors and torch raise on files that are cut off or of another format.
+_READ_ERRORS = (
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Loads a checkpoint into a model.
+
+    Args:
+        model: changed in place.
+        path: ``.safetensors``, or a file of ``torch.save`` with nothing but tensors and plain
+            values: a state dict, or a dict that holds one (see ``WRAPPERS``).
+
+    Raises:
+        FileFormatError: the file is missing, truncated, or holds other objects.
+        ModelError: the weights are those of another model.
+    """
+    state = read_state(path)
+    misfit = _misfit(model, state)
+    if misfit:
+        state = _convert(model, state)
+        misfit = misfit if _misfit(model, state) else ""
+    if misfit:
+        raise ModelError(
+            f"{path} does not fit the model: {misfit}. Check the model's name, and --model-arg "
+            "(for example num_classes or img_size)"
+        )
+    model.load_state_dict(state)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint; errors as in :func:`load_checkpoint`."""
+    found: Any = _read(path)
+    while isinstance(found, Mapping):
+        inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    names = list(found) if isinstance(found, Mapping) else []
+    state = {_plain(str(name)): found[name] for name in names if isinstance(found[name], Tensor)}
+    if not state:
+        what = f"a dict with keys {names[:_SHOWN]}" if names else type(found).__name__
+        raise FileFormatError(
+            f"{path} holds no state dict but {what}; expected tensors by name, plain or under "
+            f"one of {', '.join(WRAPPERS)}"
+        )
+    return state
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FileFormatError(
+            f"{path} is damaged or holds Python objects, which would run code when loaded. Write "
+            "it again with torch.save(model.state_dict(), path)"
+        ) from error
+    except _READ_ERRORS as error:
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileFormatError(
+            f"{path} is truncated, unreadable or no checkpoint ({first}); copy or download it again"
+        ) from error
+
+
+def _plain(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """How the names and shapes differ from the model's; empty if they do not."""
+    wanted = model.state_dict()
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": shapes,
+    }
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
+        for kind, names in problems.items()
+        if names
+    )
+
+
+def _convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict in timm's names, where the model's module knows how authors named it."""
+    convert: Callable[..., dict[str, Tensor]] | None = getattr(
+        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
+    )
+    if convert is None:
+        return state
+    try:
+        return convert(dict(state), model)
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
+        return state  # of no origin that timm knows: the first comparison explains it best

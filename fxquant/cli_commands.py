@@ -1,0 +1,223 @@
+"""The commands ``compile``, ``eval``, ``doctor`` and ``policies``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fxquant import policies
+from fxquant.backends.onnx_qdq import OnnxExport, doctor
+from fxquant.cli_data import DEMO, Batches, batches, open_data
+from fxquant.cli_eval import Runtime, evaluate, onnx_runtime, torch_runtime
+from fxquant.cli_models import (
+    DEMO_MODELS,
+    Weights,
+    build_model,
+    find_model,
+    image_size_of,
+    preprocessing_of,
+)
+from fxquant.cli_preprocess import (
+    PREPROCESSING_FILE,
+    Preprocessing,
+    plain_preprocessing,
+    read_preprocessing,
+)
+from fxquant.compiler import compile
+from fxquant.errors import DataError, FileFormatError, ModelError, OutputError
+from fxquant.files import write_text, write_together
+from fxquant.model import CONFIG_FILE, WEIGHTS_FILE, CompiledModel, load
+from fxquant.policy_file import resolve, to_yaml
+from fxquant.progress import working
+from fxquant.report import Report
+
+ONNX_FILE = "model.onnx"
+_FILES = (ONNX_FILE, CONFIG_FILE, WEIGHTS_FILE, PREPROCESSING_FILE)
+
+
+def run_compile(options: Namespace) -> int:
+    """``fxquant compile``: quantizes a model and writes it."""
+    # All that can be wrong is looked at before the work starts.
+    source, policy = find_model(options.model), resolve(options.policy)
+    check_writable(options.out)
+    arguments = dict(options.model_arg)
+    own = preprocessing_of(source, image_size_of(arguments))
+    preprocessing = _override(own, options)
+    if options.data is None and options.model not in DEMO_MODELS:
+        raise DataError("--data is missing: give a folder of images like those the model will see")
+    data = open_data(
+        options.data or DEMO, preprocessing, labelled=False, split="calib", count=options.images
+    )
+    weights = Weights(
+        checkpoint=options.checkpoint, pretrained=options.pretrained, random=options.random_weights
+    )
+    torch.manual_seed(options.seed)
+    model = build_model(source, weights, arguments)
+    compiled = compile(
+        model,
+        _calibration(data_batches=batches(data, options.images, options.batch_size, options.seed)),
+        policy,
+        progress=True,
+    )
+    export = write_artifacts(compiled, preprocessing, options.out, options.target)
+    print(compiled.report.summary())
+    print_left_float(compiled.report)
+    print(export)
+    print(f"wrote {', '.join(_FILES)} in {options.out}")
+    return 0
+
+
+def _calibration(data_batches: Batches) -> list[torch.Tensor]:
+    """The images read once, so that a damaged file is found before the model is captured."""
+    return [images for images, _ in data_batches]
+
+
+def check_writable(folder: Path) -> None:
+    """Looks whether files can be written in a folder, made or not, before long work.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    near = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not near.is_dir():
+        raise OutputError(f"cannot write in {folder}: {near} is a file; choose another --out")
+    if not os.access(near, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write in {folder}: no permission for {near}; choose another")
+
+
+def write_artifacts(
+    compiled: CompiledModel, preprocessing: Preprocessing, folder: Path, target: str = "auto"
+) -> OnnxExport:
+    """Writes the model's four files, all or none.
+
+    Args:
+        compiled: the model.
+        preprocessing: of its images.
+        folder: is made.
+        target: CPUs that the ONNX file is for.
+
+    Raises:
+        LoweringError: the model has no ONNX form.
+        OutputError: the folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as name, working("export ONNX"):
+        draft = Path(name)
+        export = compiled.export_onnx(draft / ONNX_FILE, target=target)
+        compiled.save(draft)
+        write_text(draft / PREPROCESSING_FILE, preprocessing.to_json())
+        write_together({folder / file: partial(_copy, draft / file) for file in _FILES})
+    return type(export)(**{**vars(export), "path": folder / ONNX_FILE})
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def print_left_float(report: Report) -> None:
+    """Prints which edges stayed float, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for entry in report.left_float:
+        by_reason.setdefault(entry.reason or "the policy keeps it float", []).append(entry.edge)
+    for reason, names in by_reason.items():
+        print(f"stayed float: {', '.join(names)}: {reason}")
+
+
+def run_eval(options: Namespace) -> int:
+    """``fxquant eval``: accuracy and speed on labelled images."""
+    runtime, folder = _open_runtime(options.path, options.backend, options.threads)
+    preprocessing = _find_preprocessing(folder, options, runtime.image_shape)
+    data = open_data(options.data, preprocessing, labelled=True, count=options.images)
+    loader = batches(data, options.images, options.batch_size, options.seed)
+    score = evaluate(runtime, loader, len(loader))
+    print(score)
+    classes = len(getattr(data, "classes", range(score.classes)))
+    if classes != score.classes:
+        print(
+            f"note: the data has {classes} class folders, the model {score.classes} outputs; "
+            "folders are numbered by name from 0, so compare only if these are the first outputs",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _open_runtime(path: Path, backend: str | None, threads: int | None) -> tuple[Runtime, Path]:
+    """The runtime, and the folder that its preprocessing may be in."""
+    if not path.exists():
+        raise FileFormatError(f"{path} does not exist; give the folder from compile, or an .onnx")
+    if not path.is_dir():
+        if backend not in (None, "onnx"):
+            raise ModelError(
+                f"{path} is an ONNX file, backend {backend} needs the folder that compile wrote"
+            )
+        return onnx_runtime(path, threads), path.parent
+    if backend is None:
+        backend = "onnx" if (path / ONNX_FILE).exists() else "torch"
+    if backend == "onnx":
+        return onnx_runtime(path / ONNX_FILE, threads), path
+    compiled = load(path)
+    module = compiled if backend == "torch" else compiled.lower("integer")
+    name = "torch simulation" if backend == "torch" else "integer kernels"
+    return torch_runtime(name, module, compiled.image_shape), path
+
+
+def _find_preprocessing(
+    folder: Path, options: Namespace, shape: tuple[int, ...] | None
+) -> Preprocessing:
+    """From ``--model``, else the file beside the model, else the options alone."""
+    size = shape[-1] if shape is not None and shape[-1] == shape[-2] else None
+    if options.model is not None:
+        return _override(preprocessing_of(find_model(options.model), size), options)
+    file = folder / PREPROCESSING_FILE
+    if file.exists():
+        return _override(read_preprocessing(file), options)
+    size = options.image_size or size
+    if options.data == DEMO:
+        return preprocessing_of(find_model(DEMO_MODELS[0]))
+    if size is None or options.mean is None or options.std is None:
+        raise DataError(
+            f"how images are prepared for {options.path} is unknown: there is no {file}. Give "
+            "--model NAME, or --image-size, --mean and --std"
+        )
+    return plain_preprocessing(str(options.path), size, options.mean, options.std)
+
+
+def _override(found: Preprocessing, options: Namespace) -> Preprocessing:
+    return found.changed(size=options.image_size, mean=options.mean, std=options.std)
+
+
+def run_doctor(options: Namespace) -> int:
+    """``fxquant doctor``: exit code 1 if onnxruntime's optimizations change the result."""
+    images = None
+    if options.data is not None:
+        shape = onnx_runtime(options.path, options.threads).image_shape
+        preprocessing = _find_preprocessing(options.path.parent, options, shape)
+        data = open_data(options.data, preprocessing, labelled=False)
+        images = next(iter(batches(data, options.images, options.images, options.seed)))[0].numpy()
+    with working("doctor"):
+        report = doctor(options.path, images)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def run_policies(options: Namespace) -> int:
+    """``fxquant policies``: the presets, or one of them."""
+    if options.name is None:
+        width = max(map(len, policies.PRESETS))
+        for name, make in policies.PRESETS.items():
+            print(f"{name:{width}}  {make().description}")
+    elif options.describe:
+        policies.preset(options.name)
+        make_one: Callable[..., object] = policies.PRESETS[options.name]
+        print(f"{options.name}{inspect.signature(make_one)}\n\n{inspect.getdoc(make_one)}")
+    else:
+        print(to_yaml(policies.preset(options.name)), end="")
+    return 0

@@ -1,0 +1,127 @@
+"""The command ``demo``: one shipped model in every runtime, in one table."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fxquant.cli_commands import ONNX_FILE, check_writable, write_artifacts
+from fxquant.cli_data import DEMO, batches, open_data
+from fxquant.cli_eval import (
+    Runtime,
+    Score,
+    evaluate,
+    measure_latency,
+    onnx_runtime,
+    torch_runtime,
+)
+from fxquant.cli_models import DEMO_MODELS, Weights, build_model, find_model, preprocessing_of
+from fxquant.compiler import compile
+from fxquant.errors import ModelError
+from fxquant.model import WEIGHTS_FILE, CompiledModel
+from fxquant.progress import track
+from fxquant.suggest import did_you_mean
+
+_POLICY, _CALIBRATION_IMAGES, _BATCH = "w8a8", 32, 8
+# Enough for a median; the integer reference kernels are slow.
+_ROUNDS = {1: 7, 8: 3}
+_FLOAT, _SIMULATION, _ONNX, _INTEGER = (
+    "torch float32",
+    "torch simulation",
+    "onnxruntime",
+    "integer kernels*",
+)
+_NEXT = (
+    "next: fxquant compile timm/deit_small_patch16_224 --pretrained --data FOLDER --out DIR, "
+    "then fxquant eval DIR --data FOLDER"
+)
+
+
+def run_demo(options: Namespace) -> int:
+    """``fxquant demo``: compiles, exports, evaluates, prints the table."""
+    if options.model not in DEMO_MODELS:
+        raise ModelError(
+            f"no demo model {options.model!r}{did_you_mean(options.model, DEMO_MODELS)}; there "
+            f"are {', '.join(DEMO_MODELS)}. For others: fxquant compile"
+        )
+    if options.out is not None:
+        check_writable(options.out)
+    with tempfile.TemporaryDirectory() as temporary:
+        _compare(options.model, options.images, options.out or Path(temporary), options.threads)
+    print(_NEXT if options.out is None else f"next: fxquant eval {options.out} --data {DEMO}")
+    return 0
+
+
+def _compare(name: str, count: int, folder: Path, threads: int | None) -> None:
+    source = find_model(name)
+    preprocessing = preprocessing_of(source)
+    model = build_model(source, Weights(), {})
+    calibration = open_data(
+        DEMO, preprocessing, labelled=False, split="calib", count=_CALIBRATION_IMAGES
+    )
+    compiled = compile(model, batches(calibration, None, _BATCH, 0), _POLICY, progress=True)
+    write_artifacts(compiled, preprocessing, folder)
+    runtimes = _runtimes(model, compiled, folder / ONNX_FILE, threads)
+    # Drawn once, for all runtimes; smaller batches than a server's keep caches warm.
+    loader = batches(open_data(DEMO, preprocessing, labelled=True, count=count), None, 32, 0)
+    data = [(x, y) for x, y in track(loader, label="draw test images", total=len(loader))]
+    scores = {key: evaluate(runtime, data, len(data)) for key, runtime in runtimes.items()}
+    coded = (folder / WEIGHTS_FILE).stat().st_size
+    sizes = {
+        _FLOAT: len(save({k: v.contiguous() for k, v in model.state_dict().items()})),
+        _SIMULATION: coded,
+        _ONNX: (folder / ONNX_FILE).stat().st_size,
+        _INTEGER: coded,
+    }
+    example = data[0][0][:1].expand(_BATCH, -1, -1, -1).contiguous()
+    Console().print(_table(name, scores, sizes, _latencies(runtimes, example)))
+    print("* reference kernels: exact integer sums in plain torch, not made for speed")
+
+
+def _runtimes(
+    model: nn.Module, compiled: CompiledModel, path: Path, threads: int | None
+) -> dict[str, Runtime]:
+    return {
+        _FLOAT: torch_runtime(_FLOAT, model),
+        _SIMULATION: torch_runtime(_SIMULATION, compiled),
+        _ONNX: onnx_runtime(path, threads),
+        _INTEGER: torch_runtime(_INTEGER, compiled.lower("integer")),
+    }
+
+
+def _latencies(runtimes: dict[str, Runtime], example: Tensor) -> dict[int, dict[str, float]]:
+    with torch.inference_mode():
+        return {
+            batch: measure_latency(runtimes, example[:batch], rounds)
+            for batch, rounds in _ROUNDS.items()
+        }
+
+
+def _table(
+    name: str,
+    scores: dict[str, Score],
+    sizes: dict[str, int],
+    latencies: dict[int, dict[str, float]],
+) -> Table:
+    images = len(scores[_SIMULATION].predictions)
+    table = Table("runtime", title=f"{name}, policy {_POLICY}, {images} test images")
+    for column in ("top-1 %", "agreement %", "MB", *(f"ms/image, batch {n}" for n in latencies)):
+        table.add_column(column, justify="right")
+    for key, score in scores.items():
+        agreement = (score.predictions == scores[_SIMULATION].predictions).float().mean().item()
+        times = [f"{times[key]:.2f}" for times in latencies.values()]
+        table.add_row(
+            key,
+            f"{100 * score.top1:.1f}",
+            f"{100 * agreement:.1f}",
+            f"{sizes[key] / 1e6:.2f}",
+            *times,
+        )
+    return table

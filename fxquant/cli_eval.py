@@ -1,0 +1,194 @@
+"""Runtimes under one interface, and their accuracy and speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import DataError, ModelError
+from fxquant.progress import track
+
+_TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Something that classifies images.
+
+    Attributes:
+        name: for people.
+        run: images ``(B, C, H, W)`` to scores ``(B, classes)``.
+        image_shape: shape of one image; None where any size goes.
+    """
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    image_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Accuracy and speed on labelled images.
+
+    Attributes:
+        name: of the runtime.
+        top1: share of images whose highest score is the label's.
+        top5: share whose five highest scores hold it.
+        classes: number of scores.
+        seconds: time in the model, reading of images not counted.
+        predictions: class with the highest score, ``(N,)``.
+    """
+
+    name: str
+    top1: float
+    top5: float
+    classes: int
+    seconds: float
+    predictions: Tensor
+
+    def __str__(self) -> str:
+        """One line."""
+        images = len(self.predictions)
+        return (
+            f"{self.name}: {images} images, top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, "
+            f"{images / self.seconds:.1f} images/s"
+        )
+
+
+def torch_runtime(
+    name: str, module: nn.Module, image_shape: tuple[int, ...] | None = None
+) -> Runtime:
+    """A module as a runtime.
+
+    Args:
+        name: for people.
+        module: gives scores, or a structure whose first tensor are scores.
+        image_shape: shape of one image.
+    """
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            leaves = torch.utils._pytree.tree_leaves(module(images))
+        scores: Tensor = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return scores
+
+    return Runtime(name=name, run=run, image_shape=image_shape)
+
+
+def onnx_runtime(path: Path, threads: int | None) -> Runtime:
+    """An ONNX file in onnxruntime.
+
+    Args:
+        path: takes images as its first input and gives scores as its first output.
+        threads: threads of one operator; None leaves it to onnxruntime.
+
+    Raises:
+        FileFormatError: onnxruntime cannot load it.
+    """
+    from fxquant.backends.onnx_qdq import make_session
+
+    session = make_session(path, threads)
+    entry = session.get_inputs()[0]
+    fixed = [size for size in entry.shape[1:] if isinstance(size, int) and size > 0]
+    batch = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
+
+    def run(images: Tensor) -> Tensor:
+        if batch is None:
+            return torch.from_numpy(session.run(None, {entry.name: images.numpy()})[0])
+        parts = []
+        # The file takes batches of one size: the last is filled up.
+        for part in torch.split(images, batch):
+            whole = torch.cat([part, part[:1].expand(batch - len(part), *part.shape[1:])])
+            scores = session.run(None, {entry.name: whole.numpy()})[0]
+            parts.append(torch.from_numpy(scores)[: len(part)])
+        return torch.cat(parts)
+
+    shape = tuple(fixed) if len(fixed) == len(entry.shape) - 1 else None
+    return Runtime(name=f"{path.name} in onnxruntime", run=run, image_shape=shape)
+
+
+def evaluate(runtime: Runtime, data: Iterable[tuple[Tensor, Tensor]], count: int = 0) -> Score:
+    """Runs all batches.
+
+    Args:
+        runtime: what to run.
+        data: batches of images and labels ``(B,)``.
+        count: number of batches, for the display of progress; 0 if unknown.
+
+    Raises:
+        DataError: the images or labels do not fit the model.
+        ModelError: its output is not scores ``(B, classes)``.
+    """
+    predictions, hits, seconds, classes = [], torch.zeros(2), 0.0, 0
+    for images, labels in track(data, label=runtime.name, total=count):
+        _check_images(runtime, images)
+        start = time.perf_counter()
+        scores = runtime.run(images)
+        seconds += time.perf_counter() - start
+        _check_scores(runtime, scores, labels)
+        classes = scores.shape[1]
+        best = scores.topk(min(_TOP, classes)).indices
+        right = best == labels[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.any(1).sum()])
+        predictions.append(best[:, 0])
+    found = torch.cat(predictions)
+    top1, top5 = (hits / len(found)).tolist()
+    return Score(
+        name=runtime.name,
+        top1=top1,
+        top5=top5,
+        classes=classes,
+        seconds=seconds,
+        predictions=found,
+    )
+
+
+def _check_images(runtime: Runtime, images: Tensor) -> None:
+    shape = tuple(images.shape[1:])
+    if runtime.image_shape is not None and shape != runtime.image_shape:
+        raise DataError(
+            f"{runtime.name} takes images of shape {runtime.image_shape}, the preprocessing gives "
+            f"{shape}; set --image-size"
+        )
+
+
+def _check_scores(runtime: Runtime, scores: Tensor, labels: Tensor) -> None:
+    if scores.ndim != 2 or len(scores) != len(labels):
+        raise ModelError(
+            f"{runtime.name} gives {tuple(scores.shape)} for {len(labels)} images, not scores "
+            "(images, classes); accuracy can be measured for classifiers only"
+        )
+    if int(labels.max()) >= scores.shape[1]:
+        raise DataError(
+            f"label {int(labels.max())} (class folders are numbered by name, from 0) is beyond "
+            f"the {scores.shape[1]} outputs of {runtime.name}; give the data that it was "
+            "trained for"
+        )
+
+
+def measure_latency(
+    runtimes: Mapping[str, Runtime], images: Tensor, rounds: int
+) -> dict[str, float]:
+    """Median milliseconds per image, the runtimes timed in turn so that noise meets all alike.
+
+    Args:
+        runtimes: by name.
+        images: one batch.
+        rounds: runs of each; one more before warms up.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runtimes}
+    for i in range(rounds + 1):
+        for name, runtime in runtimes.items():
+            start = time.perf_counter()
+            runtime.run(images)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: sorted(values)[len(values) // 2] / len(images) * 1e3
+        for name, values in seconds.items()
+    }

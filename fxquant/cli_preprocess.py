@@ -1,0 +1,154 @@
+"""From an image file to what a model takes: the model's own preprocessing, and its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fxquant.errors import DataError, FileFormatError
+
+PREPROCESSING_FILE = "preprocessing.json"
+FORMAT = 1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# ImageNet practice: the shorter side is resized to 256, then 224 x 224 are cut from the centre.
+_CROP = 224 / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How images are resized, cropped and normalised.
+
+    ``compile`` writes it beside the model as ``preprocessing.json``: ``format`` and these fields.
+
+    Attributes:
+        model: the model that it is for.
+        library: whose transform it is; the two resize differently.
+        settings: keyword arguments of ``timm.data.create_transform`` or of torchvision's
+            ``ImageClassification``.
+    """
+
+    model: str
+    library: Literal["timm", "torchvision"]
+    settings: Mapping[str, Any]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, ``(3, H, W)``."""
+        if self.library == "timm":
+            height, width = self.settings["input_size"][-2:]
+        else:
+            height = width = self.settings["crop_size"]
+        return 3, height, width
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """The function from a PIL image to a float tensor ``(3, H, W)``."""
+        if self.library == "timm":
+            from timm.data.transforms_factory import create_transform
+
+            timm_transform: Callable[[Any], Tensor] = create_transform(**self.settings)
+            return timm_transform
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms._presets import ImageClassification
+
+        mode = InterpolationMode(self.settings["interpolation"])
+        transform: Callable[[Any], Tensor] = ImageClassification(
+            **{**self.settings, "interpolation": mode}
+        )
+        return transform
+
+    def changed(
+        self,
+        *,
+        size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Preprocessing:
+        """With another image size (height and width, pixels), mean or std; None keeps."""
+        settings = dict(self.settings)
+        if mean is not None:
+            settings["mean"] = tuple(mean)
+        if std is not None:
+            settings["std"] = tuple(std)
+        if size is not None and self.library == "timm":
+            settings["input_size"] = (3, size, size)
+        elif size is not None:
+            settings |= {"crop_size": size, "resize_size": round(size / _CROP)}
+        return dataclasses.replace(self, settings=settings)
+
+    def to_json(self) -> str:
+        """The text of ``preprocessing.json``."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+
+
+def plain_preprocessing(
+    model: str, size: int, mean: Sequence[float], std: Sequence[float]
+) -> Preprocessing:
+    """Resizes the shorter side to ``size * 256 / 224`` pixels and crops ``size`` from the centre.
+
+    Args:
+        model: the model that it is for.
+        size: height and width, pixels.
+        mean: of the red, green and blue values in 0..1.
+        std: likewise.
+    """
+    settings = {"interpolation": "bilinear"}
+    plain = Preprocessing(model=model, library="torchvision", settings=settings)
+    return plain.changed(size=size, mean=mean, std=std)
+
+
+def timm_preprocessing(name: str) -> Preprocessing:
+    """The preprocessing that the default weights of a timm model were evaluated with."""
+    import timm
+    from timm.data.config import resolve_data_config
+
+    resolve: Callable[..., dict[str, Any]] = resolve_data_config
+    found = timm.get_pretrained_cfg(name)
+    # Where timm knows no weights, an empty value makes it fall back on ImageNet's usual ones.
+    own = {"mean": None} if found is None else dataclasses.asdict(found)
+    settings = resolve({}, pretrained_cfg=own)
+    return Preprocessing(model=f"timm/{name}", library="timm", settings=settings)
+
+
+def torchvision_preprocessing(name: str) -> Preprocessing:
+    """The transform of the default weights of a torchvision model."""
+    import torchvision
+
+    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    settings = {
+        "crop_size": preset.crop_size[0],
+        "resize_size": preset.resize_size[0],
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "interpolation": preset.interpolation.value,
+    }
+    return Preprocessing(model=f"torchvision/{name}", library="torchvision", settings=settings)
+
+
+def read_preprocessing(path: Path) -> Preprocessing:
+    """Reads what ``compile`` wrote.
+
+    Raises:
+        FileFormatError: the file is truncated or foreign.
+        DataError: it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise FileFormatError(f"{path} is not of format {FORMAT}; compile the model again")
+        found = Preprocessing(**values)
+        found.transform()
+        assert len(found.image_shape) == 3
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(
+            f"{path} is damaged ({type(error).__name__}: {error}); compile the model again, or "
+            "remove the file and give --model"
+        ) from error
+    return found
