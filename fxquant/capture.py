@@ -41,7 +41,7 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
         A graph of aten operators in stage FLOAT, with one placeholder.
 
     Raises:
-        CaptureError: ``model`` is no module or torch.export cannot follow it.
+        CaptureError: ``model`` is no module, not of float32, or torch.export cannot follow it.
         TrainingModeError: ``model`` or a submodule is in training mode.
         ControlFlowError: ``model`` branches on tensor values.
         NonFiniteError: a parameter or buffer holds NaN or infinity.
@@ -109,6 +109,12 @@ def _check(model: nn.Module) -> None:
             f"in training mode: {', '.join(training[:3])}"
             f"{' …' if len(training) > 3 else ''}; call model.eval() before compile()"
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise CaptureError(
+                f"weight {name} is {parameter.dtype}; quantization starts from float32: call "
+                "model.float() before compile(), and give float32 images"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxquant.batches import CalibrationImages
 from fxquant.calibrate import calibrate
 from fxquant.capture import capture, device_of
-from fxquant.errors import CaptureError
+from fxquant.errors import CaptureError, NonFiniteError
 from fxquant.model import CompiledModel
 from fxquant.passes import (
     AssignSpecs,
@@ -76,7 +76,7 @@ def compile(
     Raises:
         CaptureError: the model cannot be captured, or holds nothing to quantize.
         PolicyError: the policy is malformed or does not fit the model.
-        CalibrationError: the calibration data cannot be used.
+        CalibrationError: the calibration data cannot be used, or the model gives NaN for it.
     """
     recipe = resolve(policy)
     images = CalibrationImages(calib_loader)
@@ -116,7 +116,12 @@ def _canonicalize(gm: fx.GraphModule, images: Tensor) -> dict[str, PassResult]:
     after = torch.utils._pytree.tree_leaves(gm(sample))
     for old, new in zip(before, after, strict=True):
         if isinstance(old, Tensor) and old.is_floating_point():
-            error = float((old - new).abs().max() / old.abs().max().clamp(min=1e-6))
+            if bool(old.isnan().any()):
+                raise NonFiniteError(
+                    "the float model itself outputs NaN for the first calibration images: check "
+                    "its weights and the image normalisation"
+                )
+            error = _difference(old, new)
             if not error < 1e-3:
                 raise CaptureError(
                     f"the captured graph differs from the model by {error:.1e} of its largest "
@@ -124,6 +129,13 @@ def _canonicalize(gm: fx.GraphModule, images: Tensor) -> dict[str, PassResult]:
                     "turn that off"
                 )
     return results
+
+
+def _difference(old: Tensor, new: Tensor) -> float:
+    """Largest difference over the largest old value; equal infinities count as equal."""
+    gap = torch.where(old == new, 0.0, (old - new).abs())
+    size = torch.where(old.isinf(), 0.0, old.abs())
+    return float(gap.max() / size.max().clamp(min=1e-6))
 
 
 def _report(

@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxquant import quantizers
-from fxquant.errors import FileFormatError, LoweringError
+from fxquant.errors import FileFormatError, FxQuantError, LoweringError
 from fxquant.files import write_together, write_utf8
 from fxquant.graph import edges, get_parameter, submodule
+from fxquant.policy_file import policy_from_dict
 from fxquant.quantizers import Quantizer
 from fxquant.report import PlanEntry, Report
+from fxquant.rewrite import propagate_shapes
 from fxquant.serialize import graph_from_json, graph_to_json, set_tensor
 from fxquant.spec import Stage
 from fxquant.suggest import did_you_mean
@@ -152,11 +154,21 @@ def load(folder: str | Path) -> CompiledModel:
     folder = Path(folder)
     config, tensors = _read_config(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
     try:
+        policy_from_dict(config["policy"])
         gm = _rebuild(config, tensors)
         report = Report.from_dict(config["report"])
         shape = tuple(int(n) for n in config["image_shape"])
         return CompiledModel(gm, report, config["policy"], shape)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except FileFormatError:
+        raise
+    except (
+        FxQuantError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise FileFormatError(
             f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} do not fit together or are damaged "
             f"({type(error).__name__}: {error}); compile and save the model again"
@@ -208,7 +220,8 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
         plain, value = name.removeprefix(_CODES), codes
         if plain != name:
             coder = root.get_submodule(config["coded_weights"][plain])
-            assert isinstance(coder, Quantizer)
+            if not isinstance(coder, Quantizer):
+                raise FileFormatError(f"{plain} is stored as codes of {coder}, no quantizer")
             value = coder.dequantize(codes.float() + _code_shift(coder))
         set_tensor(root, plain, value)
     gm = fx.GraphModule(root, graph_from_json(config["graph"]))
@@ -222,6 +235,7 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
                 edge.arg: specs[edge.name],
             }
     gm.graph.lint()
+    propagate_shapes(gm, tuple(config["image_shape"]))
     verify(gm)
     return gm
 

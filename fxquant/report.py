@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -82,8 +83,9 @@ def measure_sqnr(gm: fx.GraphModule, images: Tensor) -> dict[str, float]:
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            signal, noise = args[0].double().square().sum(), (output - args[0]).double()
-            measured[name] = float(10 * torch.log10(signal / noise.square().sum()))
+            signal = float(args[0].double().square().sum())
+            noise = float((output - args[0]).double().square().sum())
+            measured[name] = 10 * math.log10(signal / noise) if noise else math.inf
 
         return hook
 

@@ -69,6 +69,7 @@ def product_names(gm: fx.GraphModule) -> list[str]:
     return [node.name for node in gm.graph.nodes if op_kind(node) is not None]
 
 
+@torch.no_grad()
 def relative_error(actual: Any, expected: Any) -> float:
     """Largest difference of two outputs over the largest expected value.
 
@@ -163,7 +164,8 @@ class PackedAttention(nn.Module):
         qkv = self.qkv(x).reshape(b, n, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+        z: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, c))
+        return z
 
 
 class PerHeadAttention(nn.Module):
@@ -181,7 +183,8 @@ class PerHeadAttention(nn.Module):
         q, k, v = self.qkv(x).view(b, n, HEADS, -1).split(self.widths, dim=3)
         q, k, v = q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3)
         y = (q @ k * self.widths[0] ** -0.5).softmax(-1) @ v
-        return self.proj(y.transpose(1, 2).reshape(b, n, -1))
+        z: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, -1))
+        return z
 
 
 class KvAttention(nn.Module):
@@ -260,7 +263,7 @@ class Products(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, N, C)`` to ``(B, N, N)``."""
-        y = torch.addmm(self.bias, x.flatten(0, 1), self.weight).unflatten(0, x.shape[:2])
+        y = torch.addmm(self.bias, x.flatten(0, 1), self.weight).reshape(x.shape)
         return torch.bmm(y, x.transpose(1, 2))
 
 
@@ -270,7 +273,7 @@ class ConvNorm(nn.Module):
     def __init__(self, *, bias: bool = False, groups: int = 1, affine: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 3, padding=1, bias=bias, groups=groups)
-        self.bn = nn.BatchNorm2d(6, affine=affine)
+        self.bn = nn.BatchNorm2d(6, eps=0.1, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps ``(B, 6, H, W)``."""
@@ -283,7 +286,7 @@ class LinearNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(DIM, 2 * DIM, bias=False)
-        self.bn = nn.BatchNorm1d(2 * DIM)
+        self.bn = nn.BatchNorm1d(2 * DIM, eps=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, N, C)`` to ``(B, N, 2 C)``."""

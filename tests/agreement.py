@@ -33,9 +33,7 @@ class Observed:
 def simulated_codes(model: CompiledModel, images: Tensor) -> list[Observed]:
     """Inputs, in steps of their scale, and codes of the activation quantizers, in graph order."""
     gm, seen = model.graph_module, dict[str, Observed]()
-    weights = {
-        str(edge.source.target) for edge in quantized_edges(gm) if edge.arg is Arg.WEIGHT
-    }
+    weights = {str(edge.source.target) for edge in quantized_edges(gm) if edge.arg is Arg.WEIGHT}
 
     def hook(name: str):
         def record(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
@@ -112,7 +110,7 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
             steps = ours.steps[rows].numpy()[wrong]
             from_tie = np.abs(np.abs(steps - np.floor(steps)) - 0.5)
             assert from_tie.max() < NEAR_TIE, f"{ours.name}: {from_tie.max():.1e} from a tie"
-            assert wrong.mean() < 1e-3, f"{ours.name}: {wrong.mean():.1e} of the codes differ"
+            assert wrong.sum() <= max(2, 1e-3 * wrong.size), f"{ours.name}: too many ties"
     return len(settled)
 
 

@@ -164,6 +164,12 @@ def test_images_that_do_not_fit_are_refused_with_the_shape() -> None:
         capture(seeded(testing.Block()), torch.randn(2, 5, 7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_than_float32_are_refused_with_advice(dtype: torch.dtype) -> None:
+    with pytest.raises(CaptureError, match=rf"is {dtype}.*model\.float\(\)"):
+        capture(seeded(testing.Block()).to(dtype), tokens().to(dtype))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_damaged_weight_is_named(bad: float) -> None:
     model = seeded(testing.Block())

@@ -123,7 +123,6 @@ def test_fused_attention_is_opened(attention: nn.Module, added: int) -> None:
     assert after[: after.index("softmax")].count("add") == added
 
 
-@pytest.mark.xfail(reason="softmax of -inf alone is NaN, where torch's fused kernel gives zero")
 def test_a_row_that_the_mask_hides_completely_is_zero_as_in_torch() -> None:
     mask = hidden_mask()
     mask[2] = False
@@ -171,7 +170,7 @@ def test_products_become_linear_or_matmul(
 
 def test_addmm_becomes_a_linear_with_bias_and_bmm_a_matmul() -> None:
     gm, _ = assert_pass(seeded(testing.Products()), tokens(), ToLinear(), changed=2)
-    assert op_names(gm) == ["flatten", "linear", "unflatten", "transpose", "matmul"]
+    assert op_names(gm) == ["flatten", "linear", "reshape", "transpose", "matmul"]
     (linear,) = (n for n in gm.graph.nodes if "linear" in str(n.target))
     assert len(linear.args) == 3
 

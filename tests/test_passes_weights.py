@@ -178,7 +178,7 @@ def test_other_models_of_timm_keep_their_function(name: str) -> None:
     assert_same_function(gm, model, x, 1e-4)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     heads=st.integers(1, 3),
     width=st.integers(1, 3),
@@ -274,7 +274,9 @@ def test_the_parts_hold_the_rows_of_the_packed_weight() -> None:
     gm = capture(model, tokens())
     run_passes(gm, [SplitAttention(), SplitProjections()])
     parts = [
-        get_parameter(gm, n.args[1]) for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default
+        get_parameter(gm, n.args[1])
+        for n in gm.graph.nodes
+        if n.target is torch.ops.aten.linear.default
     ]
     assert torch.equal(torch.cat(parts[:3]), model.qkv.weight)
 

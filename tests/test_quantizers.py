@@ -108,7 +108,9 @@ def test_state_is_complete(case: Case) -> None:
 def test_gradient_is_that_of_the_identity_within_the_range_and_zero_outside(case: Case) -> None:
     x = case.x.clone().requires_grad_()
     case.quantizer(x).sum().backward()
-    lo, hi, step = map(case.along, (case.lo.clamp(max=0), case.hi.clamp(min=0), case.quantizer.scale))
+    lo, hi, step = map(
+        case.along, (case.lo.clamp(max=0), case.hi.clamp(min=0), case.quantizer.scale)
+    )
     well_inside = (case.x > lo + step) & (case.x < hi - step)
     # Symmetric codes may reach further than the range on one side.
     reach = torch.maximum(-lo, hi) * 1.0 + 2 * step if case.quantizer.signed else 0 * step
@@ -183,7 +185,7 @@ def test_shapes_of_scale_and_axis_must_fit() -> None:
 
 
 def test_a_config_of_another_version_is_refused() -> None:
-    with pytest.raises(FileFormatError, match="'log3'.*upgrade"):
+    with pytest.raises(FileFormatError, match=r"'log3'.*upgrade"):
         from_config({"type": "log3"})
 
 
@@ -191,9 +193,7 @@ def test_accumulator_scale_is_the_product_of_the_scales() -> None:
     activation = UniformQuantizer(
         torch.tensor(0.5), torch.tensor(3.0), bits=8, signed=False, axis=None
     )
-    weight = UniformQuantizer(
-        torch.tensor([1.0, 2.0]), torch.zeros(2), bits=8, signed=True, axis=0
-    )
+    weight = UniformQuantizer(torch.tensor([1.0, 2.0]), torch.zeros(2), bits=8, signed=True, axis=0)
     assert accumulator_scale(activation, weight).tolist() == [0.5, 1.0]
 
 

@@ -1,1 +1,1 @@
-"""The trained example models and the image set they were trained on."""
+"""Small trained models and a seeded data set to try the compiler on without any download."""

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 from torch import SymInt, Tensor, fx
 
-from fxquant.graph import aten, emit, operand
+from fxquant.graph import aten, operand
 from fxquant.passes.base import PassResult
+from fxquant.rewrite import emit
 from fxquant.spec import Stage
 
 _CHECKS = {

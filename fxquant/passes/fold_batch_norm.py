@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import add_constant, aten, constant, data_users, op_kind, operand
+from fxquant.graph import aten, constant, data_users, op_kind, operand
 from fxquant.passes.base import PassResult, Skip
+from fxquant.rewrite import add_constant
 from fxquant.spec import OpKind, Stage
 
 # Operator -> position of eps; both begin (input, weight, bias, mean, var).

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import MOVES, add_constant, aten, get_parameter
+from fxquant.graph import MOVES, aten, get_parameter
 from fxquant.passes.base import PassResult
+from fxquant.rewrite import add_constant
 from fxquant.spec import Stage
 
 # expand costs nothing at run time and much memory as a constant.

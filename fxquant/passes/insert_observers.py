@@ -3,8 +3,8 @@
 Before: ``linear(x, W)`` with ``quant = {input: spec, weight: …}``, stage ANNOTATED
 After:  ``linear(quant.<edge>(x), W)``, stage OBSERVED
 
-Edges that read one value with one spec and axis share an observer: a run-time has one copy of the value.
-Weights need no data and are fitted by Freeze.
+Edges that read one value with one spec and axis share an observer: a run-time has one copy of the
+value. Weights need no data and are fitted by Freeze.
 """
 
 from __future__ import annotations

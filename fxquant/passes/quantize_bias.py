@@ -4,30 +4,51 @@ Before: ``linear(q(x), q(W), b)``
 After:  ``linear(q(x), q(W), b')`` with ``b' = round(b / (s_x s_w)) s_x s_w``
 
 An integer kernel adds the bias to its int32 accumulator, whose unit is the product of the two
-scales; so the simulation does the same. The move is at most half such a unit.
+scales; so the simulation does the same. The move is at most half such a unit. Where the bias would
+overflow int32, the weight's scale is widened until it fits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import add_constant, constant, op_kind, submodule
+from fxquant.graph import constant, op_kind, submodule
 from fxquant.passes.base import PassResult, Skip
-from fxquant.quantizers import INT32_MAX, UniformQuantizer, accumulator_scale
+from fxquant.quantizers import UniformQuantizer, accumulator_scale
+from fxquant.rewrite import add_constant
 from fxquant.spec import OpKind, Stage
 
-def _unit(gm: fx.GraphModule, node: fx.Node) -> Tensor | str:
-    """Unit of the accumulator, or the reason why the operation has none."""
-    pair = [submodule(gm, s) if isinstance(s, fx.Node) else None for s in node.args[:2]]
-    if not isinstance(pair[0], UniformQuantizer) or not isinstance(pair[1], UniformQuantizer):
+_Site = tuple[fx.Node, Tensor, UniformQuantizer, UniformQuantizer]
+# Largest bias code: float32 sums of the accumulator's products fit beside it in int32.
+_LARGEST = 2**30
+
+
+def _pair(gm: fx.GraphModule, node: fx.Node) -> tuple[UniformQuantizer, UniformQuantizer] | str:
+    """Quantizers of input and weight, or the reason why there is no integer accumulator."""
+    x, w = (submodule(gm, s) if isinstance(s, fx.Node) else None for s in node.args[:2])
+    if not isinstance(x, UniformQuantizer) or not isinstance(w, UniformQuantizer):
         return "the bias stays float: input or weight is not quantized uniformly"
-    if pair[0].axis is not None:
+    if x.axis is not None:
         return "the bias stays float: the input has a scale per channel"
-    return accumulator_scale(pair[0], pair[1])
+    return x, w
+
+
+def _make_room(bias: Tensor, x: UniformQuantizer, w: UniformQuantizer) -> None:
+    """Widens the scale of channels whose weights are so small that their bias overflows.
+
+    Half a step of the wider scale moves the output by at most ``K 2^-23`` of the bias, which is
+    float32's own rounding. Training leaves such channels behind where a batch norm's gamma decayed
+    to almost zero.
+    """
+    least = bias.abs() / (x.scale * _LARGEST)
+    if w.axis is None:
+        least = least.max()
+    w.scale.copy_(torch.maximum(w.scale, least))
 
 
 @dataclass(frozen=True)
@@ -40,22 +61,14 @@ class QuantizeBias:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rounds every bias that an integer kernel would add."""
-        changed, skips = 0, []
-        for node in list(gm.graph.nodes):
-            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or len(node.args) < 3:
-                continue
-            bias = constant(gm, node.args[2])
-            if bias is None:
-                continue
-            unit = _unit(gm, node)
-            if isinstance(unit, str):
-                skips.append(Skip(node.name, unit))
-                continue
-            codes = torch.round(bias.double() / unit.double())
-            if bool((codes.abs() >= INT32_MAX).any()):
-                skips.append(Skip(node.name, "the bias stays float: it overflows int32"))
-                continue
-            rounded = (codes * unit.double()).to(bias.dtype)
+        skips: list[Skip] = []
+        sites = list(self._sites(gm, skips))
+        for _, bias, x, w in sites:
+            _make_room(bias, x, w)
+        changed = 0
+        for node, bias, x, w in sites:
+            unit = accumulator_scale(x, w).double()
+            rounded = (torch.round(bias.double() / unit) * unit).to(bias.dtype)
             if torch.equal(rounded, bias):
                 continue
             with gm.graph.inserting_before(node):
@@ -64,3 +77,17 @@ class QuantizeBias:
             changed += 1
         gm.graph.eliminate_dead_code()
         return PassResult(changed, tuple(skips))
+
+    @staticmethod
+    def _sites(gm: fx.GraphModule, skips: list[Skip]) -> Iterator[_Site]:
+        for node in list(gm.graph.nodes):
+            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or len(node.args) < 3:
+                continue
+            bias = constant(gm, node.args[2])
+            if bias is None:
+                continue
+            pair = _pair(gm, node)
+            if isinstance(pair, str):
+                skips.append(Skip(node.name, pair))
+            else:
+                yield node, bias, *pair

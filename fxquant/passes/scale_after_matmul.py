@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxquant.graph import MOVES, aten, emit, operand
+from fxquant.graph import MOVES, aten, operand
 from fxquant.passes.base import PassResult
+from fxquant.rewrite import emit
 from fxquant.spec import Stage
 
 

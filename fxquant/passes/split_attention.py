@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxquant.graph import aten, emit
+from fxquant.graph import aten, constant
 from fxquant.passes.base import PassResult
+from fxquant.rewrite import emit
 from fxquant.spec import Stage
 
 _FUSED = aten.scaled_dot_product_attention.default
@@ -65,7 +66,22 @@ def _split(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     mask = _mask(call, given["attn_mask"], given["is_causal"], scores)
     if mask is not None:
         scores = call(aten.add.Tensor, scores, mask)
-    return call(aten.matmul.default, call(aten.softmax.int, scores, -1), value)
+    probabilities = call(aten.softmax.int, scores, -1)
+    given_mask = given["attn_mask"]
+    if given_mask is not None and given_mask.meta["val"].dtype == torch.bool:
+        probabilities = _clear_hidden_rows(gm, call, given_mask, probabilities)
+    return call(aten.matmul.default, probabilities, value)
+
+
+def _clear_hidden_rows(
+    gm: fx.GraphModule, call: Callable[..., fx.Node], mask: fx.Node, probabilities: fx.Node
+) -> fx.Node:
+    """Attention of a token that sees no other is zero, where the softmax of -inf alone is NaN."""
+    value = constant(gm, mask)
+    if value is not None and bool(value.any(-1).all()):
+        return probabilities
+    blind = call(aten.logical_not.default, call(aten.any.dim, mask, -1, True))
+    return call(aten.masked_fill.Scalar, probabilities, blind, 0.0)
 
 
 @dataclass(frozen=True)

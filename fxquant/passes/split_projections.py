@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import MOVES, add_constant, aten, constant, data_users, emit, get_parameter
+from fxquant.graph import MOVES, aten, constant, data_users, get_parameter
 from fxquant.passes.base import PassResult, Skip
+from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Stage
 
 # Moves that can drop a part of their input: where branches of a packed projection part.

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from fxquant.graph import add_constant, aten, constant, emit, rank
+from fxquant.graph import aten, constant, rank
 from fxquant.passes.base import PassResult
+from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Stage
 
 # Operator -> positions of (addend, lhs, rhs).
@@ -49,7 +50,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     addend = None if at is None else node.args[at]
     plain = not node.kwargs  # beta and alpha are keyword-only
     weight = _weight(gm, rhs)
-    assert isinstance(lhs, fx.Node)
+    assert isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)
     # A weight with more axes than the tokens gives its leading ones to the result.
     if weight is not None and rank(lhs) >= rank(rhs):
         new_weight = add_constant(gm, weight, f"{node.name}_weight", like=node)

@@ -19,23 +19,10 @@ from torch import SymInt, Tensor, fx
 from fxquant.backends.onnx_qdq.target import Target
 from fxquant.backends.onnx_qdq.tensors import TensorWriter
 from fxquant.errors import LoweringError
-from fxquant.graph import (
-    Edge,
-    add_constant,
-    aten,
-    constant,
-    data_users,
-    edges,
-    emit,
-    op_kind,
-    operand,
-    rank,
-    submodule,
-)
-from fxquant.quantizers import INT32_MAX, Quantizer, UniformQuantizer, accumulator_scale
+from fxquant.graph import Edge, aten, data_users, edges, op_kind, operand, rank, submodule
+from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Arg, OpKind
-
-
 
 _Operand = tuple[Edge, UniformQuantizer]
 
@@ -132,9 +119,7 @@ class Legalizer:
         out = self._gemm(node, x, w, codes)
         if len(lead) == 1:
             return out
-        return self._call(
-            aten.reshape.default, out, [*lead, out.meta["val"].shape[-1]], like=node
-        )
+        return self._call(aten.reshape.default, out, [*lead, out.meta["val"].shape[-1]], like=node)
 
     def _gemm(
         self,

@@ -91,8 +91,6 @@ def u8s8_saturates() -> bool:
     )
     opsets = [helper.make_opsetid("", 21)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = ort.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (product,) = session.run(None, {"x": np.full((1, k), 255, np.uint8)})
     return bool((product != k * 255 * 127).any())

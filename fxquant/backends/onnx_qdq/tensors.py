@@ -10,8 +10,9 @@ from torch import Tensor, fx
 from fxquant.backends.onnx_qdq.target import Target
 from fxquant.backends.onnx_qdq.torch_ops import DEQUANTIZE, QUANTIZE
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, add_constant, aten, constant, emit, operand
+from fxquant.graph import Edge, aten, constant, operand
 from fxquant.quantizers import INT32_MAX, UniformQuantizer, accumulator_scale
+from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Arg
 
 

@@ -30,9 +30,7 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fxquant_onnx::dequantize_linear", mutates_args=())
-def dequantize_linear(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
-) -> Tensor:
+def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """Values ``(codes - zero_point) * scale`` as float32.
 
     Args:

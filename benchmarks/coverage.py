@@ -1,0 +1,43 @@
+"""What is quantized in each model family, and what onnxruntime makes of it, as a table.
+
+    python benchmarks/coverage.py
+
+Small configurations with random weights, those of the coverage test.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import fxquant
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.zoo import FAMILIES
+
+
+def main() -> None:
+    """Prints the table as Markdown, a row at a time."""
+    print("| model | products | edges quantized | integer kernels | float, and why |")
+    print("|---|---|---|---|---|")
+    for family in FAMILIES:
+        images = torch.randn(4, *family.image, generator=torch.Generator().manual_seed(1))
+        compiled = fxquant.compile(family.model(), [images], "w8a8")
+        with tempfile.TemporaryDirectory() as folder:
+            exported = compiled.export_onnx(Path(folder) / "model.onnx")
+        quantized = len(compiled.plan) - len(compiled.report.left_float)
+        reasons = sorted({item.reason for item in exported.unfused})
+        left = f"{len(exported.unfused)}: {'; '.join(reasons)}" if reasons else "none"
+        print(
+            f"| {family.name} | {len(compiled.plan) // 2} | {quantized} of {len(compiled.plan)} "
+            f"| {sum(exported.fused.values())} | {left} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""``compile()`` end to end: what it takes, what it refuses, what it reports."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxquant
+from fxquant import Policy, Rule, TensorSpec, testing
+from fxquant.errors import (
+    BatchError,
+    CaptureError,
+    EmptyLoaderError,
+    LoweringError,
+    NonFiniteError,
+    NothingToQuantizeError,
+    TrainingModeError,
+    UnusedRuleError,
+)
+from fxquant.quantizers import Quantizer
+from fxquant.testing import DIM, images, relative_error, seeded, tokens
+
+
+@pytest.fixture(scope="module")
+def quantized(vit: nn.Module) -> fxquant.CompiledModel:
+    return fxquant.compile(vit, [images(4, 16)])
+
+
+def test_the_quantized_model_is_close_to_the_float_one(
+    vit: nn.Module, quantized: fxquant.CompiledModel
+) -> None:
+    for batch in (1, 4):
+        x = images(batch, 16)
+        assert relative_error(quantized(x), vit(x)) < 0.1
+    assert not torch.equal(quantized(x), vit(x))
+
+
+def test_swin(swin: nn.Module) -> None:
+    x = images(2, 32)
+    model = fxquant.compile(swin, [x])
+    assert relative_error(model(x), swin(x)) < 0.1
+    assert relative_error(model(images(5, 32)), swin(images(5, 32))) < 0.2
+    assert model.report.left_float == ()
+
+
+def test_the_users_model_is_not_changed(vit: nn.Module) -> None:
+    before = copy.deepcopy(vit.state_dict())
+    flags = [p.requires_grad for p in vit.parameters()]
+    fxquant.compile(vit, [images(2, 16)], "minmax")
+    assert all(torch.equal(before[k], v) for k, v in vit.state_dict().items())
+    assert [p.requires_grad for p in vit.parameters()] == flags and not vit.training
+
+
+X = images(4, 16)
+LABELS = torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        [X[:2], X[2:]],
+        [(X[:2], LABELS[:2]), [X[2:], LABELS[2:]]],
+        [{"pixel_values": X, "labels": LABELS}],
+        ({"image": x[None]} for x in X),
+        DataLoader(TensorDataset(X, LABELS), batch_size=3),
+        DataLoader(TensorDataset(X), batch_size=4),
+        (x[None] for x in X),
+        X,
+    ],
+    ids=["tensors", "pairs", "dict", "dicts", "loader", "no labels", "generator", "tensor"],
+)
+def test_any_loader_gives_the_same_model(
+    vit: nn.Module, quantized: fxquant.CompiledModel, loader: Any
+) -> None:
+    model = fxquant.compile(vit, loader)
+    assert model.report.images == 4
+    # Batches of another size round differently in the last bit of the activations.
+    assert relative_error(model(X), quantized(X)) < 0.02
+
+
+def test_policies_of_all_kinds_are_taken(tmp_path: Path) -> None:
+    model = seeded(nn.Linear(DIM, DIM))
+    rules = {"name": "four", "rules": [{"spec": {"bits": 4}}]}
+    path = tmp_path / "four.yaml"
+    path.write_text("name: four\nrules:\n- spec:\n    bits: 4\n")
+    policy = Policy(name="four", rules=(Rule(spec=TensorSpec(bits=4)),))
+    outputs = []
+    for given in (rules, path, str(path), policy):
+        compiled = fxquant.compile(model, [tokens()], given)
+        assert {entry.spec for entry in compiled.plan} == {TensorSpec(bits=4)}
+        outputs.append(compiled(tokens()))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_a_symbolically_traced_model_compiles() -> None:
+    model = fx.symbolic_trace(seeded(nn.Sequential(nn.Linear(DIM, DIM), nn.GELU()))).eval()
+    assert relative_error(fxquant.compile(model, [tokens()])(tokens()), model(tokens())) < 0.05
+
+
+@pytest.mark.parametrize(
+    "make", [testing.PerHeadAttention, testing.TorchAttention, testing.KvAttention, testing.Block]
+)
+def test_every_form_of_attention_compiles(make: Any) -> None:
+    model = seeded(make())
+    compiled = fxquant.compile(model, [tokens(8)])
+    assert compiled.report.left_float == ()
+    assert relative_error(compiled(tokens(8)), model(tokens(8))) < 0.1
+
+
+def test_gradients_reach_the_images(quantized: fxquant.CompiledModel) -> None:
+    x = images(2, 16).requires_grad_()
+    quantized(x).sum().backward()
+    assert x.grad is not None and float(x.grad.abs().sum()) > 0
+
+
+# What it reports
+
+
+def test_plan_and_report(quantized: fxquant.CompiledModel) -> None:
+    report = quantized.report
+    plan = {entry.edge: entry for entry in quantized.plan}
+    softmax = plan["blocks_0_attn_matmul_1__lhs"]
+    assert (softmax.fed_by, softmax.op, softmax.arg) == ("softmax", "matmul", "lhs")
+    assert softmax.path == "blocks.0.attn"
+    assert softmax.spec == TensorSpec(bits=8)
+    assert plan["patch_embed_proj__input"].fed_by == "image"
+    assert report.left_float == () and report.policy == "w8a8"
+    assert report.quantized_bytes < 0.5 * report.float_bytes
+    assert set(report.seconds) == {"capture", "calibrate", "fit", "report"}
+
+    modules = {n for n, m in quantized.graph_module.named_modules() if isinstance(m, Quantizer)}
+    assert {entry.quantizer for entry in quantized.plan} == modules == set(report.sqnr)
+    assert all(25 < decibel < 90 for decibel in report.sqnr.values())
+
+    text = str(report)
+    for part in (*plan, "softmax", "8 sym", "8 asym", "SQNR", "w8a8: 20 of 20 edges"):
+        assert part in text
+    assert type(report).from_dict(report.to_dict()) == report
+
+
+def test_what_stays_float_is_listed_with_its_reason(vit: nn.Module) -> None:
+    policy = fxquant.policies.w8a8().with_rules(Rule(path="head", spec=None))
+    model = fxquant.compile(vit, [X], policy)
+    assert {e.edge: e.reason for e in model.report.left_float} == {
+        "head__input": "left float: rule 1 says so",
+        "head__weight": "left float: rule 1 says so",
+    }
+    assert "head__input: left float: rule 1 says so" in str(model.report)
+    assert "18 of 20 edges" in model.report.summary()
+
+
+def test_more_bits_are_reported_as_less_noise() -> None:
+    def decibels(bits: int) -> dict[str, float]:
+        policy = fxquant.policies.minmax(bits, bits)
+        return fxquant.compile(seeded(testing.Block()), [tokens()], policy).report.sqnr
+
+    coarse, fine = decibels(4), decibels(8)
+    gains = [fine[name] - coarse[name] for name in fine]
+    assert 18 < sum(gains) / len(gains) < 30  # about 6 dB a bit
+
+
+def test_a_layer_of_zeros_costs_nothing() -> None:
+    model = seeded(nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM)))
+    nn.init.zeros_(model[2].weight)
+    compiled = fxquant.compile(model, [tokens()])
+    assert compiled.report.sqnr["quant._2__weight"] == math.inf
+    assert type(compiled.report).from_dict(compiled.report.to_dict()) == compiled.report
+
+
+def test_progress_is_quiet_when_quick(vit: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    fxquant.compile(vit, [X], progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+
+
+# What it refuses
+
+
+def bad(value: Any) -> Any:
+    x = X.clone()
+    x[1, 0, 0, 0] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], EmptyLoaderError, "gave no batch"),
+        (iter(()), EmptyLoaderError, "gave no batch"),
+        (5, BatchError, "iterable of batches, got int"),
+        ("images", BatchError, "iterable of batches, got str"),
+        ({"image": X}, BatchError, "got a dict with keys.*wrap a single batch"),
+        ([{"picture": X}], BatchError, r"pixel_values.*got a dict with keys \['picture'\]"),
+        ([(LABELS.tolist(), X)], BatchError, r"got tuple of \['list', 'Tensor'\]"),
+        ([X.to(torch.uint8)], BatchError, "torch.uint8; convert and normalise"),
+        ([X[:0]], BatchError, "B >= 1"),
+        ([X[0, 0, 0]], BatchError, r"shape \(16,\); add a batch dimension"),
+        ([X, X[..., :8]], BatchError, r"shape \(3, 16, 8\), the first batch \(3, 16, 16\)"),
+        ([X, bad(float("nan"))], NonFiniteError, "NaN or infinity in image 1"),
+        ([bad(float("inf"))], NonFiniteError, "NaN or infinity in image 1"),
+        ([images(2, 24)], CaptureError, r"shape \(3, 3, 24, 24\)"),
+        ([X[:, :1]], CaptureError, r"shape \(3, 1, 16, 16\)"),
+    ],
+)
+def test_unusable_data_is_explained(
+    vit: nn.Module, loader: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fxquant.compile(vit, loader)
+
+
+def test_unusable_models_are_explained() -> None:
+    block = seeded(testing.Block())
+    with pytest.raises(TrainingModeError, match=r"model\.eval\(\)"):
+        fxquant.compile(copy.deepcopy(block).train(), [tokens()])
+    damaged = copy.deepcopy(block)
+    damaged.fc1.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"fc1\.weight"):
+        fxquant.compile(damaged, [tokens()])
+    with pytest.raises(NothingToQuantizeError, match="was the right module passed"):
+        fxquant.compile(nn.ReLU().eval(), [tokens()])
+    with pytest.raises(CaptureError, match=r"torch\.nn\.Module, got str"):
+        fxquant.compile("vit", [tokens()])  # type: ignore[arg-type]
+
+
+def test_activations_that_overflow_name_the_edge() -> None:
+    class Overflow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(1 / (x - 1))
+
+    x = tokens()
+    x[1, 0, 0] = 1.0
+    with pytest.raises(NonFiniteError, match="layer__input: NaN or infinity during calibration"):
+        fxquant.compile(seeded(Overflow()), [tokens(), x])
+
+
+def test_a_model_that_gives_nan_is_refused() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).sqrt()
+
+    with pytest.raises(NonFiniteError, match="the float model itself outputs NaN"):
+        fxquant.compile(seeded(Root()), [tokens()])
+
+
+def test_a_random_model_is_refused() -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.rand_like(x)
+
+    with pytest.raises(CaptureError, match="random numbers in eval mode"):
+        fxquant.compile(seeded(Random()), [tokens()])
+
+
+def test_a_rule_that_matches_nothing_is_an_error(vit: nn.Module) -> None:
+    policy = fxquant.policies.w8a8().with_rules(Rule(path="blocks.7.*", spec=None))
+    with pytest.raises(UnusedRuleError, match="rule 1"):
+        fxquant.compile(vit, [X], policy)
+
+
+def test_an_unknown_backend_is_an_error(quantized: fxquant.CompiledModel) -> None:
+    with pytest.raises(LoweringError, match="'integr'; did you mean 'integer'"):
+        quantized.lower("integr")
+
+
+# Memory
+
+
+def test_batches_are_not_kept() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def loader(count: int) -> Iterator[Tensor]:
+        nonlocal most
+        for i in range(count):
+            most = max(most, sum(ref() is not None for ref in alive))
+            batch = tokens() + i
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    fxquant.compile(seeded(nn.Linear(DIM, DIM)), loader(12))
+    # The first batch, for the report, and the one before.
+    assert len(alive) == 12 and most <= 2
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) == 0

@@ -1,0 +1,110 @@
+"""The doctor finds what onnxruntime gets wrong without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fxquant.backends.onnx_qdq import doctor
+from fxquant.backends.onnx_qdq.rules import check_rules
+from fxquant.errors import FileFormatError, LoweringError
+
+K, N = 32, 16
+
+
+def gemm_file(path: Path, *, bias_factor: float = 1.0, int8_input: bool = False) -> Path:
+    """A QDQ Gemm; a bias_factor other than one is the error that onnxruntime overlooks."""
+    random = np.random.default_rng(0)
+    x_type = np.int8 if int8_input else np.uint8
+    constants = {
+        "x_scale": np.float32(0.02),
+        "x_zero": x_type(0 if int8_input else 128),
+        "w": random.integers(0, 256, (K, N)).astype(np.uint8),
+        "w_scale": np.full(N, 0.01, np.float32),
+        "w_zero": np.full(N, 128, np.uint8),
+        "b": random.integers(-9000, 9000, N).astype(np.int32),
+        "b_scale": np.full(N, 0.02 * 0.01 * bias_factor, np.float32),
+        "b_zero": np.zeros(N, np.int32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "x_scale", "x_zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["wd"], axis=1),
+        helper.make_node("DequantizeLinear", ["b", "b_scale", "b_zero"], ["bd"], axis=0),
+        helper.make_node("Gemm", ["xd", "wd", "bd"], ["y"], name="gemm"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", N])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+    return path
+
+
+def test_a_right_file_is_ok(tmp_path: Path) -> None:
+    report = doctor(gemm_file(tmp_path / "m.onnx"))
+    assert report.ok and report.fused == {"QGemm": 1} and report.unfused == ()
+    assert report.quantizers == (1, 3) and report.opset == 21
+    assert report.stored == {"uint8": K * N, "int32": N}
+    assert "QGemm" in str(report) and "ok" in str(report)
+
+
+def test_a_bias_in_the_wrong_unit_is_found(tmp_path: Path) -> None:
+    report = doctor(gemm_file(tmp_path / "m.onnx", bias_factor=3.0))
+    assert not report.ok and report.difference > 0.05
+    assert "WRONG" in str(report)
+
+
+def test_the_exporter_refuses_what_the_doctor_would_find(tmp_path: Path) -> None:
+    import onnx_ir
+
+    path = gemm_file(tmp_path / "m.onnx", bias_factor=3.0)
+    with pytest.raises(LoweringError, match="product of the two scales"):
+        check_rules(onnx_ir.load(path))
+    check_rules(onnx_ir.load(gemm_file(path)))
+
+
+def test_the_exporter_refuses_a_scale_along_the_summed_axis(tmp_path: Path) -> None:
+    import onnx_ir
+
+    path = gemm_file(tmp_path / "m.onnx")
+    model = onnx.load(str(path))
+    model.graph.node[2].attribute[0].i = 0
+    onnx.save(model, str(path))
+    with pytest.raises(LoweringError, match="axis 0"):
+        check_rules(onnx_ir.load(path))
+
+
+def test_data_of_the_users_is_used(tmp_path: Path) -> None:
+    path = gemm_file(tmp_path / "m.onnx")
+    assert doctor(path, np.ones((3, K), np.float32)).ok
+    with pytest.raises(FileFormatError, match=r"does not run on inputs of shape"):
+        doctor(path, np.ones((3, K + 1), np.float32))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x0a" * 9])
+def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match="truncated or of another format"):
+        doctor(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = gemm_file(tmp_path / "m.onnx")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(FileFormatError, match=r"truncated"):
+        doctor(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="cannot read"):
+        doctor(tmp_path / "none.onnx")

@@ -1,0 +1,214 @@
+"""Policies: presets, YAML in and out, and errors that lead to the line and the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxquant import policies
+from fxquant.errors import (
+    BitWidthError,
+    OutputError,
+    PolicyError,
+    UnknownKeyError,
+    UnknownPresetError,
+)
+from fxquant.graph import PRODUCER_NAMES
+from fxquant.policy import Policy, Rule
+from fxquant.policy_file import (
+    policy_from_dict,
+    policy_to_dict,
+    read_policy,
+    resolve,
+    to_yaml,
+    write_policy,
+)
+from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, TensorSpec
+
+specs = st.builds(
+    TensorSpec,
+    bits=st.integers(2, 16),
+    scheme=st.sampled_from(Scheme),
+    symmetric=st.booleans(),
+    granularity=st.sampled_from(Granularity),
+    observer=st.sampled_from(ObserverKind),
+    percentile=st.floats(50.5, 100),
+)
+rules = st.builds(
+    Rule,
+    spec=st.none() | specs,
+    path=st.sampled_from([".*", r"blocks\.\d+\.attn", "ü|#: '", "null", "0"]),
+    op=st.none() | st.sampled_from(OpKind),
+    arg=st.none() | st.sampled_from(Arg),
+    fed_by=st.none() | st.sampled_from(sorted(PRODUCER_NAMES)),
+    optional=st.booleans(),
+)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+policy_values = st.builds(
+    Policy,
+    name=texts,
+    description=texts,
+    rules=st.lists(rules, min_size=1, max_size=4).map(tuple),
+)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@given(policy=policy_values)
+def test_yaml_round_trip(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "round.yaml"
+    write_policy(policy, path)
+    assert read_policy(path) == policy
+    assert resolve(str(path)) == policy
+
+
+@given(policy=policy_values)
+def test_dict_round_trip(policy: Policy) -> None:
+    assert policy_from_dict(policy_to_dict(policy)) == policy
+    assert resolve(policy_to_dict(policy)) == policy
+
+
+def test_yaml_is_short_defaults_are_left_out() -> None:
+    policy = Policy(name="p", rules=(Rule(spec=TensorSpec(bits=4), arg=Arg.WEIGHT),))
+    assert policy_to_dict(policy)["rules"] == [{"arg": "weight", "spec": {"bits": 4}}]
+    assert "percentile" not in to_yaml(policy)
+
+
+@pytest.mark.parametrize("name", policies.PRESETS)
+def test_presets_are_valid_and_survive_yaml(name: str, tmp_path: Path) -> None:
+    policy = resolve(name)
+    assert policy == policies.PRESETS[name]() and policy.description
+    assert read_policy(written(tmp_path, to_yaml(policy))) == policy
+
+
+def test_minmax_takes_widths() -> None:
+    policy = policies.minmax(weight_bits=4, act_bits=6)
+    assert policy.name == "minmax_w4a6"
+    assert [rule.spec.bits for rule in policy.rules if rule.spec] == [4, 6]
+    with pytest.raises(BitWidthError, match=r"2\.\.16, got 1"):
+        policies.minmax(weight_bits=1)
+
+
+def test_rules_put_before_a_preset_come_first() -> None:
+    mine = Rule(path="head", spec=None)
+    policy = policies.w8a8().with_rules(mine)
+    assert policy.rules == (mine, *policies.w8a8().rules)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "parts"),
+    [
+        (
+            "name: p\nrules:\n  - spec:\n      bitz: 4\n",
+            UnknownKeyError,
+            ["mine.yaml:4:", "'bitz'", "did you mean 'bits'?"],
+        ),
+        (
+            "name: p\nrulez: []\n",
+            UnknownKeyError,
+            ["mine.yaml:2:", "'rulez'", "did you mean 'rules'?"],
+        ),
+        (
+            "rules:\n  - spec: {bits: 8}\n  - pth: a\n    spec: null\n",
+            UnknownKeyError,
+            ["mine.yaml:3:", "'pth'", "did you mean 'path'?"],
+        ),
+        (
+            "rules:\n  - spec: {bits: 8}\n    arg: weights\n",
+            UnknownKeyError,
+            ["mine.yaml:3:", "'weights'", "did you mean 'weight'?", "lhs, rhs"],
+        ),
+        (
+            "rules:\n  - spec:\n      bits: 8\n      granularity: row\n",
+            UnknownKeyError,
+            ["mine.yaml:4:", "'row'", "tensor, channel, head"],
+        ),
+        (
+            "rules:\n  - spec: {}\n  - fed_by: sofmax\n    spec: {}\n",
+            UnknownKeyError,
+            ["mine.yaml:3:", "'sofmax'", "softmax"],
+        ),
+        ("rules:\n  - spec: {bits: 1}\n", BitWidthError, ["mine.yaml:2:", "2..16", "got 1"]),
+        ("rules:\n  - spec: {bits: 17}\n", BitWidthError, ["mine.yaml:2:", "got 17"]),
+        ("rules:\n  - spec: {bits: '8'}\n", BitWidthError, ["mine.yaml:2:", "integer", "'8'"]),
+        ("rules:\n  - spec: {bits: true}\n", BitWidthError, ["mine.yaml:2:", "integer"]),
+        ("rules:\n  - spec: {percentile: 20}\n", PolicyError, ["mine.yaml:2:", "(50, 100]"]),
+        ("rules:\n  - spec: {percentile: high}\n", PolicyError, ["mine.yaml:2:", "wrong type"]),
+        ("rules:\n  - spec: {symmetric: 'no'}\n", PolicyError, ["mine.yaml:2:", "symmetric"]),
+        ("rules:\n  - spec: {observer: null}\n", UnknownKeyError, ["mine.yaml:2:", "observer"]),
+        ("rules:\n  - spec: {}\n    optional: 'no'\n", PolicyError, ["mine.yaml:2:", "optional"]),
+        ("rules:\n  - path: '['\n    spec: {}\n", PolicyError, ["mine.yaml:2:", "regular expr"]),
+        ("rules:\n  - path: 3\n    spec: {}\n", PolicyError, ["mine.yaml:2:", "wrong type"]),
+        ("rules:\n  - arg: weight\n", PolicyError, ["mine.yaml:2:", "no spec", "`spec: null`"]),
+        ("rules:\n  - spec: 8\n", PolicyError, ["mine.yaml:2:", "fields of a TensorSpec", "8"]),
+        ("rules: 5\n", PolicyError, ["mine.yaml:1:", "rules must be a list"]),
+        ("name: p\n", PolicyError, ["mine.yaml:1:", "has no rules"]),
+        ("", PolicyError, ["mine.yaml:1:", "fields of a Policy"]),
+        ("- a\n- b\n", PolicyError, ["mine.yaml:1:", "fields of a Policy"]),
+        ("rules: [\n", PolicyError, ["mine.yaml", "no YAML", "line 2"]),
+        ("rules: !!python/object:os.system {}\n", PolicyError, ["mine.yaml", "no YAML"]),
+    ],
+)
+def test_a_malformed_file_is_explained(
+    tmp_path: Path, text: str, error: type[PolicyError], parts: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        read_policy(written(tmp_path, text))
+    assert type(caught.value) is error
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_malformed_dict_is_explained() -> None:
+    with pytest.raises(UnknownKeyError, match=r"rules\.0\.spec\.bit: .*did you mean 'bits'"):
+        policy_from_dict({"rules": [{"spec": {"bit": 4}}]})
+    with pytest.raises(PolicyError, match=r"^policy: expected the fields of a Policy"):
+        policy_from_dict([])  # type: ignore[arg-type]
+
+
+def test_names_that_are_no_policy(tmp_path: Path) -> None:
+    with pytest.raises(UnknownPresetError, match=r"'w8a9'; did you mean 'w8a8'\?.*minmax.*\.yaml"):
+        resolve("w8a9")
+    with pytest.raises(PolicyError, match=r"cannot read policy file .*gone\.yaml: No such file"):
+        resolve(tmp_path / "gone.yaml")
+    with pytest.raises(PolicyError, match=r"preset name, a Policy, a dict or a path .* got int"):
+        resolve(8)  # type: ignore[arg-type]
+    binary = tmp_path / "binary.yml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PolicyError, match=r"binary\.yml is no UTF-8 text"):
+        resolve(binary)
+
+
+def test_a_policy_without_rules_would_do_nothing() -> None:
+    with pytest.raises(PolicyError, match="would quantize nothing"):
+        Policy(name="empty")
+
+
+@pytest.mark.parametrize("field", ["granularity", "observer", "scheme"])
+def test_plain_strings_are_as_good_as_enums(field: str) -> None:
+    enum: Any = {"granularity": Granularity, "observer": ObserverKind, "scheme": Scheme}[field]
+    for member in enum:
+        assert getattr(TensorSpec(**{field: str(member)}), field) is member
+    with pytest.raises(PolicyError, match=f"{field} must be one of .*got 'nonsense'"):
+        TensorSpec(**{field: "nonsense"})  # type: ignore[arg-type]
+
+
+def test_plain_strings_are_as_good_as_enums_in_rules() -> None:
+    rule = Rule(spec=None, op="matmul", arg="lhs")  # type: ignore[arg-type]
+    assert rule.op is OpKind.MATMUL and rule.arg is Arg.LHS
+    with pytest.raises(PolicyError, match=r"arg must be one of .*got 'key'"):
+        Rule(spec=None, arg="key")  # type: ignore[arg-type]
+
+
+def test_a_policy_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_policy(policies.w8a8(), tmp_path / "file" / "p.yaml")

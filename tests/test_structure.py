@@ -1,0 +1,157 @@
+"""The shape of the source: import direction, sizes, documentation."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fxquant
+
+PACKAGE = Path(fxquant.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
+
+# A module may import those of its own level and of the levels before it. A folder stands for the
+# modules in it.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "spec", "_version"),
+    ("suggest", "files", "progress", "batches"),  # helpers that know errors alone
+    ("ops", "quantizers"),
+    ("observers", "search"),
+    ("graph", "verify", "serialize", "rewrite"),
+    ("policy", "policies", "policy_file", "capture", "calibrate", "reconstruct"),
+    ("passes",),
+    ("report",),
+    ("model",),
+    ("compiler",),
+    ("__init__", "testing", "cli", "cli_model", "demo", "__main__"),
+)
+BACKENDS_MAY_USE = {
+    "errors",
+    "spec",
+    "ops",
+    "quantizers",
+    "graph",
+    "rewrite",
+    "verify",
+    "files",
+    "backends",
+    "suggest",
+}
+ONNX = {"onnx", "onnxruntime", "onnxscript", "onnx_ir"}
+MODEL_ZOOS = {"timm", "torchvision"}
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
+
+
+def part(path: Path) -> str:
+    """The module or folder directly below the package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Each imported module by its full name, and whether it is imported when the file is."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    deferred = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) not in deferred) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            module = node.module or ""
+            if module == "fxquant":  # from fxquant import ops
+                yield from ((f"fxquant.{a.name}", id(node) not in deferred) for a in node.names)
+            else:
+                yield module, id(node) not in deferred
+
+
+def used_parts(path: Path, *, on_import_only: bool = False) -> set[str]:
+    """Parts of the package that a file imports from."""
+    return {
+        name.split(".")[1]
+        for name, on_import in imports(path)
+        if name.startswith("fxquant.") and (on_import or not on_import_only)
+    }
+
+
+def ids(path: Path) -> str:
+    return str(
+        path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE.parent) else path.name
+    )
+
+
+def test_every_module_has_a_level() -> None:
+    assert {part(path) for path in SOURCES} - LEVEL.keys() - {"backends"} == set()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_imports_go_one_way(path: Path) -> None:
+    own = part(path)
+    if own == "backends":
+        assert used_parts(path) <= BACKENDS_MAY_USE
+        return
+    used = used_parts(path)
+    if own in ("model", "cli", "__init__", "testing"):
+        assert "backends" not in used_parts(path, on_import_only=True), "import backends on use"
+        used -= {"backends"}
+    too_high = {name for name in used if LEVEL.get(name, len(LEVELS)) > LEVEL[own]}
+    assert not too_high, f"{own} must not import {sorted(too_high)}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "passes").glob("*.py")), ids=ids)
+def test_passes_do_not_import_each_other(path: Path) -> None:
+    if path.name == "__init__.py":
+        return
+    others = {name for name, _ in imports(path) if name.startswith("fxquant.passes")}
+    assert others <= {"fxquant.passes.base"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
+    packages = {name.split(".")[0] for name, _ in imports(path)}
+    if "onnx_qdq" not in path.parts and part(path) != "cli":
+        assert not packages & ONNX
+    if part(path) not in ("cli", "cli_model", "demo"):
+        assert not packages & MODEL_ZOOS
+    assert not packages & {"passes", "backends", "tests"}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=ids)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 80, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.stat().st_size], ids=ids)
+def test_every_public_name_is_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "the module has no docstring"
+    for holder in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))):
+        if isinstance(holder, ast.ClassDef) and holder.name.startswith("_"):
+            continue
+        for node in holder.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=ids)
+def test_no_pickle_and_no_evaluated_text(path: Path) -> None:
+    assert "pickle" not in {name.split(".")[0] for name, _ in imports(path)}
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not calls & {"eval", "exec"}
