@@ -1,4 +1,4 @@
-"""Train the demo transformers on glyph images, on a CPU, in under an hour each.
+r"""Train the demo transformers on glyph images, on a CPU, in under an hour each.
 
 Training straight on hard images stays on a plateau for a long time, so everything here is about
 getting off it cheaply:
@@ -11,7 +11,7 @@ getting off it cheaply:
 * Matrices inside the blocks are trained with Muon (orthogonalised momentum), the rest with AdamW.
 
     python examples/train_glyphs.py --model glyph_vit --out glyph_vit.safetensors --minutes 49
-    python examples/train_glyphs.py --model glyph_swin --out glyph_swin.safetensors --minutes 30 \\
+    python examples/train_glyphs.py --model glyph_swin --out glyph_swin.safetensors --minutes 30 \
         --batch 64 --easy-until 0.12 --hard-from 0.6 --fine-from 0.8
     python examples/train_glyphs.py --model glyph_vit --out glyph_vit.safetensors --eval-only
 """
