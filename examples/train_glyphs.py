@@ -10,7 +10,9 @@ getting off it cheaply:
 * The ViT sees only the half of its patches that hold the ink until near the end.
 * Matrices inside the blocks are trained with Muon (orthogonalised momentum), the rest with AdamW.
 
-    python examples/train_glyphs.py --model glyph_vit --out glyph_vit.safetensors --minutes 45
+    python examples/train_glyphs.py --model glyph_vit --out glyph_vit.safetensors --minutes 49
+    python examples/train_glyphs.py --model glyph_swin --out glyph_swin.safetensors --minutes 30 \\
+        --batch 64 --easy-until 0.12 --hard-from 0.6 --fine-from 0.8
     python examples/train_glyphs.py --model glyph_vit --out glyph_vit.safetensors --eval-only
 """
 
@@ -121,7 +123,7 @@ class Muon(torch.optim.Optimizer):
 def _orthogonalised(matrices: Tensor) -> Tensor:
     """Push the singular values of (b, rows, columns) matrices towards 1, by Newton-Schulz."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x: Tensor = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--eval-only", action="store_true", help="evaluate the file at --out")
     arguments = parser.parse_args()
     console = Console(highlight=False)
+    set_up_thread()
     if not arguments.eval_only:
         plan = Plan(
             minutes=arguments.minutes,
@@ -308,7 +311,6 @@ def main() -> None:
             fine_from=arguments.fine_from,
         )
         console.print(str(plan))
-        set_up_thread()
         save_half(train(arguments.model, plan, arguments.threads, console), arguments.out)
     torch.set_num_threads(arguments.threads)
     top1 = accuracy(build(arguments.model, arguments.out))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -56,7 +57,8 @@ def emit(
     node = gm.graph.call_function(target, args, kwargs)
     _copy_origin(node, like)
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: fake_value(gm, n))
-    with _fake_mode(like):
+    # The Python dispatcher keeps batch sizes symbolic where torch 2.11's C++ composites need numbers.
+    with _fake_mode(like), enable_python_dispatcher():
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
 
@@ -83,7 +85,8 @@ def propagate_shapes(gm: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
         torch.zeros(3, *image_shape),
         symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
     )
-    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(images)
+    with enable_python_dispatcher():
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(images)
 
 
 def _copy_origin(node: fx.Node, like: fx.Node) -> None:

@@ -19,7 +19,7 @@ from fxquant.demo.glyphs import (
 )
 from fxquant.demo.models import NAMES, build
 
-FLOORS = {"glyph_vit": 0.60, "glyph_swin": 0.60}
+FLOORS = {"glyph_vit": 0.85, "glyph_swin": 0.82}
 
 
 def test_an_image_depends_on_its_index_alone() -> None:
