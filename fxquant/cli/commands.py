@@ -12,15 +12,14 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from fxquant import policies
-from fxquant.backends.onnx_qdq import OnnxExport, doctor
-from fxquant.backends.onnx_qdq.target import resolve_target
-from fxquant.cli_data import DEMO, Batches, batches, open_data
-from fxquant.cli_eval import Runtime, evaluate, onnx_runtime, torch_runtime
-from fxquant.cli_models import (
+from fxquant.cli.data import DEMO, Batches, batches, open_data
+from fxquant.cli.evaluation import Runtime, evaluate, onnx_runtime, torch_runtime
+from fxquant.cli.models import (
     DEMO_MODELS,
     Weights,
     build_model,
@@ -28,7 +27,7 @@ from fxquant.cli_models import (
     image_size_of,
     preprocessing_of,
 )
-from fxquant.cli_preprocess import (
+from fxquant.cli.preprocess import (
     PREPROCESSING_FILE,
     Preprocessing,
     plain_preprocessing,
@@ -42,6 +41,9 @@ from fxquant.policy_file import resolve, to_yaml
 from fxquant.progress import track, working
 from fxquant.report import Report
 
+if TYPE_CHECKING:
+    from fxquant.backends.onnx_qdq import OnnxExport
+
 ONNX_FILE = "model.onnx"
 # Edges named for one reason; quant_config.json has them all.
 _SHOWN = 6
@@ -50,6 +52,8 @@ _FILES = (ONNX_FILE, CONFIG_FILE, WEIGHTS_FILE, PREPROCESSING_FILE)
 
 def run_compile(options: Namespace) -> int:
     """``fxquant compile``: quantizes a model and writes it."""
+    from fxquant.backends.onnx_qdq.target import resolve_target
+
     # All that can be wrong is looked at before the work starts.
     source, policy = find_model(options.model), resolve(options.policy)
     resolve_target(options.target)
@@ -206,6 +210,8 @@ def _override(found: Preprocessing, options: Namespace) -> Preprocessing:
 
 def run_doctor(options: Namespace) -> int:
     """``fxquant doctor``: exit code 1 if onnxruntime's optimizations change the result."""
+    from fxquant.backends.onnx_qdq import doctor
+
     images = None
     if options.data is not None:
         shape = onnx_runtime(options.path, options.threads).image_shape

@@ -1,64 +1,16 @@
-"""The command line: arguments, exit codes, and how errors are shown.
-
-Exit codes: 0 success, 1 ``doctor`` found the file wrong, 2 an error, 130 interrupted.
-"""
+"""The arguments of each command."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import sys
-import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fxquant._version import __version__
-from fxquant.errors import FxQuantError
 
 _MODEL_HELP = "timm/NAME, torchvision/NAME, NAME (timm first), glyph_vit or glyph_swin"
 _DATA_HELP = "folder of images, or `demo` for the built-in glyph images"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        argv: arguments without the program's name; those of the process if None.
-
-    Returns:
-        The exit code.
-    """
-    usual = argparse.Namespace(debug=False, threads=None)
-    options = build_parser().parse_args(argv, usual)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
-        return _run(options)
-    except FxQuantError as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _run(options: argparse.Namespace) -> int:
-    # timm, torchvision and onnxruntime take seconds to import, which --help need not wait for.
-    from fxquant import cli_commands, cli_demo
-
-    commands = {
-        "compile": cli_commands.run_compile,
-        "eval": cli_commands.run_eval,
-        "doctor": cli_commands.run_doctor,
-        "policies": cli_commands.run_policies,
-        "demo": cli_demo.run_demo,
-    }
-    return commands[options.command](options)
 
 
 def build_parser() -> argparse.ArgumentParser:

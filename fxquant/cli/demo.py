@@ -12,9 +12,9 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fxquant.cli_commands import ONNX_FILE, check_writable, write_artifacts
-from fxquant.cli_data import DEMO, batches, open_data
-from fxquant.cli_eval import (
+from fxquant.cli.commands import ONNX_FILE, check_writable, write_artifacts
+from fxquant.cli.data import DEMO, batches, open_data
+from fxquant.cli.evaluation import (
     Runtime,
     Score,
     evaluate,
@@ -22,7 +22,7 @@ from fxquant.cli_eval import (
     onnx_runtime,
     torch_runtime,
 )
-from fxquant.cli_models import DEMO_MODELS, Weights, build_model, find_model, preprocessing_of
+from fxquant.cli.models import DEMO_MODELS, Weights, build_model, find_model, preprocessing_of
 from fxquant.compiler import compile
 from fxquant.errors import ModelError
 from fxquant.model import WEIGHTS_FILE, CompiledModel
@@ -53,13 +53,19 @@ def run_demo(options: Namespace) -> int:
         )
     if options.out is not None:
         check_writable(options.out)
-    with tempfile.TemporaryDirectory() as temporary:
-        _compare(options.model, options.images, options.out or Path(temporary), options.threads)
+    # One thread gives steady, comparable times, and such small products gain little from more.
+    before, threads = torch.get_num_threads(), options.threads or 1
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            _compare(options.model, options.images, options.out or Path(temporary), threads)
+    finally:
+        torch.set_num_threads(before)
     print(_NEXT if options.out is None else f"next: fxquant eval {options.out} --data {DEMO}")
     return 0
 
 
-def _compare(name: str, count: int, folder: Path, threads: int | None) -> None:
+def _compare(name: str, count: int, folder: Path, threads: int) -> None:
     source = find_model(name)
     preprocessing = preprocessing_of(source)
     model = build_model(source, Weights(), {})
@@ -81,12 +87,13 @@ def _compare(name: str, count: int, folder: Path, threads: int | None) -> None:
         _INTEGER: coded,
     }
     example = data[0][0][:1].expand(_BATCH, -1, -1, -1).contiguous()
-    Console().print(_table(name, scores, sizes, _latencies(runtimes, example)))
+    title = f"{name}, policy {_POLICY}, {count} test images, {threads} thread(s)"
+    Console().print(_table(title, scores, sizes, _latencies(runtimes, example)))
     print("* reference kernels: exact integer sums in plain torch, not made for speed")
 
 
 def _runtimes(
-    model: nn.Module, compiled: CompiledModel, path: Path, threads: int | None
+    model: nn.Module, compiled: CompiledModel, path: Path, threads: int
 ) -> dict[str, Runtime]:
     return {
         _FLOAT: torch_runtime(_FLOAT, model),
@@ -105,13 +112,12 @@ def _latencies(runtimes: dict[str, Runtime], example: Tensor) -> dict[int, dict[
 
 
 def _table(
-    name: str,
+    title: str,
     scores: dict[str, Score],
     sizes: dict[str, int],
     latencies: dict[int, dict[str, float]],
 ) -> Table:
-    images = len(scores[_SIMULATION].predictions)
-    table = Table(title=f"{name}, policy {_POLICY}, {images} test images")
+    table = Table(title=title)
     table.add_column("runtime", no_wrap=True)
     for column in ("top-1 %", "agreement %", "MB", *(f"ms/image\nbatch {n}" for n in latencies)):
         table.add_column(column, justify="right")

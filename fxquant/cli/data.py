@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fxquant.cli_preprocess import Preprocessing
+from fxquant.cli.preprocess import Preprocessing
 from fxquant.errors import DataError
 
 DEMO = "demo"

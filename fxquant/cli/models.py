@@ -11,8 +11,8 @@ import timm
 import torchvision
 from torch import nn
 
-from fxquant.cli_checkpoint import load_checkpoint
-from fxquant.cli_preprocess import (
+from fxquant.cli.checkpoint import load_checkpoint
+from fxquant.cli.preprocess import (
     Preprocessing,
     plain_preprocessing,
     timm_preprocessing,
