@@ -57,7 +57,7 @@ def emit(
     node = gm.graph.call_function(target, args, kwargs)
     _copy_origin(node, like)
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: fake_value(gm, n))
-    # The Python dispatcher keeps batch sizes symbolic where torch 2.11's C++ composites need numbers.
+    # Keeps batch sizes symbolic where torch 2.11's composite kernels would ask for numbers.
     with _fake_mode(like), enable_python_dispatcher():
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
