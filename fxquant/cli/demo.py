@@ -12,7 +12,7 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fxquant.cli.commands import ONNX_FILE, check_writable, write_artifacts
+from fxquant.cli import commands
 from fxquant.cli.data import DEMO, batches, open_data
 from fxquant.cli.evaluation import (
     Runtime,
@@ -52,7 +52,7 @@ def run_demo(options: Namespace) -> int:
             f"are {', '.join(DEMO_MODELS)}. For others: fxquant compile"
         )
     if options.out is not None:
-        check_writable(options.out)
+        commands.check_writable(options.out)
     # One thread gives steady, comparable times, and such small products gain little from more.
     before, threads = torch.get_num_threads(), options.threads or 1
     torch.set_num_threads(threads)
@@ -73,8 +73,8 @@ def _compare(name: str, count: int, folder: Path, threads: int) -> None:
         DEMO, preprocessing, labelled=False, split="calib", count=_CALIBRATION_IMAGES
     )
     compiled = compile(model, batches(calibration, None, _BATCH, 0), _POLICY, progress=True)
-    write_artifacts(compiled, preprocessing, folder)
-    runtimes = _runtimes(model, compiled, folder / ONNX_FILE, threads)
+    commands.write_artifacts(compiled, preprocessing, folder)
+    runtimes = _runtimes(model, compiled, folder / commands.ONNX_FILE, threads)
     # Drawn once, for all runtimes; smaller batches than a server's keep caches warm.
     loader = batches(open_data(DEMO, preprocessing, labelled=True, count=count), None, 32, 0)
     data = [(x, y) for x, y in track(loader, label="draw test images", total=len(loader))]
@@ -83,7 +83,7 @@ def _compare(name: str, count: int, folder: Path, threads: int) -> None:
     sizes = {
         _FLOAT: len(save({k: v.contiguous() for k, v in model.state_dict().items()})),
         _SIMULATION: coded,
-        _ONNX: (folder / ONNX_FILE).stat().st_size,
+        _ONNX: (folder / commands.ONNX_FILE).stat().st_size,
         _INTEGER: coded,
     }
     example = data[0][0][:1].expand(_BATCH, -1, -1, -1).contiguous()
