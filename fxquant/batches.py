@@ -39,6 +39,8 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             f"images must be float tensors as the model takes them, got {images.dtype}; "
             "convert and normalise them first (for example torchvision's ToTensor, Normalize)"
         )
+    if images.dtype is torch.float64:
+        raise BatchError("images are float64, the model takes float32; call images.float()")
     if images.ndim < 2 or images.shape[0] == 0:
         raise BatchError(
             f"images must be (B, …) with B >= 1, got shape {tuple(images.shape)}; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fxquant.errors import (
     NonFiniteError,
     TrainingModeError,
 )
+from fxquant.graph import module_path, source_line
 from fxquant.spec import Stage
 
 # Not 0 or 1, which torch.export would take as constants.
@@ -35,7 +36,7 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
     Args:
         model: in eval mode, taking one image tensor.
-        images: example batch ``(B, …)``; only its shape, dtype and device count.
+        images: example batch ``(B, …)``; only its shape and dtype count.
 
     Returns:
         A graph of aten operators in stage FLOAT, with one placeholder.
@@ -48,7 +49,7 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """
     _check(model)
     own = own_copy(model)
-    example = images[:1].expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
+    example = images[:1].to(device_of(own)).expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
     with torch.no_grad(), _plain_attention(), warnings.catch_warnings():
         # Export warns of caches that the model fills, such as LeViT's; they are our copy's.
         warnings.simplefilter("ignore")
@@ -60,7 +61,23 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
                 program = program.run_decompositions({})
         except Exception as error:  # torch.export documents no common base class
             raise _explain(error, own, tuple(example.shape)) from error
-    return _plain_graph(program)
+    gm = _plain_graph(program)
+    gm.meta["hooked"] = tuple(_hooked(model))
+    return gm
+
+
+def _hooked(model: nn.Module) -> Iterator[str]:
+    """Paths of modules with hooks of the user's, which capture leaves out."""
+    for name, module in model.named_modules():
+        if any(
+            map(_is_users, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+        ):
+            yield name
+
+
+def _is_users(hook: object) -> bool:
+    """Whether a hook is the user's; those of torch itself (``weight_norm``) compute weights."""
+    return not type(hook).__module__.startswith("torch.nn.utils")
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -89,7 +106,7 @@ def own_copy(model: nn.Module) -> nn.Module:
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(module, name)
             for key, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith("torch.nn.utils"):
+                if _is_users(hook):
                     del hooks[key]
     return own.requires_grad_(False)
 
@@ -115,8 +132,11 @@ def _check(model: nn.Module) -> None:
                 f"weight {name} is {parameter.dtype}; quantization starts from float32: call "
                 "model.float() before compile(), and give float32 images"
             )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    # A buffer may hold infinity: attention masks do.
+    bad = [(name, torch.isfinite(value).logical_not()) for name, value in model.named_parameters()]
+    bad += [(n, v.isnan()) for n, v in model.named_buffers() if v.is_floating_point()]
+    for name, wrong in bad:
+        if bool(wrong.any()):
             raise NonFiniteError(
                 f"weight {name} holds NaN or infinity; the checkpoint is damaged or training "
                 "diverged: load another"
@@ -135,6 +155,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _mutates(program: ExportedProgram) -> bool:
+    """Whether the program writes in place; else decomposing it would only take time."""
     return any(
         node.op == "call_function"
         and isinstance(node.target, torch._ops.OpOverload)
@@ -144,8 +165,14 @@ def _mutates(program: ExportedProgram) -> bool:
 
 
 def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
-    """The program as a graph with a plain signature: one tensor in, the user's outputs out."""
+    """The program as a graph with a plain signature: one tensor in, the user's outputs out.
+
+    Outputs keep tuples, lists and dicts; of other containers (named tuples, data classes) a tuple
+    of their tensors is left.
+    """
     module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    _inline_regions(module)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     output = next(node for node in graph.nodes if node.op == "output")
@@ -158,6 +185,51 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
     gm = fx.GraphModule(module, graph)
     gm.meta["stage"] = Stage.FLOAT
     return gm
+
+
+def _inline_regions(gm: fx.GraphModule) -> None:
+    """Puts the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions in their place.
+
+    Raises:
+        CaptureError: autocast is on in a region, so that it would compute in lower precision.
+    """
+    regions = torch.ops.higher_order
+    for node in list(gm.graph.nodes):
+        if node.target is regions.wrap_with_set_grad_enabled:
+            body, operands = node.args[1], node.args[2:]
+        elif node.target is regions.wrap_with_autocast:
+            if node.args[2]:
+                raise CaptureError(
+                    f"module {module_path(node) or '(root)'} at {source_line(node)}: autocast is "
+                    "on inside the model; quantization starts from float32: take the region out"
+                )
+            body, operands = node.args[4], node.args[5:]
+        else:
+            continue
+        _inline(gm, node, body, operands)
+    gm.graph.eliminate_dead_code()
+
+
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.Node, operands: Sequence[Any]) -> None:
+    inner = gm.get_submodule(str(body.target))
+    assert isinstance(inner, fx.GraphModule)
+    _inline_regions(inner)
+    values: dict[fx.Node, Any] = {}
+    given = iter(operands)
+    with gm.graph.inserting_before(call):
+        for node in inner.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "output":
+                results = node.args[0]
+            else:
+                values[node] = gm.graph.node_copy(node, values.__getitem__)
+                if node.op == "get_attr":
+                    values[node].target = f"{body.target}.{node.target}"
+    for user in list(call.users):  # getitem for each result
+        user.replace_all_uses_with(values[results[user.args[1]]])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(call)
 
 
 def _builtin_containers(spec: pytree.TreeSpec) -> bool:

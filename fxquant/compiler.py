@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxquant.batches import CalibrationImages
 from fxquant.calibrate import calibrate
 from fxquant.capture import capture, device_of
-from fxquant.errors import CaptureError, NonFiniteError
+from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
 from fxquant.model import CompiledModel
 from fxquant.passes import (
     AssignSpecs,
@@ -23,6 +23,7 @@ from fxquant.passes import (
     Freeze,
     InsertObservers,
     NameNodes,
+    OpenEinsum,
     Pass,
     PassResult,
     QuantizeBias,
@@ -37,12 +38,13 @@ from fxquant.policy_file import policy_to_dict, resolve
 from fxquant.progress import track, working
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
 
-# Each pass relies on those before it: attention must be open before its products are sorted, a
-# transposed weight folded before a product is seen to be a linear, and batch norm folded before a
-# projection's weight is cut in parts.
+# Each pass relies on those before it: attention and einsum must be open before products are sorted,
+# a transposed weight folded before a product is seen to be a linear, and batch norm folded before
+# a projection's weight is cut in parts.
 CANONICAL: tuple[Pass, ...] = (
     DropNoOps(),
     SplitAttention(),
+    OpenEinsum(),
     FoldConstants(),
     ToLinear(),
     FoldBatchNorm(),
@@ -50,6 +52,7 @@ CANONICAL: tuple[Pass, ...] = (
     SplitProjections(),
     NameNodes(),
 )
+HOOKS_NOTE = "its hooks are not in the compiled model; what they change is missing there"
 # Images that canonicalization is checked on, and that the report's SQNR is measured on.
 _CHECK_IMAGES, _REPORT_IMAGES = 2, 8
 
@@ -111,24 +114,42 @@ class _Clock:
 def _canonicalize(gm: fx.GraphModule, images: Tensor) -> dict[str, PassResult]:
     """Brings the graph to the canonical dialect and checks that its function is unchanged."""
     sample = images[:_CHECK_IMAGES].to(device_of(gm))
-    before = torch.utils._pytree.tree_leaves(gm(sample))
+    before, again = _outputs(gm, sample), _outputs(gm, sample)
+    if any(bool(value.isnan().any()) for value in before):
+        raise NonFiniteError(
+            "the float model itself outputs NaN for the first calibration images: check its "
+            "weights and the image normalisation"
+        )
+    if any(not torch.equal(old, new) for old, new in zip(before, again, strict=True)):
+        raise CaptureError(
+            "the model gives other outputs when run again: it draws random numbers or changes a "
+            "buffer in eval mode, and cannot be compiled so: turn that off"
+        )
     results = run_passes(gm, CANONICAL)
-    after = torch.utils._pytree.tree_leaves(gm(sample))
-    for old, new in zip(before, after, strict=True):
-        if isinstance(old, Tensor) and old.is_floating_point():
-            if bool(old.isnan().any()):
-                raise NonFiniteError(
-                    "the float model itself outputs NaN for the first calibration images: check "
-                    "its weights and the image normalisation"
-                )
-            error = _difference(old, new)
-            if not error < 1e-3:
-                raise CaptureError(
-                    f"the captured graph differs from the model by {error:.1e} of its largest "
-                    "output; a model that draws random numbers in eval mode cannot be compiled: "
-                    "turn that off"
-                )
+    for old, new in zip(before, _outputs(gm, sample), strict=True):
+        error = _difference(old, new)
+        if not error < 1e-3:
+            raise PassError(
+                f"the canonical graph differs from the captured one by {error:.1e} of its largest "
+                "output. This is a bug; please report it with the model's definition"
+            )
     return results
+
+
+def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
+    """The float tensors among the outputs.
+
+    Raises:
+        BatchError: the model does not take the images.
+    """
+    try:
+        leaves = torch.utils._pytree.tree_leaves(gm(images))
+    except (RuntimeError, TypeError) as error:
+        raise BatchError(
+            f"the model does not take images of shape {tuple(images.shape)} and type "
+            f"{images.dtype} ({error})"
+        ) from error
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _difference(old: Tensor, new: Tensor) -> float:
@@ -159,9 +180,12 @@ def _report(
         quantized_bytes=after,
         seconds=clock.seconds,
         changes={name: result.changed for name, result in results.items()},
-        notes=tuple(
-            (name, skip.site, skip.reason)
-            for name, result in results.items()
-            for skip in result.skips
+        notes=(
+            *(("capture", path, HOOKS_NOTE) for path in gm.meta["hooked"]),
+            *(
+                (name, skip.site, skip.reason)
+                for name, result in results.items()
+                for skip in result.skips
+            ),
         ),
     )

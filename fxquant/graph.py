@@ -39,14 +39,15 @@ _ARGS: dict[OpKind, dict[Arg, int]] = {
 }
 
 # Products that the dialect has no quantized form of. They are reported, never passed over.
+_UNSUPPORTED_NAMES = (
+    "conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc bilinear tensordot "
+    "inner mv dot vdot addmv addbmm chain_matmul linalg_multi_dot lstm gru rnn_tanh rnn_relu "
+    "lstm_cell gru_cell embedding_bag cdist einsum"
+)
 UNSUPPORTED: dict[Any, str] = {
-    aten.conv_transpose2d.input: "transposed convolution has no quantized form yet",
-    aten.conv_transpose1d.default: "transposed convolution has no quantized form yet",
-    aten.bilinear.default: "bilinear has no quantized form yet",
-    aten.lstm.input: "recurrent layers have no quantized form yet",
-    aten.gru.input: "recurrent layers have no quantized form yet",
-    aten.embedding_bag.default: "embedding bags have no quantized form yet",
-    aten.einsum.default: "an einsum that is no plain matrix product has no quantized form yet",
+    getattr(getattr(aten, name), overload): f"left float: {name} has no quantized form yet"
+    for name in _UNSUPPORTED_NAMES.split()
+    for overload in getattr(aten, name).overloads()
 }
 
 # Operations that move values and never change them.

@@ -149,11 +149,23 @@ class Report:
         """The edges that could be quantized and were not; each has its reason."""
         return tuple(entry for entry in self.plan if entry.spec is None)
 
+    @property
+    def unsupported(self) -> tuple[tuple[str, str], ...]:
+        """(node, reason) of products that no rule can quantize."""
+        edges = {entry.edge for entry in self.plan}
+        return tuple(
+            (site, reason)
+            for name, site, reason in self.notes
+            if name in ("AssignSpecs", "OpenEinsum") and site not in edges and "float" in reason
+        )
+
     def summary(self) -> str:
         """One line."""
         quantized = len(self.plan) - len(self.left_float)
+        others = {site for site, _ in self.unsupported}
+        besides = f" ({len(others)} products have no quantized form)" if others else ""
         return (
-            f"{self.policy}: {quantized} of {len(self.plan)} edges quantized, "
+            f"{self.policy}: {quantized} of {len(self.plan)} edges quantized{besides}, "
             f"{self.images} calibration images, parameters {self.float_bytes / 1e6:.2f} -> "
             f"{self.quantized_bytes / 1e6:.2f} MB, {sum(self.seconds.values()):.1f} s"
         )
@@ -191,6 +203,10 @@ class Report:
         for entry in self.plan:
             if entry.reason:
                 console.print(f"{entry.edge}: {entry.reason}", soft_wrap=True)
+        printed = {entry.edge for entry in self.plan}
+        for name, site, reason in self.notes:
+            if site not in printed:
+                console.print(f"{name}: {site or '(model)'}: {reason}", soft_wrap=True)
         console.print(self.summary(), soft_wrap=True)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 

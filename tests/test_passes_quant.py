@@ -172,8 +172,27 @@ def test_a_bias_too_large_for_int32_widens_its_channels_scale() -> None:
     run_passes(gm, [Freeze()])
     assert run_passes(gm, [QuantizeBias()])["QuantizeBias"].skips == ()
     x, w = (gm.get_submodule(f"quant.linear__{arg}") for arg in ("input", "weight"))
-    assert float((model.bias / accumulator_scale(x, w)).abs().max()) < 2**31
+    assert float((model.bias.data / accumulator_scale(x, w)).abs().max()) < 2**31
     assert_same_function(gm, model, tokens() * 1e-5, 1e-2)
+
+
+def test_a_row_of_zeros_keeps_its_bias() -> None:
+    model = seeded(nn.Linear(DIM, DIM))
+    model.weight.data[0] = 0
+    model.weight.data[1] = 1e-34
+    model.bias.data[:2] = 0.37
+    gm = capture(model, tokens() * 10)
+    run_passes(
+        gm,
+        (
+            *CANONICAL,
+            AssignSpecs((Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))),
+            InsertObservers(),
+        ),
+    )
+    calibrate(gm, [tokens() * 10])
+    run_passes(gm, [Freeze(), QuantizeBias()])
+    torch.testing.assert_close(gm(tokens())[..., :2], torch.full_like(tokens()[..., :2], 0.37))
 
 
 # The runner
@@ -189,7 +208,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 12
+    assert len(PASSES) == 13
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

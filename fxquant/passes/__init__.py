@@ -8,6 +8,7 @@ from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.freeze import Freeze
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.name_nodes import NameNodes
+from fxquant.passes.open_einsum import OpenEinsum
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.scale_after_matmul import ScaleAfterMatmul
 from fxquant.passes.split_attention import SplitAttention
@@ -22,6 +23,7 @@ __all__ = [
     "Freeze",
     "InsertObservers",
     "NameNodes",
+    "OpenEinsum",
     "Pass",
     "PassResult",
     "QuantizeBias",

@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import constant, op_kind, submodule
+from fxquant.graph import constant, get_parameter, op_kind, operand, submodule
+from fxquant.ops import broadcast
 from fxquant.passes.base import PassResult, Skip
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
 from fxquant.rewrite import add_constant
@@ -38,17 +39,19 @@ def _pair(gm: fx.GraphModule, node: fx.Node) -> tuple[UniformQuantizer, UniformQ
     return x, w
 
 
-def _make_room(bias: Tensor, x: UniformQuantizer, w: UniformQuantizer) -> None:
-    """Widens the scale of channels whose weights are so small that their bias overflows.
+def _make_room(bias: Tensor, x: UniformQuantizer, w: UniformQuantizer, weight: Tensor) -> None:
+    """Chooses the scale of channels whose weights are so small that their bias does not fit.
 
     Half a step of the wider scale moves the output by at most ``K 2^-23`` of the bias, which is
     float32's own rounding. Training leaves such channels behind where a batch norm's gamma decayed
-    to almost zero.
+    to almost zero. A channel of zeros has any scale, and takes the one that its bias wants.
     """
     least = bias.abs() / (x.scale * _LARGEST)
+    empty = (w.quantize(weight) == broadcast(w.zero_point, weight.ndim, w.axis)).flatten(1).all(1)
     if w.axis is None:
-        least = least.max()
-    w.scale.copy_(torch.maximum(w.scale, least))
+        least, empty = least.max(), empty.all()
+    scale = torch.where(empty & (least > 0), least, torch.maximum(w.scale, least))
+    w.scale.copy_(scale)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class QuantizeBias:
         """Rounds every bias that an integer kernel would add."""
         skips: list[Skip] = []
         sites = list(self._sites(gm, skips))
-        for _, bias, x, w in sites:
-            _make_room(bias, x, w)
+        for node, bias, x, w in sites:
+            weight = get_parameter(gm, operand(operand(node, 1), 0))
+            _make_room(bias, x, w, weight)
         changed = 0
         for node, bias, x, w in sites:
             unit = accumulator_scale(x, w).double()

@@ -19,7 +19,7 @@ from torch import fx
 from fxquant.backends.onnx_qdq.doctor import TOLERANCE, optimization_difference
 from fxquant.backends.onnx_qdq.legalize import Legalizer
 from fxquant.backends.onnx_qdq.rules import check_rules
-from fxquant.backends.onnx_qdq.runtime import Unfused, inspect
+from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session
 from fxquant.backends.onnx_qdq.target import Target, resolve_target, u8s8_saturates
 from fxquant.backends.onnx_qdq.torch_ops import TRANSLATIONS
 from fxquant.errors import LoweringError
@@ -92,6 +92,7 @@ def export_onnx(
         ir.save(model, draft)
         onnx.checker.check_model(str(draft))
         fused, unfused, _ = inspect(draft)
+        _compare(gm, draft, image_shape)
         checked = not (chosen.signed_weights and u8s8_saturates())
         difference = optimization_difference(draft) if checked else None
         if difference is not None and not difference <= TOLERANCE:
@@ -110,6 +111,27 @@ def export_onnx(
         unfused=unfused,
         difference=difference,
     )
+
+
+@torch.no_grad()
+def _compare(gm: fx.GraphModule, path: Path, image_shape: tuple[int, ...]) -> None:
+    """Runs the file without optimizations beside the simulation.
+
+    Raises:
+        LoweringError: they differ by more than rounding ties explain.
+    """
+    images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    device = next((value.device for value in gm.buffers()), torch.device("cpu"))
+    expected = torch.utils._pytree.tree_leaves(gm(images.to(device)))
+    results = make_session(path, optimize=False).run(None, {INPUT_NAME: images.numpy()})
+    for ours, theirs in zip(expected, map(torch.from_numpy, results), strict=True):
+        finite = torch.isfinite(ours.cpu())
+        gap = (ours.cpu() - theirs)[finite].double().norm()
+        if not gap <= TOLERANCE * ours.cpu()[finite].double().norm() + 1e-6:
+            raise LoweringError(
+                f"the ONNX file differs from the simulation by {gap:.2g} (L2); nothing was "
+                "written. This is a bug; please report it with the model"
+            )
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -225,6 +225,6 @@ def _patch_size(node: fx.Node) -> tuple[int, int] | None:
     fixed = not any(isinstance(n, SymInt) for n in shape[1:])
     tiles = fixed and all(n % k == 0 for n, k in zip(shape[2:], kernel, strict=True))
     plain = set(padding) == {0} and set(dilation) == {1} and groups == 1
-    if not (tiles and plain and list(stride) == kernel and kernel != [1, 1]):
+    if not (tiles and plain and list(stride) == kernel):
         return None
     return kernel[0], kernel[1]
