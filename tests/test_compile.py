@@ -177,10 +177,20 @@ def test_a_layer_of_zeros_costs_nothing() -> None:
     assert type(compiled.report).from_dict(compiled.report.to_dict()) == compiled.report
 
 
-def test_progress_is_quiet_when_quick(vit: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("quick", [True, False])
+def test_progress_goes_to_stderr_and_is_quiet_when_quick(
+    vit: nn.Module,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    quick: bool,
+) -> None:
+    # Not by the clock: a busy machine may take longer than two seconds over anything.
+    monkeypatch.setattr("fxquant.progress.QUIET_SECONDS", math.inf if quick else -1.0)
     fxquant.compile(vit, [X], progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert ("capture: " in captured.err) is not quick
+    assert not quick or captured.err == ""
 
 
 # What it refuses

@@ -90,7 +90,7 @@ def test_errors_say_what_to_pass() -> None:
         render("test", [0], level="hard")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 or more"):
         render("test", [-1])
-    with pytest.raises(ValueError, match="0 .* to 1"):
+    with pytest.raises(ValueError, match=r"0 .* to 1"):
         Augmentation().scaled(2)
     with pytest.raises(ValueError, match="glyph_vit, glyph_swin"):
         build("resnet")

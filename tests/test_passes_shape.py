@@ -85,6 +85,36 @@ def test_a_view_of_a_dropped_clone_still_works() -> None:
     assert op_names(gm) == ["matmul", "transpose", "reshape"]
 
 
+@torch.library.custom_op("fxquant_tests::strict", mutates_args=())
+def strict(x: Tensor) -> Tensor:
+    """An operator of somebody else's that takes contiguous tensors alone."""
+    assert x.is_contiguous()
+    return x + 1
+
+
+@strict.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda y: torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * 1j),
+        lambda y: y.view(torch.int32).bitwise_not().view(torch.float32).nan_to_num(),
+        strict,
+    ],
+    ids=["complex", "other type", "custom operator"],
+)
+def test_a_copy_stays_where_the_layout_matters(read: Any) -> None:
+    def heads_last(x: Tensor, w: Tensor) -> Tensor:
+        y = F.pad(x @ w, (0, 0, 0, 1)).transpose(1, 2).contiguous()
+        return read(y).clone()
+
+    gm, _ = assert_pass(model(heads_last), tokens(), DropNoOps(), changed=1)
+    assert "contiguous" in op_names(gm) and "clone" not in op_names(gm)
+
+
 def test_reshape_as_becomes_a_reshape_to_that_size() -> None:
     gm, _ = assert_pass(
         model(lambda x, w: (x @ w).flatten(0, 1).reshape_as(x)), tokens(), DropNoOps(), changed=1
@@ -182,6 +212,14 @@ def test_factors_of_addmm_and_baddbmm_are_kept(alpha: float, beta: float) -> Non
         return torch.baddbmm(flat, x @ x.transpose(1, 2), x, alpha=alpha, beta=beta)
 
     assert_pass(model(products), tokens(), ToLinear(), before=[FoldConstants()], changed=2)
+
+
+def test_factors_of_one_add_no_operation() -> None:
+    def biased(x: Tensor, _: Tensor) -> Tensor:
+        return torch.baddbmm(x @ x.transpose(1, 2), x, x.transpose(1, 2))
+
+    gm, _ = assert_pass(model(biased), tokens(), ToLinear(), changed=1)
+    assert "add" in op_names(gm) and "mul" not in op_names(gm)
 
 
 def test_a_weight_with_more_axes_than_the_tokens_keeps_the_shape_of_the_result() -> None:

@@ -233,12 +233,22 @@ def test_a_packing_inside_a_packing_is_split_too() -> None:
         (
             lambda y: (p := y.chunk(2, 1))[0] + p[1],
             torch.randn(2, 4, DIM),
-            "mixes tokens and channels on one axis",
+            "its tokens are split",
         ),
         (
             lambda y: (p := y.reshape(y.shape[0], 2, -1).unbind(1))[0] * p[1],
             torch.randn(2, 4, DIM),
-            "mixes tokens and channels on one axis",
+            "tokens and channels are mixed on one axis",
+        ),
+        (
+            lambda y: (p := y.unflatten(1, (2, 2)).chunk(2, -1))[0] * p[1],
+            torch.randn(2, 4, DIM),
+            "its tokens are spread over several axes",
+        ),
+        (
+            lambda y: (p := y.roll(1, 1).chunk(2, -1))[0] * p[1],
+            torch.randn(2, 4, DIM),
+            "its tokens change their order",
         ),
         (
             lambda y: (p := y.split([DIM, DIM], -1))[0] * p[1],
@@ -251,7 +261,7 @@ def test_a_packing_inside_a_packing_is_split_too() -> None:
             "do not divide its output channels",
         ),
     ],
-    ids=["split tokens", "mixed axes", "one token", "overlapping slices"],
+    ids=["split tokens", "mixed", "windows", "rolled", "one token", "overlapping"],
 )
 def test_a_projection_stays_and_says_why(
     unpack: Callable[[Tensor], Tensor], x: Tensor, reason: str

@@ -3,7 +3,7 @@
 Before: ``y = dropout(x, p, train=False)``, ``y = clone(x)``, ``y = to(x, x.dtype)``
 After:  ``y = x``
 
-``view`` becomes ``reshape``, since a dropped ``clone`` may have been what made its input
+A copy stays where an operation behind it may ask how its input lies in memory. ``view`` becomes ``reshape``, since a dropped ``clone`` may have been what made its input
 contiguous; ``reshape_as`` becomes ``reshape`` to that size, so that it no longer looks like a use
 of the other tensor's values.
 """
@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import SymInt, Tensor, fx
 
-from fxquant.graph import aten, operand
+from fxquant.graph import MOVES, aten, operand
 from fxquant.passes.base import PassResult
 from fxquant.rewrite import emit
 from fxquant.spec import Stage
@@ -32,6 +33,16 @@ _VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
 _LIKE = {aten.reshape_as.default, aten.view_as.default}
+
+# What changes how values lie in memory, and the operators of aten to which that matters.
+_COPIES = {aten.clone.default, aten.contiguous.default, aten._to_copy.default}
+_STRIDED = {
+    aten.view_as_complex.default,
+    aten.view.dtype,
+    aten.as_strided.default,
+    aten.sym_stride.int,
+    aten.sym_storage_offset.default,
+}
 
 
 def _reshape_to_size(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -52,6 +63,21 @@ def _same_type(node: fx.Node) -> bool:
         and isinstance(after, Tensor)
         and bool((before.dtype, before.device) == (after.dtype, after.device))
     )
+
+
+def _layout_matters(node: fx.Node) -> bool:
+    """Whether a user, behind moves or not, may depend on the strides of a node's value."""
+    for user in node.users:
+        target = user.target
+        if target in MOVES or target in _NOOPS or target in _LIKE:
+            if _layout_matters(user):
+                return True
+        elif target in _STRIDED or (
+            isinstance(target, torch._ops.HigherOrderOperator)
+            or (isinstance(target, torch._ops.OpOverload) and target.namespace != "aten")
+        ):
+            return True
+    return False
 
 
 def _always(node: fx.Node) -> bool:
@@ -93,6 +119,8 @@ class DropNoOps:
             if node.target in _CHECKS:
                 gm.graph.erase_node(node)
                 changed += 1
+            elif node.target in _COPIES and _layout_matters(node):
+                continue
             elif node.target in _NOOPS and _NOOPS[node.target](node):
                 node.replace_all_uses_with(node.args[0])
                 gm.graph.erase_node(node)

@@ -6,7 +6,8 @@ After:  ``q = permute(reshape(linear(x, W[rows of q])))``, likewise k and v
 Each of q, k and v then has a weight of its own to be quantized, and a backend can write its codes
 straight from the product. Which rows a branch takes is not read off the operations: the moves are
 run on a tensor of output-channel numbers, so that every packing (ViT's, LeViT's per-head one, that
-of nn.MultiheadAttention) is handled alike. A branch whose axes mix tokens and channels is refused.
+of nn.MultiheadAttention) is handled alike. A branch whose axes mix tokens and channels, or whose tokens are
+not all there in their order, is refused.
 """
 
 from __future__ import annotations
@@ -95,23 +96,41 @@ def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
     if any(size == 1 for size in shape[:-1]):
         return "an axis of length one hides which axis it is"
     axes = [-1] * node.meta["val"].ndim
-    channels: Tensor | None = None
+    indices = []
     for axis, size in enumerate(shape):
         view = [1] * len(shape)
         view[axis] = size
-        index = _run(node, linear, torch.arange(size).view(view).expand(shape), {})
-        if axis == len(shape) - 1:
-            channels = index
-            continue
-        along = [i for i, varies in enumerate(_varies(index)) if varies]
-        if len(along) != 1 or index.shape[along[0]] != size or axes[along[0]] != -1:
-            return f"{node.name} mixes tokens and channels on one axis"
-        axes[along[0]] = axis
-    assert channels is not None
-    if any(varies and axes[i] != -1 for i, varies in enumerate(_varies(channels))):
-        return f"{node.name} mixes tokens and channels on one axis"
+        indices.append(_run(node, linear, torch.arange(size).view(view).expand(shape), {}))
+    *leading, channels = indices
+    of_channels = _varies(channels)
+    for axis, index in enumerate(leading):
+        place = _place(index, shape[axis], of_channels)
+        if isinstance(place, str):
+            return f"at {node.name} {place}"
+        axes[place] = axis
     rows = channels[tuple(slice(None) if axis == -1 else 0 for axis in axes)]
     return _Branch(node, rows, tuple(axes))
+
+
+def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | str:
+    """The axis of a branch that is one leading axis of the linear; the reason if there is none.
+
+    Args:
+        index: at each place of the branch, where it came from along the linear's axis.
+        size: length of that axis.
+        of_channels: for each axis of the branch, whether output channels change along it.
+    """
+    along = [axis for axis, varies in enumerate(_varies(index)) if varies]
+    if any(of_channels[axis] for axis in along):
+        return "tokens and channels are mixed on one axis"
+    if len(index.unique()) < size:
+        return "its tokens are split"
+    if len(along) > 1:
+        return "its tokens are spread over several axes"
+    order = index.transpose(0, along[0]).flatten(1)[:, 0]
+    if not torch.equal(order, torch.arange(size)):
+        return "its tokens change their order"
+    return along[0]
 
 
 def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:

@@ -69,7 +69,9 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         product = call(aten.mul.Tensor, product, alpha)
     if beta == 0:
         return product
-    return call(aten.add.Tensor, product, call(aten.mul.Tensor, addend, beta))
+    if beta != 1:
+        addend = call(aten.mul.Tensor, addend, beta)
+    return call(aten.add.Tensor, product, addend)
 
 
 @dataclass(frozen=True)
