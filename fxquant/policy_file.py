@@ -108,7 +108,9 @@ def to_yaml(policy: Policy) -> str:
 
 def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     values = _changed(rule, Rule(spec=None))
-    values["spec"] = None if rule.spec is None else _changed(rule.spec, TensorSpec())
+    values["spec"] = None
+    if rule.spec is not None:  # the bit-width is always spelled out, for the reader
+        values["spec"] = {"bits": rule.spec.bits, **_changed(rule.spec, TensorSpec())}
     return values
 
 
