@@ -3,9 +3,10 @@
 Before: ``y = dropout(x, p, train=False)``, ``y = clone(x)``, ``y = to(x, x.dtype)``
 After:  ``y = x``
 
-A copy stays where an operation behind it may ask how its input lies in memory. ``view`` becomes ``reshape``, since a dropped ``clone`` may have been what made its input
-contiguous; ``reshape_as`` becomes ``reshape`` to that size, so that it no longer looks like a use
-of the other tensor's values.
+A copy stays where an operation behind it may ask how its input lies in memory. ``view`` becomes
+``reshape``, since a dropped ``clone`` may have been what made its input contiguous;
+``reshape_as`` becomes ``reshape`` to that size, so that it no longer looks like a use of the other
+tensor's values.
 """
 
 from __future__ import annotations

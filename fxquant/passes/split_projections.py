@@ -6,8 +6,8 @@ After:  ``q = permute(reshape(linear(x, W[rows of q])))``, likewise k and v
 Each of q, k and v then has a weight of its own to be quantized, and a backend can write its codes
 straight from the product. Which rows a branch takes is not read off the operations: the moves are
 run on a tensor of output-channel numbers, so that every packing (ViT's, LeViT's per-head one, that
-of nn.MultiheadAttention) is handled alike. A branch whose axes mix tokens and channels, or whose tokens are
-not all there in their order, is refused.
+of nn.MultiheadAttention) is handled alike. A branch whose axes mix tokens and channels, or whose
+tokens are not all there in their order, is refused.
 """
 
 from __future__ import annotations
