@@ -19,7 +19,7 @@ class Einsum(nn.Module):
         self.equation = equation
         self.weight = (
             nn.Parameter(torch.randn(DIM, DIM))
-            if "b" not in equation.split(",")[1].split("->")[0]
+            if "b" not in equation.split(",")[1].split("->", maxsplit=1)[0]
             else None
         )
 
