@@ -1,6 +1,4 @@
-"""Passes that bring attention and products to the dialect: DropNoOps, SplitAttention, ToLinear,
-ScaleAfterMatmul, FoldConstants.
-"""
+"""Passes that bring products to the dialect: DropNoOps, ToLinear, ScaleAfterMatmul, FoldConstants."""
 
 from __future__ import annotations
 
@@ -17,14 +15,12 @@ from fxquant.passes import (
     DropNoOps,
     FoldConstants,
     ScaleAfterMatmul,
-    SplitAttention,
     ToLinear,
     run_passes,
 )
 from fxquant.testing import (
     DIM,
     TOKENS,
-    FusedAttention,
     assert_pass,
     assert_same_function,
     op_names,
@@ -120,56 +116,6 @@ def test_reshape_as_becomes_a_reshape_to_that_size() -> None:
         model(lambda x, w: (x @ w).flatten(0, 1).reshape_as(x)), tokens(), DropNoOps(), changed=1
     )
     assert op_names(gm) == ["matmul", "flatten", "reshape"]
-
-
-# SplitAttention
-
-OPEN = ["matmul", "mul", "softmax", "matmul"]
-
-
-def hidden_mask() -> Tensor:
-    return torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(1)
-
-
-@pytest.mark.parametrize(
-    ("attention", "added"),
-    [
-        (FusedAttention(), 0),
-        (FusedAttention(scale=0.3), 0),
-        (FusedAttention(torch.randn(TOKENS, TOKENS)), 1),
-        (FusedAttention(hidden_mask()), 1),
-        (FusedAttention(is_causal=True), 1),
-        (FusedAttention(kv_heads=1, enable_gqa=True), 0),
-        (FusedAttention(hidden_mask(), kv_heads=1, enable_gqa=True, scale=2.0), 1),
-    ],
-    ids=["plain", "scale", "float mask", "bool mask", "causal", "gqa", "all"],
-)
-def test_fused_attention_is_opened(attention: nn.Module, added: int) -> None:
-    gm, _ = assert_pass(attention.eval(), tokens(), SplitAttention(), changed=1)
-    core = ("matmul", "mul", "softmax")
-    assert [name for name in op_names(gm) if name in core] == OPEN
-    assert "scaled_dot_product_attention" not in op_names(gm)
-    after = op_names(gm)[op_names(gm).index("mul") :]
-    assert after[: after.index("softmax")].count("add") == added
-
-
-def test_a_row_that_the_mask_hides_completely_is_zero_as_in_torch() -> None:
-    mask = hidden_mask()
-    mask[2] = False
-    gm, _ = assert_pass(FusedAttention(mask).eval(), tokens(), SplitAttention(), changed=1)
-    assert bool(torch.isfinite(gm(tokens())).all())
-
-
-def test_multihead_attention_of_torch_is_opened() -> None:
-    gm, _ = assert_pass(seeded(testing.TorchAttention()), tokens(), SplitAttention(), changed=1)
-    assert op_names(gm).count("matmul") == 2
-
-
-def test_opened_attention_belongs_to_the_module_it_was_in() -> None:
-    gm = capture(seeded(testing.Block()), tokens())
-    run_passes(gm, [SplitAttention()])
-    stacks = [n.meta["nn_module_stack"] for n in gm.graph.nodes if "softmax" in n.name]
-    assert [list(stack.values())[-1][0] for stack in stacks] == ["attn"]
 
 
 # ToLinear
