@@ -123,11 +123,7 @@ def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | str
     along = [axis for axis, varies in enumerate(_varies(index)) if varies]
     if any(of_channels[axis] for axis in along):
         return "tokens and channels are mixed on one axis"
-<<<<<<< HEAD
-    if len(index.unique()) < size:  # type: ignore[no-untyped-call]
-=======
     if bool((index.flatten().bincount(minlength=size) == 0).any()):
->>>>>>> 5388b9bb78eec5f5de540147fd7d90ebf4c017d5
         return "its tokens are split"
     if len(along) > 1:
         return "its tokens are spread over several axes"
