@@ -1,4 +1,4 @@
-"""Passes that bring products to the dialect: DropNoOps, ToLinear, ScaleAfterMatmul, FoldConstants."""
+"""Passes that bring products to the dialect: no-ops, linears, scalar factors, constants."""
 
 from __future__ import annotations
 
