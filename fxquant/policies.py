@@ -24,6 +24,7 @@ def w8a8() -> Policy:
             Rule(
                 arg=Arg.WEIGHT,
                 spec=TensorSpec(bits=8, symmetric=True, granularity=Granularity.CHANNEL),
+                optional=True,  # a model of products of activations only
             ),
             Rule(
                 arg=Arg.RHS,
@@ -53,6 +54,7 @@ def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
             Rule(
                 arg=Arg.WEIGHT,
                 spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=Granularity.CHANNEL),
+                optional=True,
             ),
             Rule(spec=TensorSpec(bits=act_bits)),
         ),
