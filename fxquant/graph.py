@@ -156,9 +156,13 @@ class Edge:
         0 for the output channels of a weight; for the channels of an activation -1, or 1 at a
         convolution; -3 for heads.
         """
-        if self.spec is None or self.spec.granularity is Granularity.TENSOR:
+        return None if self.spec is None else self.axis_of(self.spec.granularity)
+
+    def axis_of(self, granularity: Granularity) -> int | None:
+        """Axis that would get a scale each at that granularity; as ``scale_axis``."""
+        if granularity is Granularity.TENSOR:
             return None
-        if self.spec.granularity is Granularity.HEAD:
+        if granularity is Granularity.HEAD:
             return -3
         if self.arg is Arg.WEIGHT:
             return 0

@@ -24,7 +24,7 @@ def w8a8() -> Policy:
             Rule(
                 arg=Arg.WEIGHT,
                 spec=TensorSpec(bits=8, symmetric=True, granularity=Granularity.CHANNEL),
-                optional=True,
+                optional=True,  # a model of products of activations only
             ),
             Rule(
                 arg=Arg.RHS,

@@ -35,19 +35,26 @@ class Rule:
         """Checks the conditions.
 
         Raises:
-            PolicyError: ``path`` is no regular expression, or ``optional`` no boolean.
+            PolicyError: ``spec`` is no TensorSpec, ``path`` no regular expression, or ``optional``
+                no boolean.
             UnknownKeyError: ``fed_by`` names no producer, or ``op`` or ``arg`` is unknown.
         """
+        if self.spec is not None and not isinstance(self.spec, TensorSpec):
+            raise PolicyError(
+                f"spec must be a TensorSpec, or None to keep edges float, got {self.spec!r:.80}"
+            )
         if self.op is not None:
             parse_field(self, "op", OpKind)
         if self.arg is not None:
             parse_field(self, "arg", Arg)
         check_flag(self, "optional")
+        if not isinstance(self.path, str):
+            raise PolicyError(f"path must be a regular expression as text, got {self.path!r}")
         try:
             re.compile(self.path)
         except re.error as error:
             raise PolicyError(f"path {self.path!r} is no regular expression: {error}") from error
-        if self.fed_by is not None and self.fed_by not in PRODUCER_NAMES:
+        if self.fed_by is not None and self.fed_by not in list(PRODUCER_NAMES):
             raise UnknownKeyError(
                 f"fed_by {self.fed_by!r} is unknown; one of {', '.join(sorted(PRODUCER_NAMES))}"
             )
@@ -80,8 +87,18 @@ class Policy:
         """Checks the rules.
 
         Raises:
-            PolicyError: there is none.
+            PolicyError: there is none, or one is no Rule.
         """
+        if not isinstance(self.name, str) or not isinstance(self.description, str):
+            raise PolicyError(
+                f"name and description must be text, got {self.name!r} and {self.description!r}"
+            )
+        if not isinstance(self.rules, tuple | list):
+            raise PolicyError(f"rules must be a tuple of Rule, got {self.rules!r:.80}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for i, rule in enumerate(self.rules):
+            if not isinstance(rule, Rule):
+                raise PolicyError(f"rule {i + 1} must be a Rule, got {rule!r:.80}")
         if not self.rules:
             raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
 

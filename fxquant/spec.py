@@ -70,7 +70,7 @@ def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
         UnknownKeyError: it stands for none.
     """
     value = getattr(item, name)
-    if value not in list(enum):
+    if not isinstance(value, str) or value not in list(enum):
         raise UnknownKeyError(f"{name} must be one of {', '.join(enum)}, got {value!r}")
     object.__setattr__(item, name, enum(value))
 
@@ -114,7 +114,7 @@ class TensorSpec:
         Raises:
             BitWidthError: bits is not an integer in 2..16.
             UnknownKeyError: scheme, granularity or observer is unknown.
-            PolicyError: percentile is not in (50, 100], or symmetric is no boolean.
+            PolicyError: percentile is no number in (50, 100], or symmetric no boolean.
         """
         parse_field(self, "scheme", Scheme)
         parse_field(self, "granularity", Granularity)
@@ -127,6 +127,8 @@ class TensorSpec:
                 f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}; "
                 "to leave a tensor float, give the rule `spec: null`"
             )
+        if isinstance(self.percentile, bool) or not isinstance(self.percentile, int | float):
+            raise PolicyError(f"percentile must be a number, got {self.percentile!r}")
         if not 50 < self.percentile <= 100:
             raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
 

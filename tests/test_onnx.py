@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -57,7 +58,7 @@ def test_every_product_runs_on_an_integer_kernel(tmp_path: Path) -> None:
     assert exported.unfused == () and sum(exported.fused.values()) == 9
     assert exported.fused["QGemm"] == 7
     assert exported.file_bytes == exported.path.stat().st_size
-    assert "9" not in str(exported.unfused) and "QGemm" in str(exported)
+    assert "QGemm" in str(exported)
 
 
 def test_the_file_has_the_promised_format(tmp_path: Path) -> None:
@@ -142,8 +143,7 @@ def test_every_form_of_uniform_quantizer_is_exact(tmp_path: Path, policy: Policy
     assert exported.unfused == ()
     ours, theirs = model(images()), run(exported.path, images())
     assert torch.linalg.vector_norm(ours - theirs) < 0.05 * torch.linalg.vector_norm(ours)
-    if policy.name != "heads":  # their inputs are divided by the scale before QuantizeLinear
-        assert_same_codes(model, exported.path, images())
+    assert_same_codes(model, exported.path, images())
 
 
 def test_asymmetric_scales_per_head_are_exact_but_float(tmp_path: Path) -> None:
@@ -227,3 +227,26 @@ def test_tokens_without_an_image_axis_export_too(tmp_path: Path) -> None:
     exported = model.export_onnx(tmp_path / "m.onnx")
     assert sum(exported.fused.values()) == 6
     assert_same_codes(model, exported.path, tokens())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mlp_2__input_scale", lambda value: value * np.float32(1.01)),
+        ("mlp_2__input_zero_point", lambda value: value + np.uint8(1)),
+        ("mlp_0_bias_codes", lambda value: value + np.int32(2000)),
+    ],
+)
+def test_the_comparison_of_codes_sees_one_wrong_number(
+    tmp_path: Path, name: str, change: Any
+) -> None:
+    model = build(policies.w8a8())
+    path = model.export_onnx(tmp_path / "m.onnx").path
+    file = onnx.load(str(path))
+    (tensor,) = (tensor for tensor in file.graph.initializer if tensor.name == name)
+    wrong = np.asarray(change(onnx.numpy_helper.to_array(tensor)))
+    tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, name))
+    onnx.save(file, str(path))
+    # The last quantizer stands behind all others: no tie before it may excuse it.
+    with pytest.raises(AssertionError, match="mlp_2__input"):
+        assert_same_codes(model, path, images())

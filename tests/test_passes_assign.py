@@ -12,6 +12,7 @@ from fxquant import testing
 from fxquant.calibrate import calibrate
 from fxquant.errors import UnusedRuleError
 from fxquant.passes import AssignSpecs, Freeze, InsertObservers, run_passes
+from fxquant.policies import PRESETS
 from fxquant.policy import Rule
 from fxquant.quantizers import UniformQuantizer
 from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
@@ -68,6 +69,46 @@ def test_an_unused_rule_is_an_error_that_shows_what_there_is() -> None:
 def test_an_unused_optional_rule_is_none() -> None:
     gm, _ = annotated(Rule(fed_by="silu", spec=FOUR, optional=True), Rule(spec=EIGHT))
     assert set(specs(gm).values()) == {EIGHT}
+
+
+def test_a_rule_that_never_comes_first_is_reported() -> None:
+    _, result = annotated(
+        Rule(path="fc1", spec=FOUR), Rule(spec=EIGHT), Rule(path="fc.*", spec=FOUR)
+    )
+    assert reasons(result) == {
+        "rule 3": "decides nothing: rules 1, 2 before it matched all its edges"
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_a_model_of_products_only(name: str) -> None:
+    gm, _ = annotated(*PRESETS[name]().rules, model=OverImages())
+    assert None not in specs(gm).values()
+
+
+class OverImages(nn.Module):
+    """Products whose channels, or whose heads, are the images of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.permute(1, 2, 0) @ x.transpose(0, 1)  # (N, C, B) @ (N, B, C)
+        z = x[None]  # (1, B, N, C)
+        return (z @ z.transpose(-1, -2)).sum() + y
+
+
+@pytest.mark.parametrize(
+    ("granularity", "changed", "kept"),
+    [("channel", "matmul__lhs", "matmul__rhs"), ("head", "matmul_1__lhs", None)],
+)
+def test_an_axis_of_the_batch_gets_one_scale(
+    granularity: str, changed: str, kept: str | None
+) -> None:
+    wanted = TensorSpec(granularity=Granularity(granularity))
+    gm, result = annotated(Rule(spec=wanted), model=OverImages())
+    assert specs(gm)[changed] == EIGHT
+    assert reasons(result)[changed] == (
+        f"per tensor: the size of its {granularity} axis changes with the batch"
+    )
+    assert kept is None or specs(gm)[kept] == wanted
 
 
 def test_after_an_error_the_graph_is_not_annotated() -> None:

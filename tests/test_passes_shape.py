@@ -194,13 +194,18 @@ def test_a_product_of_activations_is_in_the_dialect_already() -> None:
         (lambda x, _: (x * 0.5) @ (x * 3).transpose(1, 2), 2),
         (lambda x, _: (x * 0.5 * 3) @ x.transpose(1, 2), 2),
         (lambda x, _: (x * 0.5).transpose(1, 2).reshape(-1, DIM, TOKENS) @ x, 1),
+        (lambda x, _: (x / 3.0) @ x.transpose(1, 2), 1),
+        (lambda x, _: (x / torch.tensor(3.0).sqrt()) @ x.transpose(1, 2), 1),
+        (lambda x, w: (w[0, :1] * x) @ x.transpose(1, 2), 1),
     ],
-    ids=["left", "right", "both", "twice", "through moves"],
+    ids=["left", "right", "both", "twice", "through moves", "divided", "constant", "constant left"],
 )
 def test_a_factor_moves_behind_the_product(function: Any, changed: int) -> None:
-    gm, _ = assert_pass(model(function), tokens(), ScaleAfterMatmul(), changed=changed)
+    gm, _ = assert_pass(
+        model(function), tokens(), ScaleAfterMatmul(), before=[FoldConstants()], changed=changed
+    )
     names = op_names(gm)
-    assert names[-2:] == ["matmul", "mul"] and names.count("mul") == 1
+    assert "div" not in names and names[-2:] == ["matmul", "mul"] and names.count("mul") == 1
 
 
 def test_a_factor_of_both_operands_at_once_counts_twice() -> None:
@@ -215,14 +220,26 @@ def test_a_factor_of_both_operands_at_once_counts_twice() -> None:
     "function",
     [
         lambda x, w: (x * w[0]) @ w,
+        lambda x, w: (w[0, 0] / (x.abs() + 1)) @ w,
+        lambda x, w: (x * w[None, None, :1, :1]) @ w,
+        lambda x, w: ((x > 0).long() * w[0, 0]) @ w,
         lambda x, w: (y := x * 2) @ w + y,
         lambda x, w: F.gelu(x * 2) @ w,
         lambda x, w: F.pad(x * 2, (0, 0, 0, 1), value=1.0) @ w,
     ],
-    ids=["by a tensor", "used elsewhere too", "behind another function", "padded with ones"],
+    ids=[
+        "by a tensor",
+        "divisor",
+        "one more axis",
+        "of integers",
+        "used elsewhere too",
+        "behind another function",
+        "padded with ones",
+    ],
 )
 def test_other_factors_stay(function: Any) -> None:
-    assert_pass(model(function), tokens(), ScaleAfterMatmul(), changed=0)
+    before = [FoldConstants()]
+    assert_pass(model(function), tokens(), ScaleAfterMatmul(), before=before, changed=0)
 
 
 # FoldConstants

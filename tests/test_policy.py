@@ -141,12 +141,19 @@ def test_rules_put_before_a_preset_come_first() -> None:
         ("rules:\n  - spec: {bits: '8'}\n", BitWidthError, ["mine.yaml:2:", "integer", "'8'"]),
         ("rules:\n  - spec: {bits: true}\n", BitWidthError, ["mine.yaml:2:", "integer"]),
         ("rules:\n  - spec: {percentile: 20}\n", PolicyError, ["mine.yaml:2:", "(50, 100]"]),
-        ("rules:\n  - spec: {percentile: high}\n", PolicyError, ["mine.yaml:2:", "wrong type"]),
+        (
+            "rules:\n  - spec: {percentile: high}\n",
+            PolicyError,
+            ["mine.yaml:2:", "number", "'high'"],
+        ),
         ("rules:\n  - spec: {symmetric: 'no'}\n", PolicyError, ["mine.yaml:2:", "symmetric"]),
         ("rules:\n  - spec: {observer: null}\n", UnknownKeyError, ["mine.yaml:2:", "observer"]),
         ("rules:\n  - spec: {}\n    optional: 'no'\n", PolicyError, ["mine.yaml:2:", "optional"]),
         ("rules:\n  - path: '['\n    spec: {}\n", PolicyError, ["mine.yaml:2:", "regular expr"]),
-        ("rules:\n  - path: 3\n    spec: {}\n", PolicyError, ["mine.yaml:2:", "wrong type"]),
+        ("rules:\n  - path: 3\n    spec: {}\n", PolicyError, ["mine.yaml:2:", "text", "got 3"]),
+        ("rules:\n  - fed_by: [a]\n    spec: {}\n", UnknownKeyError, ["mine.yaml:2:", "['a']"]),
+        ("rules:\n  - op: [a]\n    spec: {}\n", UnknownKeyError, ["mine.yaml:2:", "['a']"]),
+        ("name: 3\nrules:\n  - spec: {}\n", PolicyError, ["mine.yaml:1:", "must be text", "3"]),
         ("rules:\n  - arg: weight\n", PolicyError, ["mine.yaml:2:", "no spec", "`spec: null`"]),
         ("rules:\n  - spec: 8\n", PolicyError, ["mine.yaml:2:", "fields of a TensorSpec", "8"]),
         ("rules: 5\n", PolicyError, ["mine.yaml:1:", "rules must be a list"]),
@@ -212,3 +219,31 @@ def test_a_policy_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         write_policy(policies.w8a8(), tmp_path / "file" / "p.yaml")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TensorSpec(percentile="99"), "percentile must be a number, got '99'"),
+        (lambda: TensorSpec(percentile=None), "percentile must be a number, got None"),
+        (lambda: TensorSpec(percentile=True), "percentile must be a number, got True"),
+        (
+            lambda: TensorSpec(percentile=float("nan")),
+            r"percentile must be in \(50, 100\], got nan",
+        ),
+        (lambda: TensorSpec(observer=3), "observer must be one of .*got 3"),
+        (lambda: Rule(spec="w8"), "spec must be a TensorSpec, or None .* got 'w8'"),
+        (lambda: Rule(spec=None, path=None), "path must be a regular expression as text, got None"),
+        (lambda: Rule(spec=None, fed_by=["gelu"]), r"fed_by \['gelu'\] is unknown"),
+        (lambda: Rule(spec=None, op=3), "op must be one of .*got 3"),
+        (lambda: Policy(name="p", rules=(None,)), "rule 1 must be a Rule, got None"),
+        (
+            lambda: Policy(name="p", rules=Rule(spec=None)),
+            "rules must be a tuple of Rule, got Rule",
+        ),
+        (lambda: Policy(name=3, rules=(Rule(spec=None),)), "must be text, got 3"),
+    ],
+)
+def test_values_of_a_wrong_type_are_policy_errors(make: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make()

@@ -3,7 +3,8 @@
 Before: stage FLOAT
 After:  stage ANNOTATED; ``node.meta["quant"]`` maps arguments to their TensorSpec
 
-The first matching rule decides. What stays float is reported with the reason.
+The first matching rule decides. What stays float is reported with the reason, and so is a rule
+that never comes first.
 """
 
 from __future__ import annotations
@@ -11,13 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 from fxquant.errors import UnusedRuleError
 from fxquant.graph import UNSUPPORTED, Edge, constant, edges, fed_by, rank
 from fxquant.passes.base import PassResult, Skip
 from fxquant.policy import Rule
 from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
+
+
+def _earlier(rules: set[int]) -> str:
+    numbers = [str(i + 1) for i in sorted(rules)]
+    return f"rule {numbers[0]}" if len(numbers) == 1 else f"rules {', '.join(numbers)}"
+
+
+def _per_tensor_reason(edge: Edge, granularity: Granularity, value: Tensor) -> str:
+    """Why an edge gets one scale although several are asked for; empty if it gets them."""
+    if granularity is Granularity.HEAD and (edge.kind is not OpKind.MATMUL or value.ndim < 4):
+        return "per tensor: it has no (batch, head, token, channel) axes"
+    axis = edge.axis_of(granularity)
+    if axis is not None and isinstance(value.shape[axis], SymInt):
+        return f"per tensor: the size of its {granularity} axis changes with the batch"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,8 @@ class AssignSpecs:
         Raises:
             UnusedRuleError: a rule that is not optional matches no edge of the graph.
         """
-        matched: set[int] = set()
+        # For each rule, the rules that decided the edges it matches.
+        deciders: dict[int, set[int]] = {}
         chosen: dict[fx.Node, dict[Arg, TensorSpec]] = {}
         skips = [
             Skip(node.name, UNSUPPORTED[node.target])
@@ -47,13 +64,22 @@ class AssignSpecs:
         ]
         for edge in edges(gm):
             hits = [i for i, rule in enumerate(self.rules) if rule.matches(edge)]
-            matched.update(hits)
+            for i in hits:
+                deciders.setdefault(i, set()).add(hits[0])
             spec, reason = self._decide(gm, edge, hits[0] if hits else None)
             if reason:
                 skips.append(Skip(edge.name, reason))
             if spec is not None:
                 chosen.setdefault(edge.node, {})[edge.arg] = spec
-        self._check_used(gm, matched)
+        self._check_used(gm, set(deciders))
+        skips += [
+            Skip(
+                f"rule {i + 1}",
+                f"decides nothing: {_earlier(first)} before it matched all its edges",
+            )
+            for i, first in sorted(deciders.items())
+            if i not in first
+        ]
         for node, specs in chosen.items():
             node.meta["quant"] = specs
         return PassResult(sum(map(len, chosen.values())), tuple(skips))
@@ -74,12 +100,8 @@ class AssignSpecs:
             return None, "left float: the weight is computed at run time"
         if rank(edge.source) < 2:
             return None, "left float: a vector operand has no integer kernel"
-        if spec.granularity is Granularity.HEAD and (
-            edge.kind is not OpKind.MATMUL or rank(edge.source) < 4
-        ):
-            per_tensor = replace(spec, granularity=Granularity.TENSOR)
-            return per_tensor, "per tensor: it has no (batch, head, token, channel) axes"
-        return spec, ""
+        reason = _per_tensor_reason(edge, spec.granularity, value)
+        return (replace(spec, granularity=Granularity.TENSOR) if reason else spec), reason
 
     def _check_used(self, gm: fx.GraphModule, matched: set[int]) -> None:
         for i, rule in enumerate(self.rules):
