@@ -108,3 +108,55 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="cannot read"):
         doctor(tmp_path / "none.onnx")
+
+
+def one_node(path: Path, node: onnx.NodeProto, kind: int, shape: list[str | int]) -> Path:
+    """A file of one operator from ``x`` to ``y``, both of that type."""
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, [f"y{axis}" for axis in range(len(shape))])],
+    )
+    opsets = [helper.make_opsetid(node.domain, 21 if node.domain == "" else 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["FLOAT16", "FLOAT", "DOUBLE", "INT8", "UINT8", "INT16", "UINT32", "INT64", "BOOL"]
+)
+def test_inputs_of_every_type_are_fed(tmp_path: Path, kind: str) -> None:
+    node = helper.make_node("Identity", ["x"], ["y"])
+    path = one_node(tmp_path / "m.onnx", node, getattr(TensorProto, kind), ["batch", 3])
+    assert doctor(path).difference == 0
+    if kind in ("FLOAT16", "DOUBLE"):
+        assert doctor(path, np.ones((2, 3), np.float32)).ok
+
+
+def test_an_input_without_numbers_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("Identity", ["x"], ["y"])
+    path = one_node(tmp_path / "m.onnx", node, TensorProto.STRING, ["batch"])
+    with pytest.raises(FileFormatError, match=r"input x is a tensor\(string\).*one of tensor"):
+        doctor(path)
+
+
+def test_a_file_without_the_default_operators_is_examined(tmp_path: Path) -> None:
+    node = helper.make_node("Gelu", ["x"], ["y"], domain="com.microsoft")
+    report = doctor(one_node(tmp_path / "m.onnx", node, TensorProto.FLOAT, ["batch", 3]))
+    assert report.ok and report.opset == 0 and "opset none" in str(report)
+
+
+def test_equal_infinities_are_no_difference(tmp_path: Path) -> None:
+    node = helper.make_node("Log", ["x"], ["y"])
+    path = one_node(tmp_path / "m.onnx", node, TensorProto.FLOAT, ["batch", 3])
+    assert doctor(path, np.array([[0, 1, 2]], np.float32)).difference < 1e-6
+
+
+def test_sizes_left_open_lead_to_real_images(tmp_path: Path) -> None:
+    node = helper.make_node("DepthToSpace", ["x"], ["y"], blocksize=2)
+    shape: list[str | int] = ["batch", "channels", 4, 4]
+    path = one_node(tmp_path / "m.onnx", node, TensorProto.FLOAT, shape)
+    with pytest.raises(FileFormatError, match=r"x, axis 1.*for which 2 was taken.*--data"):
+        doctor(path)
+    assert doctor(path, np.ones((1, 4, 4, 4), np.float32)).ok

@@ -19,6 +19,19 @@ from fxquant.errors import FileFormatError
 # wrong fusion changes the output by more than this share of its norm.
 TOLERANCE = 0.05
 _BATCH = 2
+_FLOATS = {
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+}
+_WHOLE = {
+    "tensor(bool)": np.bool_,
+    **{
+        f"tensor({sign}int{bits})": getattr(np, f"{sign}int{bits}")
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +41,7 @@ class DoctorReport:
     Attributes:
         path: the file.
         file_bytes: its size.
-        opset: version of the default operator set.
+        opset: version of the default operator set, 0 where the file uses none of it.
         quantizers: number of QuantizeLinear and DequantizeLinear nodes in the file.
         stored: type of quantized constants -> number of values.
         fused: integer kernel -> number of nodes that run on it.
@@ -57,7 +70,7 @@ class DoctorReport:
         kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.fused.items()))
         stored = ", ".join(f"{count:,} {name}" for name, count in sorted(self.stored.items()))
         lines = [
-            f"{self.path}: {self.file_bytes / 1e6:.2f} MB, opset {self.opset}, "
+            f"{self.path}: {self.file_bytes / 1e6:.2f} MB, opset {self.opset or 'none'}, "
             f"{self.quantizers[0]} QuantizeLinear, {self.quantizers[1]} DequantizeLinear",
             f"quantized constants: {stored or 'none'}",
             f"integer kernels: {kernels or 'none'}",
@@ -90,7 +103,9 @@ def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorRepor
     return DoctorReport(
         path=path,
         file_bytes=path.stat().st_size,
-        opset=max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+        opset=max(
+            (e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), default=0
+        ),
         quantizers=(nodes["QuantizeLinear"], nodes["DequantizeLinear"]),
         stored=stored,
         fused=fused,
@@ -118,12 +133,35 @@ def optimization_difference(path: Path, images: NDArray[np.float32] | None = Non
             outputs = session.run(None, feeds)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             shapes = {name: value.shape for name, value in feeds.items()}
+            advice = _advice(session) if images is None else ""
             raise FileFormatError(
-                f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}"
+                f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}{advice}"
             ) from error
         results.append(np.concatenate([np.ravel(o).astype(np.float64) for o in outputs]))
-    plain = max(float(np.linalg.norm(results[1])), 1e-12)
-    return float(np.linalg.norm(results[0] - results[1])) / plain
+    return _relative_difference(results[0], results[1])
+
+
+def _relative_difference(values: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
+    """L2 norm of the difference over that of the finite plain values; equal infinities agree."""
+    gap = np.subtract(values, plain, out=np.zeros_like(plain), where=values != plain)
+    size = max(float(np.linalg.norm(plain[np.isfinite(plain)])), 1e-12)
+    return float(np.linalg.norm(gap)) / size
+
+
+def _advice(session: ort.InferenceSession) -> str:
+    """What to do where random numbers may have the wrong size; empty if only the batch is free."""
+    free = [
+        f"{entry.name}, axis {axis}"
+        for entry in session.get_inputs()
+        for axis, size in enumerate(entry.shape)
+        if axis > 0 and not (isinstance(size, int) and size > 0)
+    ]
+    if not free:
+        return ""
+    return (
+        f". The file leaves sizes open ({'; '.join(free)}), for which {_BATCH} was taken: give "
+        "images of the right size, on the command line with --data"
+    )
 
 
 def _feeds(
@@ -134,12 +172,17 @@ def _feeds(
     for i, entry in enumerate(session.get_inputs()):
         shape = [size if isinstance(size, int) and size > 0 else _BATCH for size in entry.shape]
         if i == 0 and images is not None:
-            feeds[entry.name] = images
-        elif entry.type == "tensor(float)":
-            feeds[entry.name] = random.standard_normal(shape).astype(np.float32)
+            feeds[entry.name] = images.astype(_FLOATS.get(entry.type, images.dtype))
+        elif entry.type in _FLOATS:
+            feeds[entry.name] = random.standard_normal(shape).astype(_FLOATS[entry.type])
+        elif entry.type in _WHOLE:
+            feeds[entry.name] = np.ones(shape, _WHOLE[entry.type])
         else:
-            dtype = {"tensor(int64)": np.int64, "tensor(bool)": np.bool_}.get(entry.type, np.int32)
-            feeds[entry.name] = np.ones(shape, dtype)
+            known = ", ".join((*_FLOATS, *_WHOLE))
+            raise FileFormatError(
+                f"input {entry.name} is a {entry.type}, for which there are no numbers to run the "
+                f"file on; it must be one of {known}"
+            )
     return feeds
 
 
