@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import (
+    BatchError,
     CaptureError,
     ControlFlowError,
     NonFiniteError,
@@ -46,8 +47,9 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
         TrainingModeError: ``model`` or a submodule is in training mode.
         ControlFlowError: ``model`` branches on tensor values.
         NonFiniteError: a parameter or buffer holds NaN or infinity.
+        BatchError: ``model`` does not take the images.
     """
-    _check(model)
+    check_model(model)
     own = own_copy(model)
     example = images[:1].to(device_of(own)).expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
     with torch.no_grad(), _plain_attention(), warnings.catch_warnings():
@@ -60,10 +62,27 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
             if _mutates(program):
                 program = program.run_decompositions({})
         except Exception as error:  # torch.export documents no common base class
+            _check_images(own, images)
             raise _explain(error, own, tuple(example.shape)) from error
     gm = _plain_graph(program)
     gm.meta["hooked"] = tuple(_hooked(model))
     return gm
+
+
+def _check_images(model: nn.Module, images: Tensor) -> None:
+    """Tells images that the model does not take from a model that cannot be captured.
+
+    Raises:
+        BatchError: the model does not run on the images.
+    """
+    try:
+        model(images.to(device_of(model)))
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        raise BatchError(
+            f"the model does not take images of shape {tuple(images.shape)} and type "
+            f"{images.dtype} ({error}); give them as model(images) takes them, (B, C, H, W) of "
+            "its input size"
+        ) from error
 
 
 def _hooked(model: nn.Module) -> Iterator[str]:
@@ -89,6 +108,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: the model cannot be copied.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -117,7 +137,14 @@ def device_of(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _check(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Looks at what can be wrong with a model before anything runs.
+
+    Raises:
+        CaptureError: it is no module, or not of float32.
+        TrainingModeError: it or a submodule is in training mode.
+        NonFiniteError: a parameter holds NaN or infinity, or a buffer NaN.
+    """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     training = [name or "the model itself" for name, m in model.named_modules() if m.training]

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.batches import CalibrationImages
 from fxquant.calibrate import calibrate
-from fxquant.capture import capture, device_of
+from fxquant.capture import capture, check_model, device_of
 from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
 from fxquant.model import CompiledModel
 from fxquant.passes import (
@@ -82,6 +82,7 @@ def compile(
         CalibrationError: the calibration data cannot be used, or the model gives NaN for it.
     """
     recipe = resolve(policy)
+    check_model(model)
     images = CalibrationImages(calib_loader)
     clock = _Clock()
     with working("capture", enabled=progress):

@@ -9,6 +9,8 @@ from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
 from fxquant.spec import Arg, OpKind, TensorSpec, check_flag, parse_field
 
+_CHANGED = " (changed)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -103,5 +105,6 @@ class Policy:
             raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
 
     def with_rules(self, *rules: Rule) -> Policy:
-        """This policy with ``rules`` put before its own."""
-        return replace(self, rules=(*rules, *self.rules))
+        """This policy with ``rules`` put before its own, its name marked as changed."""
+        name = self.name if self.name.endswith(_CHANGED) else self.name + _CHANGED
+        return replace(self, name=name, rules=(*rules, *self.rules))

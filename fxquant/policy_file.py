@@ -70,7 +70,10 @@ def read_policy(path: Path) -> Policy:
         raise PolicyError(f"policy file {path} is no YAML: {error}") from error
     lines: dict[Location, int] = {}
     if root is not None:
-        _collect_lines(root, (), lines)
+        try:
+            _collect_lines(root, (), lines)
+        except PolicyError as error:
+            raise PolicyError(f"policy file {path}, {error}; keep one") from error
     return _policy(values, lambda at: f"{path}:{_nearest(lines, at)}")
 
 
@@ -127,6 +130,8 @@ def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int]) ->
     lines[at] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if (*at, key.value) in lines:
+                raise PolicyError(f"line {key.start_mark.line + 1}: {key.value!r} is given twice")
             _collect_lines(value, (*at, key.value), lines)
             lines[(*at, key.value)] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):

@@ -218,8 +218,8 @@ def bad(value: Any) -> Any:
         ([X, X[..., :8]], BatchError, r"shape \(3, 16, 8\), the first batch \(3, 16, 16\)"),
         ([X, bad(float("nan"))], NonFiniteError, "NaN or infinity in image 1"),
         ([bad(float("inf"))], NonFiniteError, "NaN or infinity in image 1"),
-        ([images(2, 24)], CaptureError, r"shape \(3, 3, 24, 24\)"),
-        ([X[:, :1]], CaptureError, r"shape \(3, 1, 16, 16\)"),
+        ([images(2, 24)], BatchError, r"shape \(2, 3, 24, 24\)"),
+        ([X[:, :1]], BatchError, r"shape \(4, 1, 16, 16\)"),
     ],
 )
 def test_unusable_data_is_explained(

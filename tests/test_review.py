@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.errors import BatchError, CaptureError
+from fxquant.errors import BatchError, CaptureError, PolicyError
 from fxquant.testing import DIM, TOKENS, relative_error, seeded, tokens
 
 
@@ -94,3 +94,34 @@ def test_a_model_that_changes_itself_is_named_as_such() -> None:
 def test_images_of_double_precision_are_refused() -> None:
     with pytest.raises(BatchError, match=r"float64.*images\.float\(\)"):
         fxquant.compile(seeded(nn.Linear(DIM, DIM)), [tokens().double()], "w8a8")
+
+
+def test_images_that_the_model_does_not_take_are_named_as_such() -> None:
+    wrong = torch.randn(2, TOKENS, DIM + 1)
+    with pytest.raises(BatchError, match=r"does not take images of shape \(2, 5, 9\)"):
+        fxquant.compile(seeded(nn.Linear(DIM, DIM)), [wrong], "w8a8")
+
+
+def test_a_model_of_double_precision_is_named_before_its_images() -> None:
+    model = seeded(nn.Linear(DIM, DIM)).double()
+    with pytest.raises(CaptureError, match=r"model\.float\(\)"):
+        fxquant.compile(model, [tokens().double()], "w8a8")
+
+
+def test_a_model_wrapped_by_torch_compile_is_unwrapped() -> None:
+    model = seeded(nn.Linear(DIM, DIM))
+    compiled = fxquant.compile(torch.compile(model).eval(), [tokens()], "w8a8")
+    assert relative_error(compiled(tokens()), model(tokens())) < 0.05
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("rules:\n  - spec:\n      bits: 8\n      bits: 4\n")
+    with pytest.raises(PolicyError, match="line 4: 'bits' is given twice"):
+        fxquant.compile(seeded(nn.Linear(DIM, DIM)), [tokens()], path)
+
+
+def test_a_changed_preset_says_so() -> None:
+    changed = fxquant.policies.w8a8().with_rules(fxquant.Rule(path="head", spec=None))
+    assert changed.name == "w8a8 (changed)" and len(changed.rules) == 5
+    assert changed.with_rules().name == changed.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import shutil
 import sys
 import tempfile
@@ -103,8 +102,13 @@ def check_writable(folder: Path) -> None:
     near = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not near.is_dir():
         raise OutputError(f"cannot write in {folder}: {near} is a file; choose another --out")
-    if not os.access(near, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write in {folder}: no permission for {near}; choose another")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".fxquant.", dir=near):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write in {folder}: {error.strerror} for {near}; choose another --out"
+        ) from error
 
 
 def write_artifacts(

@@ -85,25 +85,22 @@ class Legalizer:
                 f"weight, this one has {x.scale.numel()}; use granularity tensor for this edge, "
                 "or keep it float"
             )
-        if x is None or w is None:
-            if x is not None:
-                codes = self._write.codes(x_edge, x)
-                x_edge.replace_source(self._write.activation(x_edge, x, codes))
-            if w is not None:
-                w_edge.replace_source(self._write.weight(w_edge, w, matrix=False))
-            return
-        codes = self._write.codes(x_edge, x)
-        patch = _patch_size(node) if kind is OpKind.CONV else None
-        if patch is not None:
-            self._replace(node, self._patches(node, (x_edge, x), (w_edge, w), codes, patch))
-        elif kind is OpKind.LINEAR and rank(node) >= 2:
-            self._replace(node, self._linear(node, (x_edge, x), (w_edge, w), codes))
-        else:
+        codes = None if x is None else self._write.codes(x_edge, x)
+        if codes is not None and x is not None and w is not None:
+            patch = _patch_size(node) if kind is OpKind.CONV else None
+            if patch is not None:
+                self._replace(node, self._patches(node, (x_edge, x), (w_edge, w), codes, patch))
+                return
+            if kind is OpKind.LINEAR and rank(node) >= 2:
+                self._replace(node, self._linear(node, (x_edge, x), (w_edge, w), codes))
+                return
             bias, _ = self._write.bias(node, x, w)
-            x_edge.replace_source(self._write.activation(x_edge, x, codes))
-            w_edge.replace_source(self._write.weight(w_edge, w, matrix=False))
             if bias is not None:
                 node.update_arg(2, bias)
+        if codes is not None and x is not None:
+            x_edge.replace_source(self._write.activation(x_edge, x, codes))
+        if w is not None:
+            w_edge.replace_source(self._write.weight(w_edge, w, matrix=False))
 
     def _linear(
         self,
