@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 import timm
 import torch
 from torch import nn
+
+from tests.cli_helpers import draw_classes, draw_flat
 
 # Runs of torch code vary in time on a busy machine, so a deadline would only make tests flaky.
 hypothesis.settings.register_profile("fxquant", deadline=None, max_examples=40, derandomize=True)
@@ -46,3 +50,13 @@ def swin() -> nn.Module:
         num_heads=(2,),
         num_classes=5,
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_classes(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_flat(tmp_path_factory.mktemp("flat"))

@@ -18,17 +18,7 @@ import fxquant
 from fxquant.cli import commands, main
 from fxquant.cli.preprocess import timm_preprocessing, torchvision_preprocessing
 from fxquant.errors import LoweringError
-from tests.cli_helpers import ARGS, TINY, VIT, draw, draw_classes, draw_flat, fails
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_classes(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_flat(tmp_path_factory.mktemp("flat"))
+from tests.cli_helpers import ARGS, TINY, VIT, draw, fails
 
 
 @pytest.fixture(scope="module")

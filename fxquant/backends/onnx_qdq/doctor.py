@@ -97,7 +97,7 @@ def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorRepor
         FileFormatError: the file is truncated, not ONNX, or does not run on the data.
     """
     model = read_model(path)
-    fused, unfused, _ = inspect(path)
+    fused, unfused = inspect(path)
     nodes = Counter(node.op_type for node in model.graph.node)
     stored = _stored(model)
     return DoctorReport(

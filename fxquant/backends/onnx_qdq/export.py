@@ -91,7 +91,7 @@ def export_onnx(
         draft = Path(folder) / "model.onnx"
         ir.save(model, draft)
         onnx.checker.check_model(str(draft))
-        fused, unfused, _ = inspect(draft)
+        fused, unfused = inspect(draft)
         _compare(gm, draft, image_shape)
         checked = not (chosen.signed_weights and u8s8_saturates())
         difference = optimization_difference(draft) if checked else None

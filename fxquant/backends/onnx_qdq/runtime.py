@@ -110,18 +110,18 @@ def read_model(path: Path) -> onnx.ModelProto:
     return model
 
 
-def inspect(path: Path) -> tuple[dict[str, int], tuple[Unfused, ...], onnx.ModelProto]:
+def inspect(path: Path) -> tuple[dict[str, int], tuple[Unfused, ...]]:
     """What onnxruntime runs on integer kernels, and what it does not.
 
     Returns:
-        Integer kernel -> count; the products left float with reasons; the optimized model.
+        Integer kernel -> count; the products left float, with reasons.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         make_session(path, optimized_to=optimized)
         model = onnx.load(str(optimized))
     counts = Counter(n.op_type for n in model.graph.node if n.op_type in INTEGER_KERNELS)
-    return dict(counts), tuple(_unfused(model)), model
+    return dict(counts), tuple(_unfused(model))
 
 
 def _unfused(model: onnx.ModelProto) -> list[Unfused]:
