@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.quantizers import UniformQuantizer
-from fxquant.search.histogram import mse_range, percentile_range
-from fxquant.spec import ObserverKind, TensorSpec
+from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.search.histogram import GRID, bin_centres, mse_range, percentile_range
+from fxquant.search.twin import least_twin_error, twin_candidates
+from fxquant.spec import ObserverKind, Scheme, TensorSpec
 
 # Power of two, so that a doubled range merges whole pairs of bins.
 BINS = 4096
@@ -60,12 +61,17 @@ class Observer(nn.Module, ABC):
             )
         return self.lo, self.hi
 
-    def fit(self) -> UniformQuantizer:
+    def fit(self) -> Quantizer:
         """The quantizer for what was seen."""
         lo, hi = self._fit_range()
+        if self.spec.scheme is Scheme.TWIN_UNIFORM:
+            return self._fit_twin(lo.reshape(()), hi.reshape(()))
         if self.axis is None:
             lo, hi = lo.reshape(()), hi.reshape(())
         return UniformQuantizer.from_range(lo, hi, self.spec, self.axis)
+
+    def _fit_twin(self, lo: Tensor, hi: Tensor) -> TwinUniformQuantizer:
+        return TwinUniformQuantizer.from_range(lo, hi, self.spec)
 
     def _rows(self, x: Tensor) -> Tensor:
         """``x`` as ``(C, n)``, one row a scale."""
@@ -133,7 +139,18 @@ class HistogramObserver(Observer):
         assert self.counts is not None and self.limit is not None
         if self.spec.observer is ObserverKind.PERCENTILE:
             return percentile_range(self.counts, self.limit, lo, hi, self.spec.percentile)
+        if self.spec.scheme is Scheme.TWIN_UNIFORM:
+            return lo, hi
         return mse_range(self.counts, self.limit, lo, hi, self.spec)
+
+    def _fit_twin(self, lo: Tensor, hi: Tensor) -> TwinUniformQuantizer:
+        if self.spec.observer is ObserverKind.PERCENTILE:
+            return super()._fit_twin(lo, hi)
+        assert self.counts is not None and self.limit is not None
+        ends = lo.reshape(1), hi.reshape(1)
+        centres = bin_centres(self.counts, self.limit, *ends)[0]
+        candidates = twin_candidates(float(lo), float(hi), self.spec, GRID)
+        return least_twin_error(centres, self.counts[0], candidates).to(lo.device)
 
 
 def _halve_resolution(counts: Tensor) -> Tensor:

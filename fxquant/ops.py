@@ -99,3 +99,98 @@ def _straight_through(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_save_range)
+
+
+def twin_threshold(shift: int, bits: int) -> float:
+    """Where the regions of a one-sided twin quantizer meet, in fine steps.
+
+    Half-way between the last fine value and the first coarse value beyond it. In float32 a value
+    above it is never rounded below that coarse value, since the threshold lies clear of the tie.
+
+    Args:
+        shift: m, at least 1.
+        bits: bit-width of the codes.
+    """
+    levels = 1 << (bits - 1)
+    first_coarse = max(levels, 1 << shift)
+    return (levels - 1 + first_coarse) / 2
+
+
+def _twin(
+    x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed magnitudes in the fine and in the coarse grid, and which of them holds."""
+    levels, coarse = 1 << (bits - 1), scale * 2**shift
+    high = (x / coarse).round_().clamp_(0, levels - 1)
+    if two_sided:
+        return (x / scale).round_().clamp_(1 - levels, 0), high, x > 0
+    low = (x / scale).round_().clamp_(0, levels - 1)
+    return low, high, x > scale * twin_threshold(shift, bits)
+
+
+@torch.library.custom_op("fxquant::twin_quantize", mutates_args=())
+def twin_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    """Code words of the twin uniform quantizer (``quantizers.TwinUniformQuantizer``).
+
+    Args:
+        x: float tensor of any shape.
+        scale: ``D_R1``, ``()``, positive.
+        shift: m in ``D_R2 = 2^m D_R1``.
+        bits: bit-width of a code word, its region bit included.
+        two_sided: the fine region holds the negative values, else the smaller ones.
+
+    Returns:
+        ``region * 2^(bits-1) + magnitude`` as whole numbers in the dtype of ``x``.
+    """
+    low, high, region = _twin(x, scale, shift, bits, two_sided)
+    words = torch.where(region & (high > 0), high + (1 << (bits - 1)), 0.0)
+    return torch.where(region, words, low.abs_())
+
+
+@torch.library.custom_op("fxquant::twin_dequantize", mutates_args=())
+def twin_dequantize(codes: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    """Values of code words; arguments as in :func:`twin_quantize`."""
+    levels = 1 << (bits - 1)
+    fine = -scale if two_sided else scale
+    return torch.where(codes >= levels, (codes - levels) * (scale * 2**shift), codes * fine)
+
+
+@torch.library.custom_op("fxquant::twin_fake_quantize", mutates_args=())
+def twin_fake_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    """``twin_dequantize(twin_quantize(x))`` in one operator; arguments as there.
+
+    The gradient is the straight-through estimate, as in :func:`fake_quantize`.
+    """
+    low, high, region = _twin(x, scale, shift, bits, two_sided)
+    return torch.where(region, high.mul_(scale * 2**shift), low.mul_(scale))
+
+
+@twin_quantize.register_fake
+def _(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@twin_dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    return torch.empty_like(codes)
+
+
+@twin_fake_quantize.register_fake
+def _(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_twin_range(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, scale, shift, bits, two_sided = inputs
+    reach = (1 << (bits - 1)) - 0.5
+    low = -reach if two_sided else -0.5
+    steps = x / scale
+    ctx.save_for_backward((steps >= low) & (steps <= reach * 2**shift))
+
+
+def _straight_through_twin(ctx, grad):  # type: ignore[no-untyped-def]
+    (inside,) = ctx.saved_tensors
+    return grad * inside, None, None, None, None
+
+
+twin_fake_quantize.register_autograd(_straight_through_twin, setup_context=_save_twin_range)

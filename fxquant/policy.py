@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
-from fxquant.spec import Arg, OpKind, TensorSpec, check_flag, parse_field
+from fxquant.spec import Arg, OpKind, ScaleSearch, TensorSpec, check_flag, parse_field
 
 _CHANGED = " (changed)"
 
@@ -79,18 +79,31 @@ class Policy:
         name: shown in reports.
         rules: in order of precedence.
         description: one sentence for ``fxquant policies``.
+        search: how scales are searched by the output error of products; None leaves them as the
+            observers fitted them.
+        reparameterize: move the channels behind each LayerNorm onto one range first, folded into
+            its weights and those of the linears it feeds (arXiv 2212.08254).
+        bias_correction: take the mean output error of the rounded weights out of the biases
+            (arXiv 2111.12293, section 5.3).
     """
 
     name: str
     rules: tuple[Rule, ...] = field(default=())
     description: str = ""
+    search: ScaleSearch | None = None
+    reparameterize: bool = False
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the rules.
+        """Checks the values.
 
         Raises:
-            PolicyError: there is none, or one is no Rule.
+            PolicyError: there is no rule, or a value has the wrong type.
         """
+        if self.search is not None and not isinstance(self.search, ScaleSearch):
+            raise PolicyError(f"search must be a ScaleSearch or None, got {self.search!r:.80}")
+        check_flag(self, "reparameterize")
+        check_flag(self, "bias_correction")
         if not isinstance(self.name, str) or not isinstance(self.description, str):
             raise PolicyError(
                 f"name and description must be text, got {self.name!r} and {self.description!r}"

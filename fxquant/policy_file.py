@@ -14,7 +14,7 @@ from fxquant import policies
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.files import write_text
 from fxquant.policy import Policy, Rule
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, TensorSpec
+from fxquant.spec import (Arg, GradientLoss, Granularity, Metric, ObserverKind, OpKind, ScaleSearch, Scheme, TensorSpec)
 from fxquant.suggest import did_you_mean
 
 _ENUMS: dict[str, type[StrEnum]] = {
@@ -23,6 +23,8 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "scheme": Scheme,
     "granularity": Granularity,
     "observer": ObserverKind,
+    "metric": Metric,
+    "loss": GradientLoss,
 }
 # Where in a file a value stands: its keys and positions from the root, e.g. ("rules", 0, "op").
 Location = tuple[str | int, ...]
@@ -88,11 +90,14 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """Plain values, those at their default left out."""
-    return {
-        "name": policy.name,
-        "description": policy.description,
-        "rules": [_rule_to_dict(rule) for rule in policy.rules],
-    }
+    values: dict[str, Any] = {"name": policy.name, "description": policy.description}
+    for flag in ("reparameterize", "bias_correction"):
+        if getattr(policy, flag):
+            values[flag] = True
+    if policy.search is not None:  # the metric is always spelled out, for the reader
+        changed = _changed(policy.search, ScaleSearch())
+        values["search"] = {"metric": str(policy.search.metric), **changed}
+    return {**values, "rules": [_rule_to_dict(rule) for rule in policy.rules]}
 
 
 def write_policy(policy: Policy, path: Path) -> None:
@@ -151,6 +156,9 @@ def _policy(values: Any, where: Callable[[Location], str]) -> Policy:
     if not isinstance(rules, list):
         raise PolicyError(f"{where(('rules',))}: rules must be a list")
     given["rules"] = tuple(_rule(rule, ("rules", i), where) for i, rule in enumerate(rules))
+    if given.get("search") is not None:
+        search = _mapping(given["search"], ScaleSearch, ("search",), where)
+        given["search"] = _build(ScaleSearch, search, ("search",), where)
     return _build(Policy, {"name": "custom", **given}, (), where)  # type: ignore[no-any-return]
 
 

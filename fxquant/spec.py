@@ -41,6 +41,7 @@ class Scheme(StrEnum):
     """Families of quantizers."""
 
     UNIFORM = "uniform"
+    TWIN_UNIFORM = "twin_uniform"
 
 
 class Granularity(StrEnum):
@@ -61,6 +62,29 @@ class ObserverKind(StrEnum):
     MINMAX = "minmax"
     PERCENTILE = "percentile"
     MSE = "mse"
+
+
+class Metric(StrEnum):
+    """What a search compares candidates by, in the output of the product."""
+
+    HESSIAN = "hessian"
+    MSE = "mse"
+    COSINE = "cosine"
+    L1 = "l1"
+
+
+class GradientLoss(StrEnum):
+    """The loss whose gradient weighs errors in the Hessian metric.
+
+    Cross-entropy of the logits against the float model's own arg-max, or against a label drawn
+    from its softmax (whose expectation is the Fisher information); or, for outputs that are no
+    logits, the squared distance to outputs moved by unit Gaussian noise, whose expectation is the
+    Fisher information of a Gaussian (Gauss-Newton).
+    """
+
+    ARGMAX = "argmax"
+    SAMPLED = "sampled"
+    GAUSSIAN = "gaussian"
 
 
 def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
@@ -99,6 +123,8 @@ class TensorSpec:
         observer: how the range is fitted to the data.
         percentile: share of the values kept inside the range, in percent; read only by the
             percentile observer.
+        max_shift: of the twin scheme: largest m in ``D_R2 = 2^m D_R1``; None for any. A small one
+            keeps all values on one 8-bit grid, so that a product needs one pass.
     """
 
     bits: int = 8
@@ -107,6 +133,7 @@ class TensorSpec:
     granularity: Granularity = Granularity.TENSOR
     observer: ObserverKind = ObserverKind.MINMAX
     percentile: float = 99.99
+    max_shift: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -114,7 +141,8 @@ class TensorSpec:
         Raises:
             BitWidthError: bits is not an integer in 2..16.
             UnknownKeyError: scheme, granularity or observer is unknown.
-            PolicyError: percentile is no number in (50, 100], or symmetric no boolean.
+            PolicyError: percentile is no number in (50, 100], symmetric no boolean, or the
+                scheme does not go with the other values.
         """
         parse_field(self, "scheme", Scheme)
         parse_field(self, "granularity", Granularity)
@@ -131,6 +159,25 @@ class TensorSpec:
             raise PolicyError(f"percentile must be a number, got {self.percentile!r}")
         if not 50 < self.percentile <= 100:
             raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
+        self._check_twin()
+
+    def _check_twin(self) -> None:
+        shift = self.max_shift
+        if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int)):
+            raise PolicyError(f"max_shift must be a whole number or null, got {shift!r}")
+        if self.scheme is not Scheme.TWIN_UNIFORM:
+            if shift is not None:
+                raise PolicyError("max_shift belongs to scheme twin_uniform alone")
+            return
+        if shift is not None and shift < 1:
+            raise PolicyError(f"max_shift must be at least 1, got {shift}")
+        if self.bits > 8:
+            raise BitWidthError(f"scheme twin_uniform takes 2 to 8 bits, got {self.bits}")
+        if self.symmetric or self.granularity is not Granularity.TENSOR:
+            raise PolicyError(
+                "scheme twin_uniform is neither symmetric nor finer than per tensor: leave out "
+                "`symmetric` and `granularity`"
+            )
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -138,3 +185,54 @@ class TensorSpec:
         if self.symmetric:
             return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         return 0, (1 << self.bits) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleSearch:
+    """Search of scales by the output error of products (arXiv 2111.12293, section 4.3).
+
+    Attributes:
+        metric: how far a product is from the float one.
+        loss: whose gradient the Hessian metric takes.
+        rounds: alternations between the operands of a product.
+        candidates: points of the linear grid, n.
+        low: its first point, as a share of the min-max scale (the paper's alpha).
+        high: its last point (the paper's beta).
+        stride: the first pass over the grid tries every stride-th point, the second all between
+            the neighbours of the best; 1 tries all.
+        rows: rows of each product that candidates are compared on.
+        memory_bytes: bound of what is kept of the float model; rows are fewer where it is tight.
+        seed: of the choice of rows, sampled labels and noise.
+    """
+
+    metric: Metric = Metric.HESSIAN
+    loss: GradientLoss = GradientLoss.ARGMAX
+    rounds: int = 3
+    candidates: int = 100
+    low: float = 0.01
+    high: float = 1.2
+    stride: int = 8
+    rows: int = 512
+    memory_bytes: int = 1 << 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UnknownKeyError: metric or loss is unknown.
+            PolicyError: a number is none, or out of its range.
+        """
+        parse_field(self, "metric", Metric)
+        parse_field(self, "loss", GradientLoss)
+        least = {"rounds": 1, "candidates": 2, "stride": 1, "rows": 1, "memory_bytes": 1, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+                raise PolicyError(f"{name} must be a whole number >= {bound}, got {value!r}")
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise PolicyError(f"{name} must be a number, got {value!r}")
+        if not 0 < self.low < self.high <= 10:
+            raise PolicyError(f"the grid needs 0 < low < high <= 10, got {self.low}, {self.high}")

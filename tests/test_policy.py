@@ -27,16 +27,31 @@ from fxquant.policy_file import (
     to_yaml,
     write_policy,
 )
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, TensorSpec
+from fxquant.spec import (Arg, GradientLoss, Granularity, Metric, ObserverKind, OpKind, ScaleSearch, Scheme, TensorSpec)
 
-specs = st.builds(
+uniform = st.builds(
     TensorSpec,
     bits=st.integers(2, 16),
-    scheme=st.sampled_from(Scheme),
     symmetric=st.booleans(),
     granularity=st.sampled_from(Granularity),
     observer=st.sampled_from(ObserverKind),
     percentile=st.floats(50.5, 100),
+)
+twin = st.builds(
+    TensorSpec,
+    bits=st.integers(2, 8),
+    scheme=st.just(Scheme.TWIN_UNIFORM),
+    observer=st.sampled_from(ObserverKind),
+    max_shift=st.none() | st.integers(1, 11),
+)
+specs = uniform | twin
+searches = st.builds(
+    ScaleSearch,
+    metric=st.sampled_from(Metric),
+    loss=st.sampled_from(GradientLoss),
+    rounds=st.integers(1, 5),
+    low=st.floats(0.01, 0.9),
+    memory_bytes=st.integers(1, 1 << 40),
 )
 rules = st.builds(
     Rule,
@@ -53,6 +68,9 @@ policy_values = st.builds(
     name=texts,
     description=texts,
     rules=st.lists(rules, min_size=1, max_size=4).map(tuple),
+    search=st.none() | searches,
+    reparameterize=st.booleans(),
+    bias_correction=st.booleans(),
 )
 
 

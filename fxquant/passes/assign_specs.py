@@ -14,11 +14,11 @@ from typing import ClassVar
 
 from torch import SymInt, Tensor, fx
 
-from fxquant.errors import UnusedRuleError
+from fxquant.errors import PolicyError, UnusedRuleError
 from fxquant.graph import UNSUPPORTED, Edge, constant, edges, fed_by, rank
 from fxquant.passes.base import PassResult, Skip
 from fxquant.policy import Rule
-from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
+from fxquant.spec import Arg, Granularity, OpKind, Scheme, Stage, TensorSpec
 
 
 def _earlier(rules: set[int]) -> str:
@@ -53,6 +53,7 @@ class AssignSpecs:
 
         Raises:
             UnusedRuleError: a rule that is not optional matches no edge of the graph.
+            PolicyError: a rule gives a weight the twin scheme, which is for activations.
         """
         # For each rule, the rules that decided the edges it matches.
         deciders: dict[int, set[int]] = {}
@@ -100,6 +101,11 @@ class AssignSpecs:
             return None, "left float: the weight is computed at run time"
         if rank(edge.source) < 2:
             return None, "left float: a vector operand has no integer kernel"
+        if spec.scheme is Scheme.TWIN_UNIFORM and edge.arg is Arg.WEIGHT:
+            raise PolicyError(
+                f"{edge.name}: rule {hit + 1} gives a weight scheme twin_uniform, which is for "
+                "activations; add a rule with `arg: weight` before it, or `fed_by` to it"
+            )
         reason = _per_tensor_reason(edge, spec.granularity, value)
         return (replace(spec, granularity=Granularity.TENSOR) if reason else spec), reason
 

@@ -4,8 +4,8 @@ Before: ``linear(q(x), q(W), b)``
 After:  ``linear(q(x), q(W), b')`` with ``b' = round(b / (s_x s_w)) s_x s_w``
 
 An integer kernel adds the bias to its int32 accumulator, whose unit is the product of the two
-scales; so the simulation does the same. The move is at most half such a unit. Where the bias would
-overflow int32, the weight's scale is widened until it fits.
+scales (of a twin quantizer the fine one), so the simulation does the same. The move is at most
+half such a unit. Where the bias would overflow int32, the weight's scale is widened until it fits.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from torch import Tensor, fx
 from fxquant.graph import constant, get_parameter, op_kind, operand, submodule
 from fxquant.ops import broadcast
 from fxquant.passes.base import PassResult, Skip
-from fxquant.quantizers import UniformQuantizer, accumulator_scale
+from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer, accumulator_scale
 from fxquant.rewrite import add_constant
 from fxquant.spec import OpKind, Stage
 
-_Site = tuple[fx.Node, Tensor, UniformQuantizer, UniformQuantizer]
+_Input = UniformQuantizer | TwinUniformQuantizer
+_Site = tuple[fx.Node, Tensor, _Input, UniformQuantizer]
 # Largest bias code: float32 sums of the accumulator's products fit beside it in int32.
 _LARGEST = 2**30
 
 
-def _pair(gm: fx.GraphModule, node: fx.Node) -> tuple[UniformQuantizer, UniformQuantizer] | str:
+def _pair(gm: fx.GraphModule, node: fx.Node) -> tuple[_Input, UniformQuantizer] | str:
     """Quantizers of input and weight, or the reason why there is no integer accumulator."""
     x, w = (submodule(gm, s) if isinstance(s, fx.Node) else None for s in node.args[:2])
-    if not isinstance(x, UniformQuantizer) or not isinstance(w, UniformQuantizer):
+    if not isinstance(x, _Input) or not isinstance(w, UniformQuantizer):
         return "the bias stays float: input or weight is not quantized uniformly"
-    if x.axis is not None:
+    if isinstance(x, UniformQuantizer) and x.axis is not None:
         return "the bias stays float: the input has a scale per channel"
     return x, w
 
 
-def _make_room(bias: Tensor, x: UniformQuantizer, w: UniformQuantizer, weight: Tensor) -> None:
+def _make_room(bias: Tensor, x: _Input, w: UniformQuantizer, weight: Tensor) -> None:
     """Chooses the scale of channels whose weights are so small that their bias does not fit.
 
     Half a step of the wider scale moves the output by at most ``K 2^-23`` of the bias, which is

@@ -130,16 +130,3 @@ class UniformQuantizer(Quantizer):
     def extra_repr(self) -> str:
         """Bit-width, signedness, axis."""
         return f"bits={self._bits}, signed={self.signed}, axis={self.axis}"
-
-
-def accumulator_scale(activation: UniformQuantizer, weight: UniformQuantizer) -> Tensor:
-    """Unit of the int32 accumulator of a product: ``s_x s_w``.
-
-    Args:
-        activation: per tensor.
-        weight: per tensor, or per output channel on axis 0.
-
-    Returns:
-        float32, ``()`` or ``(N,)``.
-    """
-    return activation.scale * weight.scale

@@ -25,6 +25,16 @@ def _edges(counts: Tensor, limit: Tensor) -> Tensor:
     return unit * limit.to(counts.dtype).unsqueeze(1)
 
 
+def bin_centres(counts: Tensor, limit: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """What the values of each bin are taken for, ``(C, bins)``: its centre.
+
+    The outermost values are known exactly: a centre outside ``[lo, hi]`` is moved to its end.
+    """
+    edges = _edges(counts, limit)
+    centres = ((edges[:, :-1] + edges[:, 1:]) / 2).float()
+    return torch.minimum(torch.maximum(centres, lo.unsqueeze(1)), hi.unsqueeze(1))
+
+
 def percentile_range(
     counts: Tensor, limit: Tensor, lo: Tensor, hi: Tensor, percentile: float
 ) -> tuple[Tensor, Tensor]:
@@ -64,10 +74,7 @@ def mse_range(
     """
     # In units of the limit, a power of two: squared errors then neither overflow nor vanish.
     lo, hi = lo / limit, hi / limit
-    edges = _edges(counts, torch.ones_like(limit))
-    centres = ((edges[:, :-1] + edges[:, 1:]) / 2).float()
-    # The outermost values are known exactly; a bin's centre may lie outside the range seen.
-    centres = torch.minimum(torch.maximum(centres, lo.unsqueeze(1)), hi.unsqueeze(1))
+    centres = bin_centres(counts, torch.ones_like(limit), lo, hi)
     weights = counts.float()
     rows = max(1, _BUDGET // (len(GRID) * counts.shape[1]))
     found = [

@@ -1,0 +1,160 @@
+"""The twin uniform quantizer: two uniform grids, one a power of two coarser (arXiv 2111.12293)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxquant import ops
+from fxquant.errors import CalibrationError
+from fxquant.quantizers.base import Quantizer
+from fxquant.spec import TensorSpec
+
+
+class TwinUniformQuantizer(Quantizer):
+    """A fine grid of step ``D_R1`` and a coarse one of ``D_R2 = 2^m D_R1`` (eq. 7-9).
+
+    A code word is a region bit above a magnitude of ``bits - 1`` bits; with ``L = 2^(bits-1)``:
+
+    - one-sided, for values from zero up (softmax): the fine grid ``[0, (L-1) D_R1]`` and the
+      coarse one beyond it, up to ``(L-1) D_R2``;
+    - two-sided (GELU, SiLU): the fine grid for negative values down to ``-(L-1) D_R1``, the
+      coarse one for positive values up to ``(L-1) D_R2``.
+
+    The regions of a one-sided quantizer meet half-way between the last fine and the first coarse
+    value, so that every value goes to the nearest of the two grids. The paper cuts at
+    ``2^(bits-1) D_R1``, whence values between there and ``D_R2 / 2`` fall to zero for m >= bits.
+
+    Invariants: ``scale`` (``D_R1``) is float32, finite, positive, of shape ``()``; ``shift`` (m) is
+    a whole number, at least 1 if one-sided, at least 0 otherwise.
+    """
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor, *, shift: int, bits: int, two_sided: bool) -> None:
+        """Makes the quantizer.
+
+        Raises:
+            CalibrationError: the parameters break an invariant.
+        """
+        super().__init__()
+        if scale.ndim != 0 or not bool(torch.isfinite(scale) & (scale > 0)):
+            raise CalibrationError("the scale of a twin quantizer is one finite positive number")
+        if shift < (0 if two_sided else 1):
+            raise CalibrationError(f"the shift of a twin quantizer is too small: {shift}")
+        self._bits, self.shift, self.two_sided = bits, shift, two_sided
+        self.register_buffer("scale", scale.detach().float())
+
+    @classmethod
+    def from_range(cls, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
+        """The quantizer whose coarse grid reaches ``hi``.
+
+        Two-sided where ``lo`` is negative; the fine grid then just covers ``lo``. Otherwise the
+        fine grid fills the first step of the coarse one.
+
+        Args:
+            lo: smallest value, ``()``.
+            hi: largest value, ``()``.
+            spec: bit-width and bound of the shift.
+        """
+        levels = 1 << (spec.bits - 1)
+        low, high = max(-float(lo), 0.0), max(float(hi), 0.0)
+        if low == 0:
+            shift = bounded_shift(spec.bits - 1, spec, two_sided=False)
+            coarse = high / (levels - 1) or 1.0
+        else:
+            # The coarse grid must not be the finer one.
+            coarse = max(high / (levels - 1), low / levels)
+            shift = covering_shift(coarse, low, spec)
+        scale = torch.tensor(coarse / 2**shift, dtype=torch.float32, device=lo.device)
+        return cls(scale, shift=shift, bits=spec.bits, two_sided=low > 0)
+
+    @property
+    def bits(self) -> int:
+        """Bit-width of the codes, the region bit included."""
+        return self._bits
+
+    @property
+    def levels(self) -> int:
+        """Number of magnitudes in a region, ``2^(bits-1)``."""
+        return 1 << (self._bits - 1)
+
+    @property
+    def coarse_scale(self) -> Tensor:
+        """``D_R2``, ``()``."""
+        coarse: Tensor = self.scale * 2**self.shift
+        return coarse
+
+    @property
+    def grid_zero_point(self) -> int:
+        """Where zero lies on the plain grid of step ``D_R1`` that holds every value."""
+        return self.levels - 1 if self.two_sided else 0
+
+    @property
+    def grid_size(self) -> int:
+        """Number of points of that plain grid; 256 and fewer fit 8-bit codes."""
+        return self.grid_zero_point + ((self.levels - 1) << self.shift) + 1
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Code words of ``x``: ``region * 2^(bits-1) + magnitude``; zero is code 0."""
+        codes: Tensor = ops.twin_quantize(x, self.scale, self.shift, self._bits, self.two_sided)
+        return codes
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values of ``codes``."""
+        values: Tensor = ops.twin_dequantize(
+            codes, self.scale, self.shift, self._bits, self.two_sided
+        )
+        return values
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The values of ``x`` moved to the nearest of the two grids."""
+        values: Tensor = ops.twin_fake_quantize(
+            x, self.scale, self.shift, self._bits, self.two_sided
+        )
+        return values
+
+    def config(self) -> dict[str, object]:
+        """Bit-width, shift and sidedness."""
+        return {
+            "type": "twin_uniform",
+            "bits": self._bits,
+            "shift": self.shift,
+            "two_sided": self.two_sided,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, object]) -> TwinUniformQuantizer:
+        """Rebuilds the module; the buffer is then loaded from the state dict."""
+        return cls(
+            torch.ones(()),
+            bits=int(config["bits"]),  # type: ignore[call-overload]
+            shift=int(config["shift"]),  # type: ignore[call-overload]
+            two_sided=bool(config["two_sided"]),
+        )
+
+    def extra_repr(self) -> str:
+        """Bit-width, shift, sidedness."""
+        return f"bits={self._bits}, shift={self.shift}, two_sided={self.two_sided}"
+
+
+def bounded_shift(shift: int, spec: TensorSpec, *, two_sided: bool) -> int:
+    """``shift`` within what a quantizer and the spec allow."""
+    least = 0 if two_sided else 1
+    largest = shift if spec.max_shift is None else max(spec.max_shift, least)
+    return min(max(shift, least), largest)
+
+
+def covering_shift(coarse: float, low: float, spec: TensorSpec) -> int:
+    """Largest shift whose fine grid of ``D_R2 / 2^m`` still covers ``-low``.
+
+    Args:
+        coarse: ``D_R2``.
+        low: largest negative magnitude, positive.
+        spec: bit-width and bound of the shift.
+    """
+    # Values within the last half step need no code of their own, hence L and not L - 1.
+    levels = 1 << (spec.bits - 1)
+    return bounded_shift(math.floor(math.log2(coarse * levels / low)), spec, two_sided=True)

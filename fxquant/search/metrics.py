@@ -1,0 +1,81 @@
+"""How far a quantized product is from the float one, for many candidates at once.
+
+Outputs have the shape ``(S, H, G, n, N)``: samples, heads (or groups of a convolution), candidates,
+rows, columns. A loss is wanted for each *unit*, the part of the product that a scale acts on alone:
+all of it, a head, or a column.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from fxquant.spec import Metric
+
+
+class Unit(StrEnum):
+    """What a scale acts on."""
+
+    TENSOR = "tensor"
+    HEAD = "head"
+    COLUMN = "column"
+
+
+def unit_shape(unit: Unit, heads: int, columns: int) -> tuple[int, ...]:
+    """Shape of one loss a unit: ``()``, ``(H,)`` or ``(H, N)``."""
+    return {Unit.TENSOR: (), Unit.HEAD: (heads,), Unit.COLUMN: (heads, columns)}[unit]
+
+
+def losses(
+    outputs: Tensor, target: Tensor, gradient: Tensor | None, metric: Metric, unit: Unit
+) -> Tensor:
+    """The loss of every candidate.
+
+    - ``hessian``: ``sum (dL/dO)^2 (O^ - O)^2``, the diagonal of the Fisher information as the
+      Hessian (arXiv 2111.12293, eq. 14).
+    - ``mse``: ``sum (O^ - O)^2``;  ``l1``: ``sum |O^ - O|``.
+    - ``cosine``: ``sum (1 - cos(O^, O))`` over the rows of the unit; for a column, of the column.
+
+    Args:
+        outputs: ``(S, H, G, n, N)``; overwritten.
+        target: float product, ``(S, H, n, N)``.
+        gradient: ``dL/dO``, shaped as target; read by the Hessian metric alone.
+        metric: which.
+        unit: what gets a loss of its own.
+
+    Returns:
+        ``(G, *unit_shape)``.
+    """
+    target = target.unsqueeze(2)
+    if metric is Metric.COSINE:
+        return _cosine(outputs, target, unit)
+    error = outputs.sub_(target)
+    if metric is Metric.L1:
+        columns = error.abs_().sum((0, 3))
+    else:
+        if metric is Metric.HESSIAN:
+            assert gradient is not None
+            error.mul_(gradient.unsqueeze(2))
+        columns = error.square_().sum((0, 3))
+    return _by_unit(columns, unit)
+
+
+def _by_unit(columns: Tensor, unit: Unit) -> Tensor:
+    """``(H, G, N)`` summed to ``(G, *unit_shape)``."""
+    if unit is Unit.COLUMN:
+        return columns.transpose(0, 1)
+    heads = columns.sum(-1).t()
+    return heads if unit is Unit.HEAD else heads.sum(1)
+
+
+def _cosine(outputs: Tensor, target: Tensor, unit: Unit) -> Tensor:
+    if unit is Unit.COLUMN:
+        axes = (0, 3)
+        dot = (outputs * target).sum(axes)
+        sizes = outputs.square().sum(axes) * target.square().sum(axes)
+        return (1 - dot / sizes.sqrt().clamp(min=1e-30)).transpose(0, 1)
+    distance = 1 - torch.cosine_similarity(outputs, target, dim=-1, eps=1e-30)
+    heads = distance.sum((0, 3)).t()
+    return heads if unit is Unit.HEAD else heads.sum(1)
