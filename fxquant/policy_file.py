@@ -14,7 +14,17 @@ from fxquant import policies
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.files import write_text
 from fxquant.policy import Policy, Rule
-from fxquant.spec import (Arg, GradientLoss, Granularity, Metric, ObserverKind, OpKind, ScaleSearch, Scheme, TensorSpec)
+from fxquant.spec import (
+    Arg,
+    GradientLoss,
+    Granularity,
+    Metric,
+    ObserverKind,
+    OpKind,
+    ScaleSearch,
+    Scheme,
+    TensorSpec,
+)
 from fxquant.suggest import did_you_mean
 
 _ENUMS: dict[str, type[StrEnum]] = {

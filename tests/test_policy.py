@@ -27,7 +27,17 @@ from fxquant.policy_file import (
     to_yaml,
     write_policy,
 )
-from fxquant.spec import (Arg, GradientLoss, Granularity, Metric, ObserverKind, OpKind, ScaleSearch, Scheme, TensorSpec)
+from fxquant.spec import (
+    Arg,
+    GradientLoss,
+    Granularity,
+    Metric,
+    ObserverKind,
+    OpKind,
+    ScaleSearch,
+    Scheme,
+    TensorSpec,
+)
 
 uniform = st.builds(
     TensorSpec,
