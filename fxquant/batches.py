@@ -98,7 +98,7 @@ class CalibrationImages:
                 "calib_loader gave no batch; give at least one batch of images "
                 "(32 images are usual). A generator that was read before is empty"
             ) from end
-        self.first = self._checked(batch, None)
+        self.first, self._first_labels = self._checked(batch, None)
         self._fresh = True
 
     def __len__(self) -> int:
@@ -109,7 +109,11 @@ class CalibrationImages:
             return 0
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yields the images of each batch, ``(B, …)`` each.
+        """Yields the images of each batch, ``(B, …)`` each; raises as :meth:`with_labels`."""
+        return (images for images, _ in self.with_labels())
+
+    def with_labels(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields images ``(B, …)`` and labels of each batch, None where it has none.
 
         Raises:
             BatchError: a batch is unusable or of another image shape than the first, or a
@@ -118,7 +122,7 @@ class CalibrationImages:
         """
         if self._fresh:
             self._fresh = False
-            yield self.first
+            yield self.first, self._first_labels
             rest = self._iterator
         elif self._rereadable:
             rest = iter(self._loader)
@@ -131,8 +135,8 @@ class CalibrationImages:
             yield self._checked(batch, self.first)
 
     @staticmethod
-    def _checked(batch: Any, first: Tensor | None) -> Tensor:
-        images, _ = split_batch(batch)
+    def _checked(batch: Any, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        images, labels = split_batch(batch)
         if first is not None and images.shape[1:] != first.shape[1:]:
             raise BatchError(
                 f"a batch has images of shape {tuple(images.shape[1:])}, the first batch "
@@ -144,4 +148,4 @@ class CalibrationImages:
                 f"NaN or infinity in image {int((~finite).nonzero()[0])} of a calibration batch; "
                 "look for a division by zero in the normalisation or a corrupt file"
             )
-        return images
+        return images, labels

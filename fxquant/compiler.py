@@ -28,6 +28,7 @@ from fxquant.passes import (
     PassResult,
     QuantizeBias,
     ScaleAfterMatmul,
+    SearchScales,
     SplitAttention,
     SplitProjections,
     ToLinear,
@@ -37,6 +38,8 @@ from fxquant.policy import Policy
 from fxquant.policy_file import policy_to_dict, resolve
 from fxquant.progress import track, working
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
+from fxquant.samples import Loss, sample_products
+from fxquant.search.output import ProductSample
 
 # Each pass relies on those before it: attention and einsum must be open before products are sorted,
 # a transposed weight folded before a product is seen to be a linear, and batch norm folded before
@@ -62,6 +65,7 @@ def compile(
     calib_loader: Iterable[Any],
     policy: str | Path | Policy | Mapping[str, Any] = "w8a8",
     *,
+    loss: Loss | None = None,
     progress: bool = False,
 ) -> CompiledModel:
     """Quantizes a vision transformer after training.
@@ -71,6 +75,9 @@ def compile(
         calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
             DataLoader of these. 32 images are usual.
         policy: preset name, Policy, dict, or path of a YAML file.
+        loss: of the model's outputs and the batch's labels (None where there are none), one
+            number; its gradient weighs errors in the Hessian metric instead of the loss that the
+            policy's search names.
         progress: show the progress of long steps on stderr.
 
     Returns:
@@ -90,11 +97,20 @@ def compile(
         results = _canonicalize(gm, images.first)
     clock.lap("capture")
     results |= run_passes(gm, (AssignSpecs(recipe.rules), InsertObservers()))
-    seen = calibrate(gm, track(images, label="calibrate", total=len(images), enabled=progress))
+    batches = track(images.with_labels(), label="calibrate", total=len(images), enabled=progress)
+    if recipe.search is None:
+        samples: dict[str, ProductSample] = {}
+        seen = calibrate(gm, (batch for batch, _ in batches))
+    else:
+        samples, seen = sample_products(gm, batches, recipe.search, loss)
     clock.lap("calibrate")
     with working("fit quantizers", enabled=progress):
-        results |= run_passes(gm, (Freeze(), QuantizeBias()))
+        results |= run_passes(gm, (Freeze(),))
     clock.lap("fit")
+    if recipe.search is not None:
+        results |= run_passes(gm, (SearchScales(samples, recipe.search, progress),))
+        clock.lap("search")
+    results |= run_passes(gm, (QuantizeBias(),))
     report = _report(gm, recipe, results, images.first, seen, clock)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 

@@ -206,6 +206,15 @@ def operand(node: fx.Node, index: int) -> fx.Node:
     return value
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an aten operator by name, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in schema}
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
+    return {**defaults, **given, **node.kwargs}
+
+
 def data_users(node: fx.Node) -> list[fx.Node]:
     """The users of a node's values; those that ask for its size alone are left out."""
     return [user for user in node.users if user.target is not aten.sym_size.int]

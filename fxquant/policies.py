@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 from fxquant.errors import UnknownPresetError
 from fxquant.policy import Policy, Rule
-from fxquant.spec import Arg, Granularity, ObserverKind, TensorSpec
+from fxquant.spec import (
+    Arg,
+    Granularity,
+    Metric,
+    ObserverKind,
+    OpKind,
+    ScaleSearch,
+    Scheme,
+    TensorSpec,
+)
 from fxquant.suggest import did_you_mean
 
 
@@ -61,7 +70,87 @@ def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
     )
 
 
-PRESETS: dict[str, Callable[[], Policy]] = {"w8a8": w8a8, "minmax": minmax}
+def base_ptq(weight_bits: int = 8, act_bits: int = 8) -> Policy:
+    """The baseline of PTQ4ViT: uniform everywhere, one round, cosine (arXiv 2111.12293, table 1).
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of all activations, symmetric per tensor; operands of attention products
+            per head.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    return Policy(
+        name=f"base_ptq_w{weight_bits}a{act_bits}",
+        description="PTQ4ViT's baseline: uniform quantizers, scales searched by cosine distance",
+        search=ScaleSearch(metric=Metric.COSINE, rounds=1, low=0.5),
+        rules=_searched_rules(weight_bits, act_bits),
+    )
+
+
+def ptq4vit(
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    *,
+    twin: bool = True,
+    search: ScaleSearch = ScaleSearch(),  # noqa: B008  frozen
+    reparameterize: bool = False,
+    bias_correction: bool = False,
+) -> Policy:
+    """PTQ4ViT: twin uniform quantizers and the Hessian-guided search (arXiv 2111.12293).
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of all activations.
+        twin: twin uniform quantizers behind softmax, GELU, SiLU and hard-swish (up to 8 bits).
+        search: metric, grid and rounds.
+        reparameterize: see :class:`Policy`.
+        bias_correction: see :class:`Policy`.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    twins: tuple[Rule, ...] = ()
+    if twin and act_bits <= 8:
+        spec = TensorSpec(bits=act_bits, scheme=Scheme.TWIN_UNIFORM)
+        twins = tuple(
+            Rule(fed_by=name, spec=spec, optional=True)
+            for name in ("softmax", "gelu", "silu", "hardswish")
+        )
+    return Policy(
+        name=f"ptq4vit_w{weight_bits}a{act_bits}",
+        description="twin uniform quantizers, scales searched by Hessian-weighted output error",
+        search=search,
+        reparameterize=reparameterize,
+        bias_correction=bias_correction,
+        rules=(*twins, *_searched_rules(weight_bits, act_bits)),
+    )
+
+
+def _searched_rules(weight_bits: int, act_bits: int) -> tuple[Rule, ...]:
+    channel, head = Granularity.CHANNEL, Granularity.HEAD
+    return (
+        Rule(
+            arg=Arg.WEIGHT,
+            spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=channel),
+            optional=True,
+        ),
+        Rule(
+            op=OpKind.MATMUL,
+            spec=TensorSpec(bits=act_bits, symmetric=True, granularity=head),
+            optional=True,
+        ),
+        Rule(spec=TensorSpec(bits=act_bits)),
+    )
+
+
+PRESETS: dict[str, Callable[[], Policy]] = {
+    "w8a8": w8a8,
+    "minmax": minmax,
+    "base_ptq": base_ptq,
+    "ptq4vit": ptq4vit,
+}
 
 
 def preset(name: str) -> Policy:

@@ -11,6 +11,7 @@ from fxquant.passes.name_nodes import NameNodes
 from fxquant.passes.open_einsum import OpenEinsum
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.scale_after_matmul import ScaleAfterMatmul
+from fxquant.passes.search_scales import SearchScales
 from fxquant.passes.split_attention import SplitAttention
 from fxquant.passes.split_projections import SplitProjections
 from fxquant.passes.to_linear import ToLinear
@@ -28,6 +29,7 @@ __all__ = [
     "PassResult",
     "QuantizeBias",
     "ScaleAfterMatmul",
+    "SearchScales",
     "Skip",
     "SplitAttention",
     "SplitProjections",

@@ -142,9 +142,8 @@ class TwinUniformQuantizer(Quantizer):
 
 def bounded_shift(shift: int, spec: TensorSpec, *, two_sided: bool) -> int:
     """``shift`` within what a quantizer and the spec allow."""
-    least = 0 if two_sided else 1
-    largest = shift if spec.max_shift is None else max(spec.max_shift, least)
-    return min(max(shift, least), largest)
+    shift = max(shift, 0 if two_sided else 1)
+    return shift if spec.max_shift is None else min(shift, spec.max_shift)
 
 
 def covering_shift(coarse: float, low: float, spec: TensorSpec) -> int:

@@ -7,7 +7,7 @@ all of it, a head, or a column.
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from fxquant.spec import Metric
 
 
-class Unit(StrEnum):
+class Unit(Enum):
     """What a scale acts on."""
 
     TENSOR = "tensor"

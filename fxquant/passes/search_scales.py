@@ -1,0 +1,150 @@
+"""Searches scales by the output error of the products (arXiv 2111.12293, section 4.3).
+
+Before: stage FROZEN, quantizers as the observers fitted them
+After:  the same graph, each quantizer with the scale whose products differ least from the float
+        ones, in the search's metric, on the sampled rows
+
+In each round and at each product first the right operand is searched (weight, key or value), then
+the left one, the other held as quantized now. Operands come from the float model, so products do
+not wait for one another. A quantizer that several products read is searched for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph import Edge, quantized_edges, submodule
+from fxquant.passes.base import PassResult, Skip
+from fxquant.progress import track
+from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.search.metrics import Unit, unit_shape
+from fxquant.search.output import Operand, ProductSample
+from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
+from fxquant.spec import Arg, Granularity, OpKind, ScaleSearch, Stage
+
+_LEFT = (Arg.INPUT, Arg.LHS)
+
+
+@dataclass(frozen=True)
+class SearchScales:
+    """See the module's text.
+
+    Attributes:
+        samples: rows of each product by node name (``samples.sample_products``).
+        search: grid, metric and rounds.
+        progress: show progress on stderr.
+    """
+
+    samples: Mapping[str, ProductSample] = field(repr=False)
+    search: ScaleSearch
+    progress: bool = False
+    requires: ClassVar[Stage] = Stage.FROZEN
+    ensures: ClassVar[Stage] = Stage.FROZEN
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Searches every quantizer."""
+        skips: list[Skip] = []
+        work = _Work(gm, self, skips)
+        steps = [(turn, name) for turn in range(self.search.rounds) for name in work.searched]
+        for turn, name in track(
+            steps, label="search scales", total=len(steps), enabled=self.progress
+        ):
+            work.improve(name, turn)
+        changed = 0
+        for name, searched in work.searched.items():
+            new, old = searched.quantizer(), gm.get_submodule(name)
+            changed += not _equal(new, old)
+            gm.set_submodule(name, new)
+        return PassResult(changed, tuple(skips))
+
+
+class _Work:
+    """The quantizers under search and the products that read them."""
+
+    def __init__(self, gm: fx.GraphModule, options: SearchScales, skips: list[Skip]) -> None:
+        self._gm, self._options = gm, options
+        # Right operands come first, as in the paper's alternation of weight and activation.
+        found = sorted(quantized_edges(gm), key=lambda edge: edge.arg in _LEFT)
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        found.sort(key=lambda edge: order[edge.node])
+        self._readers: dict[str, list[Edge]] = {}
+        self._at = {(edge.node, edge.arg in _LEFT): edge for edge in found}
+        for edge in found:
+            self._readers.setdefault(str(edge.source.target), []).append(edge)
+        self.searched: dict[str, Searched] = {}
+        for name, readers in self._readers.items():
+            searched = self._start(name, readers)
+            if isinstance(searched, str):
+                skips.append(Skip(readers[0].name, searched))
+            else:
+                self.searched[name] = searched
+
+    def _start(self, name: str, readers: list[Edge]) -> Searched | str:
+        """The state of a search, or why there is none."""
+        samples = [self._options.samples.get(edge.node.name) for edge in readers]
+        edge, sample, spec = readers[0], samples[0], readers[0].spec
+        if sample is None or None in samples:
+            return "its scale was not searched: no rows of the product were sampled"
+        quantizer = self._gm.get_submodule(name)
+        assert spec is not None
+        if isinstance(quantizer, TwinUniformQuantizer):
+            values = sample.lhs if edge.arg in _LEFT else sample.rhs
+            return SearchedTwin(quantizer, spec, self._options.search, values)
+        if not isinstance(quantizer, UniformQuantizer):
+            return f"its scale was not searched: no search for {type(quantizer).__name__}"
+        unit = _unit(edge, quantizer)
+        if isinstance(unit, str):
+            return unit
+        shape = unit_shape(unit, sample.heads, sample.columns)
+        if quantizer.scale.numel() != torch.Size(shape).numel():
+            return "its scale was not searched: its scales lie along no axis of the product"
+        return SearchedUniform(quantizer, spec, unit, shape, self._options.search)
+
+    def improve(self, name: str, turn: int) -> None:
+        consumers = [self._consumer(edge) for edge in self._readers[name]]
+        self.searched[name].improve(consumers, self._options.search, turn)
+
+    def _consumer(self, edge: Edge) -> Operand:
+        sample, left = self._options.samples[edge.node.name], edge.arg in _LEFT
+        # The weights' rows are views of their transpose; passes over a copy are faster.
+        sample = replace(sample, rhs=sample.rhs.contiguous())
+        values = sample.rhs if left else sample.lhs
+        return Operand(sample, left, self._quantized(self._at.get((edge.node, not left)), values))
+
+    def _quantized(self, edge: Edge | None, values: Tensor) -> Tensor:
+        """An operand as it is quantized now."""
+        quantizer = None if edge is None else submodule(self._gm, edge.source)
+        if edge is None or not isinstance(quantizer, Quantizer):
+            return values
+        searched = self.searched.get(str(edge.source.target))
+        if searched is not None:
+            return searched.apply(values, left=edge.arg in _LEFT)
+        if edge.kind is OpKind.LINEAR or edge.scale_axis is None:
+            quantized: Tensor = quantizer(values)
+            return quantized
+        return values
+
+
+def _unit(edge: Edge, quantizer: UniformQuantizer) -> Unit | str:
+    if quantizer.axis is None:
+        return Unit.TENSOR
+    if edge.arg is Arg.WEIGHT:
+        return Unit.COLUMN
+    assert edge.spec is not None
+    if edge.spec.granularity is Granularity.HEAD:
+        return Unit.HEAD
+    return (
+        "its scale was not searched: a scale per channel of an activation has no output of its own"
+    )
+
+
+def _equal(new: Quantizer, old: torch.nn.Module) -> bool:
+    pairs = zip(new.buffers(), old.buffers(), strict=True)
+    same = all(torch.equal(a, b) for a, b in pairs)
+    return same and isinstance(old, Quantizer) and new.config() == old.config()

@@ -1,0 +1,171 @@
+"""Rows of every product, drawn from the float model, with the gradient of a loss behind them.
+
+One forward and, where gradients are wanted, one backward pass a batch. What is kept is a uniform
+sample without replacement, so that memory depends on the budget, not on the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from fxquant.capture import device_of
+from fxquant.errors import BatchError, CalibrationError
+from fxquant.graph import constant, op_kind, operand
+from fxquant.product_rows import ProductRows, rows_of
+from fxquant.search.output import ProductSample
+from fxquant.spec import GradientLoss, Metric, ScaleSearch
+
+# Model outputs and the batch's labels (None where the loader gives none) to a number.
+Loss = Callable[[Any, Tensor | None], Tensor]
+
+# Images in one backward pass: what autograd keeps grows with them.
+_PART = 4
+# Fewer rows than this say too little about a product.
+_LEAST_ROWS = 16
+
+
+def sample_products(
+    gm: fx.GraphModule,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    search: ScaleSearch,
+    loss: Loss | None = None,
+) -> tuple[dict[str, ProductSample], int]:
+    """Runs the graph over all batches and keeps rows of its products.
+
+    Observers in the graph see every batch as well.
+
+    Args:
+        gm: before any quantizer stands in it.
+        batches: images ``(B, …)`` with labels, moved to the device of the graph.
+        search: how many rows, which gradient, which seed.
+        loss: of outputs and labels, instead of the one that ``search`` names.
+
+    Returns:
+        Node name -> its rows, and the number of images seen.
+
+    Raises:
+        BatchError: the model does not take the images.
+        CalibrationError: the memory budget is too small, or the loss has no gradient.
+        NonFiniteError: an activation holds NaN or infinity.
+    """
+    wants_gradient = search.metric is Metric.HESSIAN
+    device, generator = device_of(gm), torch.Generator().manual_seed(search.seed)
+    sites = _sites(gm, search, generator, device, gradient=wants_gradient)
+    loss = loss or _Loss(search, device)
+    seen = 0
+    for images, labels in batches:
+        for start in range(0, len(images), _PART):
+            part = slice(start, start + _PART)
+            _run(gm, sites, images[part].to(device), labels, part, loss if wants_gradient else None)
+        seen += len(images)
+    return {name: site.sample() for name, site in sites.items() if site.filled}, seen
+
+
+def _sites(
+    gm: fx.GraphModule,
+    search: ScaleSearch,
+    generator: torch.Generator,
+    device: torch.device,
+    *,
+    gradient: bool,
+) -> dict[str, ProductRows]:
+    """One collector for each product with a quantized operand, within the memory budget."""
+    found = {}
+    for node in gm.graph.nodes:
+        if op_kind(node) is None or not node.meta.get("quant"):
+            continue
+        site = rows_of(node, constant(gm, operand(node, 1)), generator, gradient=gradient)
+        if site is not None:
+            found[node.name] = site
+    whole = sum(site.row_bytes() for site in found.values()) * search.rows
+    rows = min(search.rows, search.rows * search.memory_bytes // max(whole, 1))
+    if rows < min(_LEAST_ROWS, search.rows):
+        least = whole * _LEAST_ROWS // search.rows
+        raise CalibrationError(
+            f"memory_bytes is {search.memory_bytes:,}, and {_LEAST_ROWS} rows of each product take "
+            f"{least:,}: raise it in the policy's search"
+        )
+    for site in found.values():
+        site.set_limit(rows)
+    return found
+
+
+def _run(
+    gm: fx.GraphModule,
+    sites: dict[str, ProductRows],
+    images: Tensor,
+    labels: Tensor | None,
+    part: slice,
+    loss: Loss | None,
+) -> None:
+    if loss is not None:
+        # A leaf may not be changed in place, as some models do with their input; its copy may.
+        images = images.clone().requires_grad_().clone()
+    with torch.set_grad_enabled(loss is not None):
+        try:
+            outputs = _Recorder(gm, sites).run(images)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise BatchError(
+                f"the model does not take a batch of shape {tuple(images.shape)} ({error}); "
+                "resize the images to the model's input size"
+            ) from error
+        if loss is not None:
+            value = loss(outputs, None if labels is None else labels[part].to(images.device))
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise CalibrationError(
+                    "the loss must be one number with a gradient, computed in torch from the "
+                    f"model's outputs; got {value!r:.80}"
+                )
+            value.backward()  # type: ignore[no-untyped-call]
+    for site in sites.values():
+        site.merge()
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and offers the operands and outputs of its products to the collectors."""
+
+    def __init__(self, gm: fx.GraphModule, sites: dict[str, ProductRows]) -> None:
+        super().__init__(gm)
+        self._sites = sites
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node."""
+        result = super().run_node(n)
+        site = self._sites.get(n.name)
+        if site is not None:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            site.offer(args[0].detach(), args[1].detach(), result)
+        return result
+
+
+class _Loss:
+    """The loss that a search names, summed over images."""
+
+    def __init__(self, search: ScaleSearch, device: torch.device) -> None:
+        self._kind, self._device = search.loss, device
+        self._generator = torch.Generator().manual_seed(search.seed)
+
+    def __call__(self, outputs: Any, labels: Tensor | None) -> Tensor:
+        leaves = pytree.tree_leaves(outputs)
+        floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        return torch.stack([self._of(x) for x in floats]).sum()
+
+    def _of(self, output: Tensor) -> Tensor:
+        """Logits are ``(B, C)``; any other output gets the Gaussian loss."""
+        logits = output.ndim == 2 and output.shape[1] > 1
+        if self._kind is GradientLoss.GAUSSIAN or not logits:
+            noise = torch.randn(output.shape, generator=self._generator).to(self._device)
+            # The gradient of 0.5 |O - (O + noise)|^2 with the target held fixed.
+            return -(output * noise).sum()
+        if self._kind is GradientLoss.ARGMAX:
+            target = output.detach().argmax(1)
+        else:
+            shares = output.detach().softmax(1).cpu()
+            target = torch.multinomial(shares, 1, generator=self._generator)[:, 0].to(self._device)
+        return functional.cross_entropy(output, target, reduction="sum")
