@@ -21,7 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("suggest", "files", "progress", "batches"),  # helpers that know errors alone
     ("ops", "quantizers"),
     ("observers", "search"),
-    ("graph", "verify", "serialize", "rewrite"),
+    ("graph", "verify", "serialize", "rewrite", "affine_fold"),
     ("policy", "policies", "policy_file", "capture", "calibrate", "reconstruct"),
     ("passes",),
     ("report",),

@@ -10,6 +10,7 @@ from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.name_nodes import NameNodes
 from fxquant.passes.open_einsum import OpenEinsum
 from fxquant.passes.quantize_bias import QuantizeBias
+from fxquant.passes.reparameterize import Reparameterize
 from fxquant.passes.scale_after_matmul import ScaleAfterMatmul
 from fxquant.passes.split_attention import SplitAttention
 from fxquant.passes.split_projections import SplitProjections
@@ -27,6 +28,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "QuantizeBias",
+    "Reparameterize",
     "ScaleAfterMatmul",
     "Skip",
     "SplitAttention",
