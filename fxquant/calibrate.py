@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxquant.affine_fold import Site, find_sites
 from fxquant.capture import device_of
 from fxquant.errors import BatchError, PassError
-from fxquant.graph import stage
-from fxquant.spec import Stage
+from fxquant.graph import module_path, operand, stage
+from fxquant.observers import MinMaxObserver
+from fxquant.spec import Granularity, Stage, TensorSpec
 
 
-@torch.no_grad()
 def calibrate(gm: fx.GraphModule, batches: Iterable[Tensor]) -> int:
     """Shows every batch to the observers of a graph; keeps none of them.
 
@@ -31,10 +33,66 @@ def calibrate(gm: fx.GraphModule, batches: Iterable[Tensor]) -> int:
     """
     if stage(gm) is not Stage.OBSERVED:
         raise PassError(f"calibrate takes stage OBSERVED, got {stage(gm).name}")
+    return _run(gm, gm, batches)
+
+
+def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest value in each channel of what linears read of a norm's output.
+
+    Of the norm before a classifier that is what the class token holds, not what the others do.
+
+    Args:
+        gm: in stage FLOAT, not changed.
+        batches: images ``(B, …)`` each, moved to the device of the graph.
+
+    Returns:
+        ``(lo, hi)`` by name of the norm, each ``(C,)`` on the graph's device, of every norm that
+        `affine_fold` can fold into linears.
+
+    Raises:
+        BatchError: the model does not take the images.
+        CalibrationError: there are no images.
+        NonFiniteError: an output of a norm holds NaN or infinity.
+        PassError: the graph is in another stage.
+    """
+    if stage(gm) is not Stage.FLOAT:
+        raise PassError(f"norm_ranges takes stage FLOAT, got {stage(gm).name}")
+    sites = [site for _, site in find_sites(gm) if isinstance(site, Site)]
+    recorder = _Recorder(gm, sites)
+    if sites:
+        _run(gm, recorder.run, batches)
+    return {name: observer.range() for name, observer in recorder.observers.items()}
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and shows what the linears of each site read to an observer."""
+
+    def __init__(self, gm: fx.GraphModule, sites: Iterable[Site]) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # it would be added to our own messages
+        self.observers: dict[str, MinMaxObserver] = {}
+        self._watched: dict[fx.Node, MinMaxObserver] = {}
+        spec = TensorSpec(granularity=Granularity.CHANNEL)
+        for site in sites:
+            where = module_path(site.norm) or site.norm.name
+            observer = MinMaxObserver(spec, axis=-1, where=where)
+            self.observers[site.norm.name] = observer
+            self._watched |= {operand(linear, 0): observer for linear in site.linears}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node."""
+        value = super().run_node(n)
+        if n in self._watched:
+            self._watched[n](value)
+        return value
+
+
+@torch.no_grad()
+def _run(gm: fx.GraphModule, call: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> int:
     device, seen = device_of(gm), 0
     for images in batches:
         try:
-            gm(images.to(device))
+            call(images.to(device))
         except (RuntimeError, TypeError, AssertionError) as error:
             raise BatchError(
                 f"the model does not take a batch of shape {tuple(images.shape)} ({error}); "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.batches import CalibrationImages
-from fxquant.calibrate import calibrate
+from fxquant.calibrate import calibrate, norm_ranges
 from fxquant.capture import capture, check_model, device_of
 from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
 from fxquant.model import CompiledModel
@@ -27,6 +27,7 @@ from fxquant.passes import (
     Pass,
     PassResult,
     QuantizeBias,
+    Reparameterize,
     ScaleAfterMatmul,
     SearchScales,
     SplitAttention,
@@ -96,6 +97,10 @@ def compile(
         gm = capture(model, images.first)
         results = _canonicalize(gm, images.first)
     clock.lap("capture")
+    if recipe.reparameterize:
+        ranges = norm_ranges(gm, track(images, label="ranges", total=len(images), enabled=progress))
+        results |= run_passes(gm, (Reparameterize(ranges),))
+        clock.lap("reparameterize")
     results |= run_passes(gm, (AssignSpecs(recipe.rules), InsertObservers()))
     batches = track(images.with_labels(), label="calibrate", total=len(images), enabled=progress)
     if recipe.search is None:

@@ -220,6 +220,33 @@ def data_users(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is not aten.sym_size.int]
 
 
+def example_size(value: Any) -> Any:
+    """The example value of a symbolic integer; any other value as it is."""
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+def replay(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.Node, Any]) -> Any:
+    """What ``node`` yields when ``start`` yields ``value``; sizes take their example values.
+
+    Run on a tensor of numbers, moves tell where each value went, whatever moves they are.
+
+    Args:
+        node: reached from ``start`` through moves.
+        start: the node whose value is given.
+        value: of the shape that ``start`` has for the example batch.
+        memo: values of nodes on the way, kept for further calls with the same ``start``.
+    """
+    if node is start:
+        return value
+    if node not in memo:
+        if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+            memo[node] = example_size(node.meta["val"])
+        else:
+            args = fx.map_arg(node.args, lambda n: replay(n, start, value, memo))
+            memo[node] = node.target(*args, **node.kwargs)  # type: ignore[operator]
+    return memo[node]
+
+
 def fed_by(edge: Edge) -> str:
     """Name of what computed the values on an edge.
 

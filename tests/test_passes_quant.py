@@ -198,17 +198,16 @@ def test_a_row_of_zeros_keeps_its_bias() -> None:
 # The runner
 
 
+OPTIONS = {"AssignSpecs": [(Rule(spec=EIGHT),)], "Reparameterize": [{}]}
 PASSES: list[Callable[[], Pass]] = [
-    lambda name=name: (
-        AssignSpecs((Rule(spec=EIGHT),)) if name == "AssignSpecs" else getattr(passes, name)()
-    )
+    lambda name=name: getattr(passes, name)(*OPTIONS.get(name, ()))
     for name in passes.__all__
     if hasattr(getattr(passes, name), "requires") and name != "Pass"
 ]
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 13
+    assert len(PASSES) == 14
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

@@ -10,6 +10,7 @@ from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.name_nodes import NameNodes
 from fxquant.passes.open_einsum import OpenEinsum
 from fxquant.passes.quantize_bias import QuantizeBias
+from fxquant.passes.reparameterize import Reparameterize
 from fxquant.passes.scale_after_matmul import ScaleAfterMatmul
 from fxquant.passes.search_scales import SearchScales
 from fxquant.passes.split_attention import SplitAttention
@@ -28,6 +29,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "QuantizeBias",
+    "Reparameterize",
     "ScaleAfterMatmul",
     "SearchScales",
     "Skip",

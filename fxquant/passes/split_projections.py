@@ -18,7 +18,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import MOVES, aten, constant, data_users, get_parameter
+from fxquant.graph import (
+    MOVES,
+    aten,
+    constant,
+    data_users,
+    example_size,
+    get_parameter,
+    replay,
+)
 from fxquant.passes.base import PassResult, Skip
 from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Stage
@@ -50,11 +58,6 @@ class _Branch:
     axes: tuple[int, ...]
 
 
-def _hint(value: Any) -> Any:
-    """The example value of a symbolic integer."""
-    return value.node.hint if isinstance(value, torch.SymInt) else value
-
-
 def _leaves(linear: fx.Node) -> list[fx.Node]:
     """The nodes at which the projection has parted into branches; none if it is not packed."""
     node = linear
@@ -70,19 +73,6 @@ def _leaves(linear: fx.Node) -> list[fx.Node]:
     return list(node.users)
 
 
-def _run(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.Node, Any]) -> Any:
-    """Value of ``node`` when ``start`` yields ``value``; sizes take their example values."""
-    if node is start:
-        return value
-    if node not in memo:
-        if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
-            memo[node] = _hint(node.meta["val"])
-        else:
-            args = fx.map_arg(node.args, lambda n: _run(n, start, value, memo))
-            memo[node] = node.target(*args, **node.kwargs)  # type: ignore[operator]
-    return memo[node]
-
-
 def _varies(index: Tensor) -> tuple[bool, ...]:
     """For each axis, whether the values change along it."""
     return tuple(
@@ -92,7 +82,7 @@ def _varies(index: Tensor) -> tuple[bool, ...]:
 
 
 def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
-    shape = [int(_hint(size)) for size in linear.meta["val"].shape]
+    shape = [int(example_size(size)) for size in linear.meta["val"].shape]
     if any(size == 1 for size in shape[:-1]):
         return "an axis of length one hides which axis it is"
     axes = [-1] * node.meta["val"].ndim
@@ -100,7 +90,7 @@ def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
     for axis, size in enumerate(shape):
         view = [1] * len(shape)
         view[axis] = size
-        indices.append(_run(node, linear, torch.arange(size).view(view).expand(shape), {}))
+        indices.append(replay(node, linear, torch.arange(size).view(view).expand(shape), {}))
     *leading, channels = indices
     of_channels = _varies(channels)
     for axis, index in enumerate(leading):
