@@ -17,6 +17,7 @@ from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
 from fxquant.model import CompiledModel
 from fxquant.passes import (
     AssignSpecs,
+    CorrectBias,
     DropNoOps,
     FoldBatchNorm,
     FoldConstants,
@@ -103,11 +104,11 @@ def compile(
         clock.lap("reparameterize")
     results |= run_passes(gm, (AssignSpecs(recipe.rules), InsertObservers()))
     batches = track(images.with_labels(), label="calibrate", total=len(images), enabled=progress)
-    if recipe.search is None:
-        samples: dict[str, ProductSample] = {}
+    samples: dict[str, ProductSample] = {}
+    if recipe.samples is None:
         seen = calibrate(gm, (batch for batch, _ in batches))
     else:
-        samples, seen = sample_products(gm, batches, recipe.search, loss)
+        samples, seen = sample_products(gm, batches, recipe.samples, loss)
     clock.lap("calibrate")
     with working("fit quantizers", enabled=progress):
         results |= run_passes(gm, (Freeze(),))
@@ -115,6 +116,8 @@ def compile(
     if recipe.search is not None:
         results |= run_passes(gm, (SearchScales(samples, recipe.search, progress),))
         clock.lap("search")
+    if recipe.bias_correction:
+        results |= run_passes(gm, (CorrectBias(samples),))
     results |= run_passes(gm, (QuantizeBias(),))
     report = _report(gm, recipe, results, images.first, seen, clock)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
-from fxquant.spec import Arg, OpKind, ScaleSearch, TensorSpec, check_flag, parse_field
+from fxquant.spec import Arg, Metric, OpKind, ScaleSearch, TensorSpec, check_flag, parse_field
 
 _CHANGED = " (changed)"
 
@@ -116,6 +116,13 @@ class Policy:
                 raise PolicyError(f"rule {i + 1} must be a Rule, got {rule!r:.80}")
         if not self.rules:
             raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
+
+    @property
+    def samples(self) -> ScaleSearch | None:
+        """How products are to be sampled; None where nothing needs their rows."""
+        if self.search is None and self.bias_correction:
+            return ScaleSearch(metric=Metric.MSE)  # rows without gradients
+        return self.search
 
     def with_rules(self, *rules: Rule) -> Policy:
         """This policy with ``rules`` put before its own, its name marked as changed."""

@@ -28,7 +28,7 @@ from fxquant.passes import (
 )
 from fxquant.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Stage, TensorSpec
+from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, ScaleSearch, Stage, TensorSpec
 from fxquant.testing import (
     DIM,
     assert_same_function,
@@ -198,7 +198,12 @@ def test_a_row_of_zeros_keeps_its_bias() -> None:
 # The runner
 
 
-OPTIONS = {"AssignSpecs": [(Rule(spec=EIGHT),)], "Reparameterize": [{}]}
+OPTIONS = {
+    "AssignSpecs": [(Rule(spec=EIGHT),)],
+    "Reparameterize": [{}],
+    "SearchScales": ({}, ScaleSearch()),
+    "CorrectBias": ({},),
+}
 PASSES: list[Callable[[], Pass]] = [
     lambda name=name: getattr(passes, name)(*OPTIONS.get(name, ()))
     for name in passes.__all__
@@ -207,7 +212,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 14
+    assert len(PASSES) == 16
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

@@ -2,6 +2,7 @@
 
 from fxquant.passes.assign_specs import AssignSpecs
 from fxquant.passes.base import Pass, PassResult, Skip, run_passes
+from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.drop_noops import DropNoOps
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.fold_constants import FoldConstants
@@ -19,6 +20,7 @@ from fxquant.passes.to_linear import ToLinear
 
 __all__ = [
     "AssignSpecs",
+    "CorrectBias",
     "DropNoOps",
     "FoldBatchNorm",
     "FoldConstants",

@@ -1,0 +1,92 @@
+"""Takes the mean error that rounded weights make out of the bias (arXiv 2111.12293, section 5.3).
+
+Before: ``y^ = linear(q(x), q(W), b)``
+After:  ``y^ = linear(q(x), q(W), b')`` with ``b' = b - (q(W) - W) E[q(x)]``
+
+The mean is taken over the sampled rows. A product without a bias gets one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph import (
+    constant,
+    get_parameter,
+    op_kind,
+    operand,
+    submodule,
+)
+from fxquant.passes.base import PassResult, Skip
+from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.rewrite import add_constant
+from fxquant.search.output import ProductSample
+from fxquant.spec import OpKind, Stage
+
+
+@dataclass(frozen=True)
+class CorrectBias:
+    """See the module's text.
+
+    Attributes:
+        samples: rows of each product by node name (``samples.sample_products``).
+    """
+
+    samples: Mapping[str, ProductSample] = field(repr=False)
+    requires: ClassVar[Stage] = Stage.FROZEN
+    ensures: ClassVar[Stage] = Stage.FROZEN
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Corrects every bias behind a quantized weight."""
+        changed, skips = 0, []
+        for node in list(gm.graph.nodes):
+            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV):
+                continue
+            error = self._mean_error(gm, node)
+            if isinstance(error, str):
+                skips.append(Skip(node.name, error))
+            elif bool(error.any()):
+                _subtract(gm, node, error)
+                changed += 1
+        gm.graph.eliminate_dead_code()
+        return PassResult(changed, tuple(skips))
+
+    def _mean_error(self, gm: fx.GraphModule, node: fx.Node) -> Tensor | str:
+        """``(q(W) - W) E[q(x)]`` of shape ``(N,)``, or why it is not known."""
+        coder = submodule(gm, operand(node, 1))
+        if not isinstance(coder, Quantizer):
+            return "the bias is not corrected: the weight is float"
+        sample = self.samples.get(node.name)
+        if sample is None:
+            return "the bias is not corrected: no rows of the product were sampled"
+        if len(node.args) > 2 and node.args[2] is not None and constant(gm, node.args[2]) is None:
+            return "the bias is not corrected: it is computed at run time"
+        weight = get_parameter(gm, operand(operand(node, 1), 0))
+        rounding = (coder(weight) - weight).flatten(1)
+        groups = sample.heads
+        mean = self._quantized_input(gm, node, sample).mean(2)[0]  # (groups, K)
+        by_group = torch.unflatten(rounding, 0, (groups, -1))
+        return torch.einsum("gnk,gk->gn", by_group, mean).flatten()
+
+    @staticmethod
+    def _quantized_input(gm: fx.GraphModule, node: fx.Node, sample: ProductSample) -> Tensor:
+        quantizer = submodule(gm, operand(node, 0))
+        per_channel = isinstance(quantizer, UniformQuantizer) and quantizer.axis not in (None, -1)
+        if not isinstance(quantizer, Quantizer) or per_channel:
+            return sample.lhs
+        quantized: Tensor = quantizer(sample.lhs)
+        return quantized
+
+
+def _subtract(gm: fx.GraphModule, node: fx.Node, error: Tensor) -> None:
+    bias = constant(gm, node.args[2]) if len(node.args) > 2 else None
+    with gm.graph.inserting_before(node):
+        value = -error if bias is None else bias - error
+        new = add_constant(gm, value, f"{node.name}_bias", like=node)
+    node.args = (*node.args[:2], new, *node.args[3:])
