@@ -273,4 +273,5 @@ def _heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:
     if max(len(left), len(right)) < 4:
         return 1
     sizes = [shape[-3] for shape in (left, right) if len(shape) > 2]
-    return max(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else 1
+    whole = [size for size in sizes if isinstance(size, int)]
+    return max(whole) if len(whole) == len(sizes) else 1

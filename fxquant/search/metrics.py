@@ -71,12 +71,11 @@ def _by_unit(columns: Tensor, unit: Unit) -> Tensor:
 
 
 def _cosine(outputs: Tensor, target: Tensor, unit: Unit) -> Tensor:
-    if unit is Unit.COLUMN:
-        axes = (0, 3)
-        # Normed one by one, since the product of two small norms would vanish.
-        one, two = (x.square().sum(axes).sqrt().clamp(min=1e-30) for x in (outputs, target))
-        dot = (outputs * target).sum(axes)
-        return (1 - dot / one / two).transpose(0, 1)
-    distance = 1 - torch.cosine_similarity(outputs, target, dim=-1, eps=1e-30)
-    heads = distance.sum((0, 3)).t()
-    return heads if unit is Unit.HEAD else heads.sum(1)
+    """``1 - cos``, as half the squared distance of unit vectors, which does not cancel."""
+    axes = (0, 3) if unit is Unit.COLUMN else (4,)
+    sizes = [x.square().sum(axes, keepdim=True).sqrt() for x in (outputs, target)]
+    one, two = (x / size.clamp(min=1e-30) for x, size in zip((outputs, target), sizes, strict=True))
+    distance = one.sub_(two).square_().sum(axes, keepdim=True) / 2
+    for size in sizes:
+        distance += (size == 0) / 2  # at a right angle to all vectors
+    return _by_unit(distance.sum((0, 3)), unit)
