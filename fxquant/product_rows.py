@@ -1,4 +1,4 @@
-"""A bounded uniform sample of the rows of one product, batch by batch.
+"""A bounded sample of the rows of one product, batch by batch.
 
 Operands come in the shapes of the graph and are kept in the one form of
 :class:`fxquant.search.output.ProductSample`: ``(S, H, n, K) @ (S, H, K, N)``.
@@ -22,10 +22,13 @@ _QUERIES = 64
 
 
 class ProductRows(ABC):
-    """Collects rows of one product.
+    """Collects rows of one product; of an attention product samples, with some rows of each.
 
-    Every row (of an attention product: every sample) draws a random number, and those with the
-    largest are kept; so the sample is uniform however many rows come.
+    Without gradients the sample is uniform. With them rows are drawn by how much they weigh in the
+    Hessian metric, since a few uncertain images hold most of its sum: priority sampling (Duffield,
+    Lund, Thorup 2007) keeps those of largest ``w / u``, where u is uniform in (0, 1) and
+    ``w = |gradient|^2 + its mean so far``. Each stands for ``max(w, t) / w`` rows, t being the
+    largest priority left out, which makes every sum over the sample unbiased.
 
     Args:
         generator: draws the numbers.
@@ -35,10 +38,12 @@ class ProductRows(ABC):
     def __init__(self, generator: torch.Generator, *, gradient: bool) -> None:
         self._generator, self._gradient = generator, gradient
         self._limit = 0
-        self._keys = torch.zeros(0)
         self._kept: dict[str, Tensor] = {}
-        self._new_keys = torch.zeros(0)
-        self._new: dict[str, Tensor] = {}
+        # Of the rows kept, in float64 on the CPU; and the largest priority left out.
+        self._weights = self._priorities = torch.zeros(0, dtype=torch.float64)
+        self._threshold = 0.0
+        self._seen, self._energy = 0, 0.0
+        self._offered: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def filled(self) -> bool:
@@ -53,49 +58,93 @@ class ProductRows(ABC):
         """Bounds the number of rows kept."""
         self._limit = rows
 
-    @abstractmethod
     def offer(self, lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
-        """Takes a batch; the gradient of ``out`` follows when it is computed."""
+        """Shows a batch, whose rows are taken in :meth:`merge`, after the backward pass.
+
+        Args:
+            lhs: the left operand in the shape of the graph.
+            rhs: the right one.
+            out: the product, part of the autograd graph.
+        """
+        # Where the loss does not reach, no gradient arrives.
+        self._offered = lhs, rhs, torch.zeros((), device=lhs.device).expand(out.shape)
+        if self._gradient and out.requires_grad:
+            out.register_hook(self._arrive)  # type: ignore[no-untyped-call]
+
+    def _arrive(self, gradient: Tensor) -> None:
+        assert self._offered is not None
+        self._offered = (*self._offered[:2], gradient)
 
     def merge(self) -> None:
-        """Joins the rows of the last batch, if it had any, with those kept so far."""
-        keys = torch.cat([self._keys, self._new_keys])
-        best = keys.topk(min(self._limit, len(keys))).indices
-        for name, rows in self._new.items():
-            joined = torch.cat([self._kept[name], rows]) if name in self._kept else rows
-            self._kept[name] = joined[best.to(joined.device)]
-        self._keys, self._new, self._new_keys = keys[best], {}, torch.zeros(0)
+        """Joins rows of the last batch with those kept so far."""
+        if self._offered is None:
+            return
+        lhs, rhs, gradient = self._offered
+        self._offered = None
+        weights = self._weigh(self._energies(gradient))
+        priorities = weights / torch.rand(
+            len(weights), generator=self._generator, dtype=torch.float64
+        )
+        joined = torch.cat([self._priorities, priorities])
+        order = joined.argsort(descending=True, stable=True)
+        keep, rest = order[: self._limit], order[self._limit :]
+        old, new = (part.sort().values for part in _split(keep, len(self._priorities)))
+        index = new.to(lhs.device)
+        for name, rows in self._select(lhs, rhs, gradient, index).items():
+            if self._gradient or name != "gradient":
+                kept = self._kept.get(name, rows[:0])
+                self._kept[name] = torch.cat([kept[old.to(rows.device)], rows])
+        if len(rest):
+            self._threshold = max(self._threshold, float(joined[rest[0]]))
+        self._weights = torch.cat([self._weights[old], weights[new]])
+        self._priorities = torch.cat([self._priorities[old], priorities[new]])
+
+    def _weigh(self, energies: Tensor) -> Tensor:
+        """Weights ``(count,)`` of rows: their energy and, so that none is neglected, the mean."""
+        if not self._gradient:
+            return torch.ones(len(energies), dtype=torch.float64)
+        energies = energies.double().cpu()
+        self._seen, self._energy = self._seen + len(energies), self._energy + float(energies.sum())
+        return energies + max(self._energy / self._seen, 1e-30)
+
+    @abstractmethod
+    def _energies(self, gradient: Tensor) -> Tensor:
+        """Squared size of the gradient of each row of a batch."""
+
+    @abstractmethod
+    def _select(
+        self, lhs: Tensor, rhs: Tensor, gradient: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        """Rows of a batch: the tensors to keep by name, along axis 0."""
 
     @abstractmethod
     def sample(self) -> ProductSample:
         """The rows kept."""
 
-    def _draw(self, count: int) -> Tensor:
-        """Indices of the rows of a batch that are to be kept."""
-        keys = torch.rand(count, generator=self._generator)
-        best = keys.topk(min(self._limit, count)).indices
-        if len(self._keys) == self._limit:
-            best = best[keys[best] > self._keys.min()]
-        self._new_keys = keys[best]
-        return best
-
-    def _keep(self, lhs: Tensor, out: Tensor, take: Any) -> None:
-        """Keeps rows, and a place for their gradient, zero where the loss does not reach."""
-        self._new["lhs"] = lhs
-        if not self._gradient:
-            return
-        self._new["gradient"] = torch.zeros_like(take(out.detach()))
-
-        def arrive(gradient: Tensor) -> None:
-            self._new["gradient"] = take(gradient)
-
-        if out.requires_grad:
-            out.register_hook(arrive)  # type: ignore[no-untyped-call]
+    def _counts(self) -> Tensor | None:
+        """How many rows each stands for, ``(count,)``; None where all are alike."""
+        if not self._gradient or not self._threshold:
+            return None
+        counts = self._weights.clamp(min=self._threshold) / self._weights
+        return counts.float().to(self._kept["lhs"].device)
 
     def _kept_gradient(self) -> Tensor | None:
-        """The gradient; None if it vanishes everywhere, so that it weighs nothing."""
+        """The gradient, scaled by how many rows each stands for.
+
+        None if it vanishes everywhere, so that it weighs nothing.
+        """
         gradient = self._kept.get("gradient")
-        return gradient if gradient is not None and bool(gradient.any()) else None
+        if gradient is None or not bool(gradient.any()):
+            return None
+        counts = self._counts()
+        if counts is None:
+            return gradient
+        return gradient * counts.sqrt().view(-1, *[1] * (gradient.ndim - 1))
+
+
+def _split(index: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Positions in a joined tensor as those in its first part, of that length, and its second."""
+    return index[index < first], index[index >= first] - first
 
 
 class LinearRows(ProductRows):
@@ -119,11 +168,16 @@ class LinearRows(ProductRows):
         depth = self._weight[0].numel() * self._groups
         return 4 * rows * (depth + self._weight.shape[0] * self._gradient)
 
-    def offer(self, lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
-        """Takes ``(..., in)`` and ``(..., out)``."""
-        rows = lhs.flatten(0, -2)
-        index = self._draw(len(rows)).to(lhs.device)
-        self._keep(rows[index], out, lambda value: value.flatten(0, -2)[index])
+    def _energies(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(0, -2).square().sum(1)
+
+    def _select(
+        self, lhs: Tensor, rhs: Tensor, gradient: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        return {
+            "lhs": lhs.flatten(0, -2)[index],
+            "gradient": gradient.flatten(0, -2)[index],
+        }
 
     def sample(self) -> ProductSample:
         """``(1, groups, rows, K) @ (1, groups, K, N)``."""
@@ -133,6 +187,7 @@ class LinearRows(ProductRows):
             lhs=self._by_group(self._kept["lhs"]),
             rhs=weight.transpose(1, 2).unsqueeze(0),
             gradient=None if gradient is None else self._by_group(gradient),
+            counts=self._counts(),
         )
 
     def _by_group(self, rows: Tensor) -> Tensor:
@@ -152,13 +207,14 @@ class ConvRows(LinearRows):
         self._stride, self._dilation = given["stride"], given["dilation"]
         self._padding = given["padding"]
 
-    def offer(self, lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
-        """Takes ``(B, C, *spatial)`` and ``(B, N, *spatial')``."""
-        shape = (out.shape[0], *out.shape[2:])
-        flat = self._draw(shape[0] * out[0, 0].numel()).to(lhs.device)
-        index = torch.unravel_index(flat, shape)
-        patches = self._patches(lhs)
-        self._keep(patches[index], out, lambda value: value.movedim(1, -1)[index])
+    def _energies(self, gradient: Tensor) -> Tensor:
+        return gradient.square().sum(1).flatten()
+
+    def _select(
+        self, lhs: Tensor, rhs: Tensor, gradient: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        at = torch.unravel_index(index, (gradient.shape[0], *gradient.shape[2:]))
+        return {"lhs": self._patches(lhs)[at], "gradient": gradient.movedim(1, -1)[at]}
 
     def _patches(self, x: Tensor) -> Tensor:
         """``(B, *spatial', C, *kernel)``, a view but for the padding."""
@@ -202,8 +258,9 @@ class MatmulRows(ProductRows):
         super().__init__(generator, gradient=gradient)
         left, right = shapes
         self._heads = _heads(left, right)
-        self._queries = min(left[-2], _QUERIES)
-        self._depth, self._columns = left[-1], right[-1]
+        self._queries = min(int(left[-2]), _QUERIES)
+        self._drawn = torch.zeros(0)  # positions of the rows taken of the last batch
+        self._depth, self._columns = int(left[-1]), int(right[-1])
 
     def bytes_for(self, rows: int) -> int:
         """Memory that a limit of that many rows takes, the right operands included."""
@@ -217,18 +274,22 @@ class MatmulRows(ProductRows):
         self._queries = min(self._queries, rows)
         self._limit = rows // self._queries
 
-    def offer(self, lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
-        """Takes both operands and the product."""
-        lead = out.shape[:-2]
+    def _energies(self, gradient: Tensor) -> Tensor:
+        order = torch.randperm(gradient.shape[-2], generator=self._generator)
+        self._drawn = order[: self._queries].sort().values.to(gradient.device)
+        return self._folded(gradient)[:, :, self._drawn].square().sum((1, 2, 3))
+
+    def _select(
+        self, lhs: Tensor, rhs: Tensor, gradient: Tensor, index: Tensor
+    ) -> dict[str, Tensor]:
+        lead = gradient.shape[:-2]
         left = self._folded(lhs.expand(*lead, *lhs.shape[-2:]))
         right = self._folded(rhs.expand(*lead, *rhs.shape[-2:]))
-        index = self._draw(len(left)).to(lhs.device)
-        order = torch.randperm(left.shape[2], generator=self._generator)
-        rows = order[: self._queries].sort().values.to(lhs.device)
-        self._new["rhs"] = right[index]
-        self._keep(
-            left[index][:, :, rows], out, lambda value: self._folded(value)[index][:, :, rows]
-        )
+        return {
+            "lhs": left[index][:, :, self._drawn],
+            "rhs": right[index],
+            "gradient": self._folded(gradient)[index][:, :, self._drawn],
+        }
 
     def _folded(self, x: Tensor) -> Tensor:
         """``(S, H, n, K)`` of ``(..., H, n, K)`` or ``(..., n, K)``."""
@@ -237,7 +298,10 @@ class MatmulRows(ProductRows):
     def sample(self) -> ProductSample:
         """``(S, H, n, K) @ (S, H, K, N)``."""
         return ProductSample(
-            lhs=self._kept["lhs"], rhs=self._kept["rhs"], gradient=self._kept_gradient()
+            lhs=self._kept["lhs"],
+            rhs=self._kept["rhs"],
+            gradient=self._kept_gradient(),
+            counts=self._counts(),
         )
 
 
@@ -273,5 +337,5 @@ def _heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:
     if max(len(left), len(right)) < 4:
         return 1
     sizes = [shape[-3] for shape in (left, right) if len(shape) > 2]
-    whole = [size for size in sizes if isinstance(size, int)]
+    whole = [int(size) for size in sizes if isinstance(size, int)]
     return max(whole) if len(whole) == len(sizes) else 1

@@ -1,7 +1,7 @@
 """Rows of every product, drawn from the float model, with the gradient of a loss behind them.
 
-One forward and, where gradients are wanted, one backward pass a batch. What is kept is a uniform
-sample without replacement, so that memory depends on the budget, not on the number of images.
+One forward and, where gradients are wanted, one backward pass a batch. What is kept is a sample
+without replacement, so that memory depends on the budget, not on the number of images.
 """
 
 from __future__ import annotations
@@ -150,6 +150,8 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
+        if n.target is torch.ops.aten.copy_.default:
+            return None  # a model writes into its input, which the collectors still read
         result = super().run_node(n)
         site = self._sites.get(n.name)
         if site is not None:

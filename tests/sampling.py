@@ -8,19 +8,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxquant.capture import capture
+from fxquant.compiler import CANONICAL
 from fxquant.passes import AssignSpecs, InsertObservers, run_passes
 from fxquant.policy import Rule
 from fxquant.samples import Loss, sample_products
 from fxquant.search.output import ProductSample
 from fxquant.spec import ScaleSearch
-from tests.graphs import EIGHT, canonical
+from tests.graphs import EIGHT
 
 ALL = ScaleSearch(rows=10_000)
 
 
 @cache
 def _graph(model: nn.Module, shape: torch.Size) -> fx.GraphModule:
-    gm = canonical(model, torch.zeros(2, *shape))
+    gm = capture(model, torch.zeros(2, *shape))
+    run_passes(gm, CANONICAL)
     run_passes(gm, [AssignSpecs((Rule(spec=EIGHT),)), InsertObservers()])
     return gm
 

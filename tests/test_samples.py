@@ -42,7 +42,9 @@ def assert_rows(found: ProductSample, out: Tensor, gradient: Tensor | None, coun
         assert found.gradient is None
         return
     assert found.gradient is not None and bool(gradient.any())
-    torch.testing.assert_close(by_rows(found.gradient), gradient[index], rtol=1e-4, atol=1e-6)
+    counts = torch.ones(count) if found.counts is None else found.counts
+    expected = gradient[index] * counts.sqrt().unsqueeze(1)
+    torch.testing.assert_close(by_rows(found.gradient), expected, rtol=1e-4, atol=1e-6)
 
 
 class Classifier(nn.Module):
@@ -154,7 +156,7 @@ def test_few_rows_of_a_product_of_activations_come_from_few_samples() -> None:
 
 def test_axes_that_change_with_the_batch_are_no_heads() -> None:
     (found,) = sampled(
-        Attended(lambda x: (heads(x).transpose(0, 1), heads(x).transpose(0, 1)[:, :, :3].mT)),
+        Attended(lambda x: (heads(x).transpose(0, 1), heads(x).transpose(0, 1)[:, :, :3].mT)).eval(),
         tokens(3),
         tokens(5),
     ).values()
@@ -186,6 +188,31 @@ def test_every_row_is_as_likely_as_any_other() -> None:
         counts[kept.long()] += 1
     # Standard deviation 6.9.
     assert counts.min() > 30 and counts.max() < 90
+
+
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_rows_of_large_gradient_are_likelier_and_stand_for_fewer(skew: float) -> None:
+    """Sums over the sample are unbiased, and those of gradients hardly vary."""
+    values, gradients = torch.rand(2, 200, 1).unbind()
+    gradients *= (torch.randn(200, 1) * skew).exp()
+    exact = float(gradients.square().sum()), float(values.mean())
+    energies, means = [], []
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        rows = LinearRows(torch.ones(1, 1), 1, generator, gradient=True)
+        rows.set_limit(30)
+        for x, g in zip(values.split(50), gradients.split(50), strict=True):
+            out = x.clone().requires_grad_().clone()
+            rows.offer(x, torch.ones(1, 1), out)
+            (out * g).sum().backward()
+            rows.merge()
+        found = rows.sample()
+        assert found.gradient is not None and found.counts is not None
+        energies.append(float(found.gradient.square().sum()))
+        means.append(float(found.lhs[0, 0, :, 0] @ found.counts / found.counts.sum()))
+    one, other = torch.tensor(energies) / exact[0], torch.tensor(means)
+    assert float(one.mean()) == pytest.approx(1, abs=0.03) and float(one.std()) < 0.2
+    assert float(other.mean()) == pytest.approx(exact[1], abs=0.02) and float(other.std()) < 0.12
 
 
 def equal(one: dict[str, ProductSample], two: dict[str, ProductSample]) -> bool:

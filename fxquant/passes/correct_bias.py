@@ -74,7 +74,9 @@ class CorrectBias:
         weight = get_parameter(gm, operand(operand(node, 1), 0))
         rounding = (coder(weight) - weight).flatten(1)
         groups = sample.heads
-        mean = self._quantized_input(gm, node, sample).mean(2)[0]  # (groups, K)
+        rows = self._quantized_input(gm, node, sample)[0]  # (groups, n, K)
+        counts = rows.new_ones(rows.shape[1]) if sample.counts is None else sample.counts
+        mean = torch.einsum("gnk,n->gk", rows, counts / counts.sum())
         by_group = torch.unflatten(rounding, 0, (groups, -1))
         return torch.einsum("gnk,gk->gn", by_group, mean).flatten()
 

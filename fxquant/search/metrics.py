@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from fxquant.spec import Metric

@@ -28,11 +28,15 @@ class ProductSample:
         lhs: ``(S, H, n, K)``.
         rhs: ``(S, H, K, N)``, or ``(1, H, K, N)`` for all samples.
         gradient: ``dL/dO``, ``(S, H, n, N)``; None where it was not asked for or does not exist.
+            Scaled by the root of ``counts``.
+        counts: how many rows of the data each row, or of an attention product each sample, stands
+            for; ``(n,)`` or ``(S,)``; None where all are alike.
     """
 
     lhs: Tensor
     rhs: Tensor
     gradient: Tensor | None
+    counts: Tensor | None = None
 
     def metric(self, wanted: Metric) -> Metric:
         """The metric that can be had: squared error where there is no gradient."""
