@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
-from fxquant.errors import UnknownPresetError
+from fxquant.errors import PolicyError, UnknownPresetError
 from fxquant.policy import Policy, Rule
 from fxquant.spec import (
     Arg,
@@ -136,6 +137,7 @@ def _searched_rules(weight_bits: int, act_bits: int) -> tuple[Rule, ...]:
             spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=channel),
             optional=True,
         ),
+        Rule(fed_by="softmax", spec=TensorSpec(bits=act_bits), optional=True),
         Rule(
             op=OpKind.MATMUL,
             spec=TensorSpec(bits=act_bits, symmetric=True, granularity=head),
@@ -145,7 +147,7 @@ def _searched_rules(weight_bits: int, act_bits: int) -> tuple[Rule, ...]:
     )
 
 
-PRESETS: dict[str, Callable[[], Policy]] = {
+PRESETS: dict[str, Callable[..., Policy]] = {
     "w8a8": w8a8,
     "minmax": minmax,
     "base_ptq": base_ptq,
@@ -153,15 +155,23 @@ PRESETS: dict[str, Callable[[], Policy]] = {
 }
 
 
-def preset(name: str) -> Policy:
-    """The preset of that name, with its default options.
+def preset(name: str, *, weight_bits: int | None = None, act_bits: int | None = None) -> Policy:
+    """The preset of that name, with its default options but for the widths given.
 
     Raises:
         UnknownPresetError: there is none; the message names the nearest.
+        PolicyError: it has its own fixed widths.
     """
     if name not in PRESETS:
         raise UnknownPresetError(
             f"no preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}. "
             "A policy file must exist and end in .yaml or .yml"
         )
-    return PRESETS[name]()
+    given = {"weight_bits": weight_bits, "act_bits": act_bits}
+    widths = {key: bits for key, bits in given.items() if bits is not None}
+    if widths and not set(widths) <= set(inspect.signature(PRESETS[name]).parameters):
+        takers = [
+            n for n, make in PRESETS.items() if "act_bits" in inspect.signature(make).parameters
+        ]
+        raise PolicyError(f"preset {name} has fixed widths; {', '.join(takers)} take any")
+    return PRESETS[name](**widths)
