@@ -1,8 +1,7 @@
-"""Twin uniform quantizers in the backends: the same codes and numbers as the simulation."""
+"""Twin uniform quantizers in the integer backend and on disk: the simulation's numbers."""
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,71 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxquant
-from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies
+from fxquant import Policy, Rule, TensorSpec
 from fxquant.backends.integer.modules import FromCodes
 from fxquant.backends.integer.twin import TwinFromCodes, TwinSide, TwinToCodes
-from fxquant.quantizers import TwinUniformQuantizer
-from fxquant.testing import DIM, Block, images, seeded, tokens
+from fxquant.testing import DIM, Block, seeded, tokens
 from tests.integer_helpers import assert_integer_equals_simulation, code_buffers
+from tests.twin_nets import NETS, compiled, found, twins
 
 torch.set_num_threads(1)
-PRODUCERS = ("softmax", "gelu", "silu", "hardswish")
-
-
-class ConvNet(nn.Module):
-    """SiLU and hardswish before a depthwise, a pointwise and a patch convolution and a linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.point = nn.Conv2d(8, 12, 1)
-        self.patch = nn.Conv2d(12, 16, 2, stride=2)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images ``(B, 3, 8, 8)`` to ``(B, 5)``."""
-        x = functional.silu(self.stem(x))
-        x = functional.hardswish(self.depthwise(x))
-        x = self.patch(functional.silu(self.point(x)))
-        return self.head(functional.silu(x.flatten(2).transpose(1, 2))).mean(1)
-
-
-class Pair(nn.Module):
-    """A product of two activations that both take a twin quantizer, scaled."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``(B, N, C)`` to ``(B, N, N)``."""
-        y = functional.gelu(3 * x)
-        return y @ x.softmax(-1).transpose(1, 2) * 0.3
-
-
-def twins(bits: int, max_shift: int | None = None, others: int | None = None) -> Policy:
-    """Twin quantizers behind every producer that has two regions, min-max ones elsewhere."""
-    spec = TensorSpec(bits=bits, scheme="twin_uniform", max_shift=max_shift)
-    rules = [Rule(fed_by=name, spec=spec, optional=True) for name in PRODUCERS]
-    return policies.minmax(8, others or bits).with_rules(*rules)
-
-
-NETS = {"block": (Block, tokens), "conv": (ConvNet, images), "pair": (Pair, tokens)}
-
-
-@cache
-def compiled(net: str, bits: int, max_shift: int | None = None) -> CompiledModel:
-    """Compiled on six inputs; not to be changed."""
-    build, data = NETS[net]
-    return fxquant.compile(seeded(build()), [data(6)], twins(bits, max_shift))
-
-
-def found(model: CompiledModel) -> dict[str, TwinUniformQuantizer]:
-    modules = model.graph_module.named_modules()
-    return {name: m for name, m in modules if isinstance(m, TwinUniformQuantizer)}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("net", NETS)
 def test_integer_codes_and_outputs_are_the_simulations(net: str, bits: int) -> None:
-    model = compiled(net, bits)
+    model = compiled(net, bits, None)
     lowered, x = model.lower("integer"), NETS[net][1](5)
     assert_integer_equals_simulation(model.graph_module, lowered, x)
     assert_integer_equals_simulation(model.graph_module, lowered, x[:1])
@@ -86,7 +34,7 @@ def test_integer_codes_and_outputs_are_the_simulations(net: str, bits: int) -> N
 def test_a_product_shifts_the_coarse_part_where_codes_pass_eight_bits() -> None:
     """The paper's ``(a_q + b_q 2^m) D_R1``, checked in 64-bit integers."""
     for bits, terms in ((4, 1), (8, 2)):
-        model = compiled("block", bits)
+        model = compiled("block", bits, None)
         quantizer = found(model)["quant.fc2__input"]
         side = TwinSide(quantizer)
         words = quantizer.quantize(torch.linspace(-1, 40, 500)).to(torch.uint8)
@@ -149,10 +97,16 @@ def test_saving_and_loading_keeps_every_number(net: str, tmp_path: Path) -> None
         assert len(code_buffers(model.lower("integer"))) == 2  # the twin's words and the table
         assert_integer_equals_simulation(model.graph_module, model.lower("integer"), tokens(5))
     else:
-        model = compiled(net, 6)
+        model = compiled(net, 6, None)
     x = NETS.get(net, NETS["block"])[1](5)
     model.save(tmp_path)
     again = fxquant.load(tmp_path)
     assert torch.equal(again(x), model(x))
     assert torch.equal(again.lower("integer")(x), model.lower("integer")(x))
     assert again.plan == model.plan
+
+
+@pytest.mark.slow
+def test_the_compiled_form_gives_the_integer_results() -> None:
+    model = compiled("pair", 8, None)
+    assert torch.equal(model.lower("inductor")(tokens(5)), model.lower("integer")(tokens(5)))
