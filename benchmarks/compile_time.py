@@ -78,8 +78,8 @@ def compare_brute_force(options: argparse.Namespace, seconds: float, blocks: int
     own = run(options, depth=1)["phases"]["search"]
     brute = run(options, depth=1, brute_force=True)["phases"]["search"]
     print(
-        f"search of one block: {own:.1f} s, by brute force {brute:.1f} s ({brute / own:.0f} times); "
-        f"by brute force {blocks} blocks would take {brute * blocks:.0f} s, "
+        f"search of one block: {own:.1f} s, by brute force {brute:.1f} s ({brute / own:.0f} "
+        f"times); by brute force {blocks} blocks would take {brute * blocks:.0f} s, "
         f"{brute * blocks / seconds:.0f} times the whole compilation of {seconds:.1f} s"
     )
 

@@ -32,7 +32,7 @@ from fxquant.backends.integer.modules import (
 )
 from fxquant.backends.integer.twin import TwinFromCodes, TwinSide, TwinToCodes
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, constant, edges, op_kind, stage, submodule
+from fxquant.graph import Edge, arguments, constant, edges, op_kind, stage, submodule
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.spec import OpKind, Stage
 from fxquant.verify import verify
@@ -164,7 +164,7 @@ def _lower_linear(
     quantizer = _weight_quantizer(gm, weight)
     # The product takes the transposed weight, whose output channels lie on the last axis.
     sides = _side(gm, x, summed=-1), Side(quantizer, None if quantizer.axis is None else -1)
-    bias, rest = _split_bias(gm, weight, sides, _arguments(x.node)["bias"])
+    bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
     module = IntLinear(*sides, bias)
     operands = codes[x.source], codes[weight.source], *rest
     return _emit(gm, x.node, f"integer.{x.node.name}", module, *operands)
@@ -178,9 +178,9 @@ def _lower_conv(
         reason = "a convolution takes one scale for its input"
         raise _axis_error(x, input_quantizer.axis, reason)
     sides = _side(gm, x, summed=1), Side(quantizer, quantizer.axis)
-    bias, rest = _split_bias(gm, weight, sides, _arguments(x.node)["bias"])
+    bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
     kernel = tuple(_constant_shape(gm, weight)[2:])
-    module = IntConv(*sides, bias, _geometry(_arguments(x.node), kernel))
+    module = IntConv(*sides, bias, _geometry(arguments(x.node), kernel))
     operands = codes[x.source], codes[weight.source], *rest
     return _emit(gm, x.node, f"integer.{x.node.name}", module, *operands)
 
@@ -241,15 +241,6 @@ def _split_bias(
         return None, (bias,)
     codes = bias_codes(value, x.scale * w.scale, depth * x.bound * w.bound)
     return (None, (bias,)) if codes is None else (codes, ())
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by name, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in schema}
-    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
-    return {**defaults, **given, **node.kwargs}
 
 
 def _geometry(arguments: dict[str, Any], kernel: tuple[int, ...]) -> Geometry:
