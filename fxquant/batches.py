@@ -23,7 +23,7 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             or a mapping with one of the keys in ``IMAGE_KEYS``.
 
     Returns:
-        Float images ``(B, …)`` and labels ``(B,)`` or None.
+        Float images ``(B, …)`` and labels, a tensor ``(B, …)``, or None.
 
     Raises:
         BatchError: no float tensor with a batch dimension is found.
@@ -46,7 +46,9 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             f"images must be (B, …) with B >= 1, got shape {tuple(images.shape)}; "
             "add a batch dimension with images.unsqueeze(0) or use a DataLoader"
         )
-    return images, labels if isinstance(labels, Tensor) else None
+    if not isinstance(labels, Tensor) or labels.shape[:1] != images.shape[:1]:
+        return images, None
+    return images, labels
 
 
 def _pick(batch: Any) -> tuple[Any, Any]:

@@ -62,6 +62,7 @@ HOOKS_NOTE = "its hooks are not in the compiled model; what they change is missi
 _CHECK_IMAGES, _REPORT_IMAGES = 2, 8
 
 
+@torch.inference_mode(mode=False)  # its tensors have no gradients, which a search may need
 def compile(
     model: nn.Module,
     calib_loader: Iterable[Any],

@@ -46,8 +46,8 @@ class ProductRows(ABC):
         return bool(self._kept)
 
     @abstractmethod
-    def row_bytes(self) -> int:
-        """Memory that a row takes."""
+    def bytes_for(self, rows: int) -> int:
+        """Memory that a limit of that many rows, at least 1, takes."""
 
     def set_limit(self, rows: int) -> None:
         """Bounds the number of rows kept."""
@@ -71,9 +71,11 @@ class ProductRows(ABC):
         """The rows kept."""
 
     def _draw(self, count: int) -> Tensor:
-        """Indices of the rows of a batch that may be kept."""
+        """Indices of the rows of a batch that are to be kept."""
         keys = torch.rand(count, generator=self._generator)
         best = keys.topk(min(self._limit, count)).indices
+        if len(self._keys) == self._limit:
+            best = best[keys[best] > self._keys.min()]
         self._new_keys = keys[best]
         return best
 
@@ -112,10 +114,10 @@ class LinearRows(ProductRows):
         super().__init__(generator, gradient=gradient)
         self._weight, self._groups = weight.detach(), groups
 
-    def row_bytes(self) -> int:
-        """Memory that a row takes."""
+    def bytes_for(self, rows: int) -> int:
+        """Memory that a limit of that many rows takes."""
         depth = self._weight[0].numel() * self._groups
-        return 4 * (depth + self._weight.shape[0] * self._gradient)
+        return 4 * rows * (depth + self._weight.shape[0] * self._gradient)
 
     def offer(self, lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
         """Takes ``(..., in)`` and ``(..., out)``."""
@@ -164,12 +166,12 @@ class ConvRows(LinearRows):
         for axis, taps in enumerate(kernel):
             span = self._dilation[axis % len(self._dilation)] * (taps - 1)
             before, after = self._pads(axis, span)
-            amounts = [0, 0] * (self._axes - 1 - axis) + [before, after]
+            # Spatial axes still to come and taps already opened stand behind this one.
+            amounts = [0, 0] * (self._axes - 1) + [before, after]
             x = functional.pad(x, amounts) if before or after else x
             stride = self._stride[axis % len(self._stride)]
             x = x.unfold(2 + axis, span + 1, stride)
             x = x[..., :: self._dilation[axis % len(self._dilation)]]
-            # Later axes are counted from the front, so the taps stay behind.
         return x.movedim(1, 1 + self._axes)
 
     def _pads(self, axis: int, span: int) -> tuple[int, int]:
@@ -199,19 +201,21 @@ class MatmulRows(ProductRows):
     ) -> None:
         super().__init__(generator, gradient=gradient)
         left, right = shapes
-        self._heads = max(_size(left, -3), _size(right, -3)) if _has_heads(left, right) else 1
-        self._queries = min(_size(left, -2), _QUERIES)
-        self._depth, self._columns = _size(left, -1), _size(right, -1)
+        self._heads = _heads(left, right)
+        self._queries = min(left[-2], _QUERIES)
+        self._depth, self._columns = left[-1], right[-1]
 
-    def row_bytes(self) -> int:
-        """Memory that a row takes, its share of the right operand included."""
+    def bytes_for(self, rows: int) -> int:
+        """Memory that a limit of that many rows takes, the right operands included."""
+        queries = min(self._queries, rows)
         row = self._depth + self._columns * self._gradient
-        return 4 * self._heads * (row + self._depth * self._columns // self._queries)
+        sample = queries * row + self._depth * self._columns
+        return 4 * self._heads * (rows // queries) * sample
 
     def set_limit(self, rows: int) -> None:
         """Bounds the number of samples by that of rows."""
         self._queries = min(self._queries, rows)
-        self._limit = max(1, rows // self._queries)
+        self._limit = rows // self._queries
 
     def offer(self, lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
         """Takes both operands and the product."""
@@ -254,6 +258,8 @@ def rows_of(
         right = operand(node, 1).meta["val"].shape
         if len(left) < 2 or len(right) < 2:
             return None
+        if not all(isinstance(size, int) for size in (*left[-2:], *right[-2:])):
+            return None  # a matrix whose size changes with the batch
         return MatmulRows((left, right), generator, gradient=gradient)
     if weight is None or (kind is OpKind.CONV and len(left) < weight.ndim):
         return None
@@ -262,14 +268,9 @@ def rows_of(
     return LinearRows(weight, 1, generator, gradient=gradient)
 
 
-def _has_heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+def _heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:
     """Axis -3 is one of heads where another, of samples, stands before it."""
-    return max(len(left), len(right)) >= 4
-
-
-def _size(shape: tuple[Any, ...], axis: int) -> int:
-    """A size as a number: of a symbolic one its hint, 1 where the axis is missing."""
-    if len(shape) < -axis:
+    if max(len(left), len(right)) < 4:
         return 1
-    size = shape[axis]
-    return size if isinstance(size, int) else int(size.node.hint or 1)
+    sizes = [shape[-3] for shape in (left, right) if len(shape) > 2]
+    return max(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else 1

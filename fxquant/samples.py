@@ -6,6 +6,7 @@ sample without replacement, so that memory depends on the budget, not on the num
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,14 +84,17 @@ def _sites(
         site = rows_of(node, constant(gm, operand(node, 1)), generator, gradient=gradient)
         if site is not None:
             found[node.name] = site
-    whole = sum(site.row_bytes() for site in found.values()) * search.rows
-    rows = min(search.rows, search.rows * search.memory_bytes // max(whole, 1))
-    if rows < min(_LEAST_ROWS, search.rows):
-        least = whole * _LEAST_ROWS // search.rows
+
+    def total(rows: int) -> int:
+        return sum(site.bytes_for(rows) for site in found.values())
+
+    least = min(_LEAST_ROWS, search.rows)
+    if total(least) > search.memory_bytes:
         raise CalibrationError(
-            f"memory_bytes is {search.memory_bytes:,}, and {_LEAST_ROWS} rows of each product take "
-            f"{least:,}: raise it in the policy's search"
+            f"memory_bytes is {search.memory_bytes:,}, and {least} rows of each product take "
+            f"{total(least):,}: raise it in the policy's search"
         )
+    rows = bisect_right(range(search.rows + 1), search.memory_bytes, lo=least, key=total) - 1
     for site in found.values():
         site.set_limit(rows)
     return found
@@ -104,10 +108,10 @@ def _run(
     part: slice,
     loss: Loss | None,
 ) -> None:
-    if loss is not None:
-        # A leaf may not be changed in place, as some models do with their input; its copy may.
-        images = images.clone().requires_grad_().clone()
     with torch.set_grad_enabled(loss is not None):
+        if loss is not None:
+            # A leaf may not be changed in place, as some models do with their input; its copy may.
+            images = images.clone().requires_grad_().clone()
         try:
             outputs = _Recorder(gm, sites).run(images)
         except (RuntimeError, TypeError, AssertionError) as error:
@@ -117,14 +121,23 @@ def _run(
             ) from error
         if loss is not None:
             value = loss(outputs, None if labels is None else labels[part].to(images.device))
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                raise CalibrationError(
-                    "the loss must be one number with a gradient, computed in torch from the "
-                    f"model's outputs; got {value!r:.80}"
-                )
+            _check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
     for site in sites.values():
         site.merge()
+
+
+def _check_loss(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise CalibrationError(
+            "the loss must be one number with a gradient, computed in torch from the model's "
+            f"outputs; got {value!r:.80}"
+        )
+    if not bool(value.isfinite()):
+        raise CalibrationError(
+            f"the loss of a batch is {value.item()}, so its gradient says nothing; look for a "
+            "logarithm of zero or a division by zero in it"
+        )
 
 
 class _Recorder(fx.Interpreter):
@@ -132,6 +145,7 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, sites: dict[str, ProductRows]) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # it would be added to our own messages
         self._sites = sites
 
     def run_node(self, n: fx.Node) -> Any:
@@ -153,8 +167,13 @@ class _Loss:
 
     def __call__(self, outputs: Any, labels: Tensor | None) -> Tensor:
         leaves = pytree.tree_leaves(outputs)
-        floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-        return torch.stack([self._of(x) for x in floats]).sum()
+        found = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        if not found:
+            raise CalibrationError(
+                "no output of the model has a gradient, which the Hessian metric needs: choose "
+                "another metric in the policy's search, or take the argmax out of the model"
+            )
+        return torch.stack([self._of(x) for x in found]).sum()
 
     def _of(self, output: Tensor) -> Tensor:
         """Logits are ``(B, C)``; any other output gets the Gaussian loss."""

@@ -3,7 +3,8 @@
 Before: ``y^ = linear(q(x), q(W), b)``
 After:  ``y^ = linear(q(x), q(W), b')`` with ``b' = b - (q(W) - W) E[q(x)]``
 
-The mean is taken over the sampled rows. A product without a bias gets one.
+The mean is taken over the sampled rows. A product without a bias gets one. A corrected bias is
+marked in its node's ``meta``, and not corrected again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from fxquant.rewrite import add_constant
 from fxquant.search.output import ProductSample
 from fxquant.spec import OpKind, Stage
 
+_DONE = "bias_corrected"
+
 
 @dataclass(frozen=True)
 class CorrectBias:
@@ -46,13 +49,14 @@ class CorrectBias:
         """Corrects every bias behind a quantized weight."""
         changed, skips = 0, []
         for node in list(gm.graph.nodes):
-            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV):
+            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or _DONE in node.meta:
                 continue
             error = self._mean_error(gm, node)
             if isinstance(error, str):
                 skips.append(Skip(node.name, error))
             elif bool(error.any()):
                 _subtract(gm, node, error)
+                node.meta[_DONE] = True
                 changed += 1
         gm.graph.eliminate_dead_code()
         return PassResult(changed, tuple(skips))

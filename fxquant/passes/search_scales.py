@@ -87,10 +87,11 @@ class _Work:
 
     def _start(self, name: str, readers: list[Edge]) -> Searched | str:
         """The state of a search, or why there is none."""
-        samples = [self._options.samples.get(edge.node.name) for edge in readers]
-        edge, sample, spec = readers[0], samples[0], readers[0].spec
-        if sample is None or None in samples:
+        names = [edge.node.name for edge in readers]
+        samples = [self._options.samples[name] for name in names if name in self._options.samples]
+        if len(samples) < len(readers):
             return "its scale was not searched: no rows of the product were sampled"
+        edge, sample, spec = readers[0], samples[0], readers[0].spec
         quantizer = self._gm.get_submodule(name)
         assert spec is not None
         if isinstance(quantizer, TwinUniformQuantizer):
@@ -102,7 +103,8 @@ class _Work:
         if isinstance(unit, str):
             return unit
         shape = unit_shape(unit, sample.heads, sample.columns)
-        if quantizer.scale.numel() != torch.Size(shape).numel():
+        shapes = {shape, *(unit_shape(unit, s.heads, s.columns) for s in samples)}
+        if len(shapes) > 1 or quantizer.scale.numel() != torch.Size(shape).numel():
             return "its scale was not searched: its scales lie along no axis of the product"
         return SearchedUniform(quantizer, spec, unit, shape, self._options.search)
 
@@ -125,10 +127,10 @@ class _Work:
         searched = self.searched.get(str(edge.source.target))
         if searched is not None:
             return searched.apply(values, left=edge.arg in _LEFT)
-        if edge.kind is OpKind.LINEAR or edge.scale_axis is None:
+        if edge.scale_axis is None or not (edge.arg is Arg.WEIGHT or edge.kind is OpKind.CONV):
             quantized: Tensor = quantizer(values)
             return quantized
-        return values
+        return values  # samples have no axis for the scales of these
 
 
 def _unit(edge: Edge, quantizer: UniformQuantizer) -> Unit | str:

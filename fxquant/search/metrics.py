@@ -73,9 +73,10 @@ def _by_unit(columns: Tensor, unit: Unit) -> Tensor:
 def _cosine(outputs: Tensor, target: Tensor, unit: Unit) -> Tensor:
     if unit is Unit.COLUMN:
         axes = (0, 3)
+        # Normed one by one, since the product of two small norms would vanish.
+        one, two = (x.square().sum(axes).sqrt().clamp(min=1e-30) for x in (outputs, target))
         dot = (outputs * target).sum(axes)
-        sizes = outputs.square().sum(axes) * target.square().sum(axes)
-        return (1 - dot / sizes.sqrt().clamp(min=1e-30)).transpose(0, 1)
+        return (1 - dot / one / two).transpose(0, 1)
     distance = 1 - torch.cosine_similarity(outputs, target, dim=-1, eps=1e-30)
     heads = distance.sum((0, 3)).t()
     return heads if unit is Unit.HEAD else heads.sum(1)

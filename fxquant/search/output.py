@@ -95,7 +95,7 @@ def candidate_losses(
         ``(G, *units)``.
     """
     total = torch.zeros(candidates.shape, device=candidates.device)
-    for consumer in consumers:
+    for consumer in _weighing(consumers, metric):
         sample = consumer.sample
         target = sample.lhs @ sample.rhs
         size = max(consumer.values.numel(), target.numel(), 1)
@@ -107,6 +107,12 @@ def candidate_losses(
             found = losses(outputs, target, sample.gradient, sample.metric(metric), unit)
             total[start : start + step] += found
     return total
+
+
+def _weighing(consumers: list[Operand], metric: Metric) -> list[Operand]:
+    """Without those that the loss does not depend on, unless that is all."""
+    found = [c for c in consumers if c.sample.metric(metric) is metric]
+    return found or consumers
 
 
 def _products(tried: Tensor, consumer: Operand, count: int) -> Tensor:

@@ -70,6 +70,7 @@ class SearchedUniform(Searched):
             search.low, search.high, search.candidates, device=scale.device
         )
         start = int((self._shares - 1).abs().argmin())
+        self._shares[start] = 1.0  # what the observers found is a candidate
         self._low = torch.full(shape, start, device=scale.device)
         self._high = self._low.clone()
 

@@ -1,0 +1,40 @@
+"""Samples of a model's products, for tests of what is drawn and what is searched on it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxquant.passes import AssignSpecs, InsertObservers, run_passes
+from fxquant.policy import Rule
+from fxquant.samples import Loss, sample_products
+from fxquant.search.output import ProductSample
+from fxquant.spec import ScaleSearch
+from tests.graphs import EIGHT, canonical
+
+ALL = ScaleSearch(rows=10_000)
+
+
+@cache
+def _graph(model: nn.Module, shape: torch.Size) -> fx.GraphModule:
+    gm = canonical(model, torch.zeros(2, *shape))
+    run_passes(gm, [AssignSpecs((Rule(spec=EIGHT),)), InsertObservers()])
+    return gm
+
+
+def sampled(
+    model: nn.Module,
+    *batches: Tensor,
+    search: ScaleSearch = ALL,
+    loss: Loss | None = None,
+    labels: Tensor | None = None,
+) -> dict[str, ProductSample]:
+    gm = _graph(model, batches[0].shape[1:])
+    return sample_products(gm, [(batch, labels) for batch in batches], search, loss)[0]
+
+
+def argmax_loss(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, logits.argmax(1), reduction="sum")
