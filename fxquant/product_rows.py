@@ -133,6 +133,7 @@ class LinearRows(ProductRows):
             lhs=self._by_group(self._kept["lhs"]),
             rhs=weight.transpose(1, 2).unsqueeze(0),
             gradient=None if gradient is None else self._by_group(gradient),
+            channels=True,
         )
 
     def _by_group(self, rows: Tensor) -> Tensor:
@@ -273,4 +274,5 @@ def _heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:
     if max(len(left), len(right)) < 4:
         return 1
     sizes = [shape[-3] for shape in (left, right) if len(shape) > 2]
-    return max(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else 1
+    whole = [size for size in sizes if isinstance(size, int)]
+    return max(whole) if len(whole) == len(sizes) else 1

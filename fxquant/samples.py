@@ -20,7 +20,7 @@ from fxquant.errors import BatchError, CalibrationError
 from fxquant.graph import constant, op_kind, operand
 from fxquant.product_rows import ProductRows, rows_of
 from fxquant.search.output import ProductSample
-from fxquant.spec import GradientLoss, Metric, ScaleSearch
+from fxquant.spec import GRADIENT_METRICS, GradientLoss, ScaleSearch
 
 # Model outputs and the batch's labels (None where the loader gives none) to a number.
 Loss = Callable[[Any, Tensor | None], Tensor]
@@ -55,7 +55,7 @@ def sample_products(
         CalibrationError: the memory budget is too small, or the loss has no gradient.
         NonFiniteError: an activation holds NaN or infinity.
     """
-    wants_gradient = search.metric is Metric.HESSIAN
+    wants_gradient = search.metric in GRADIENT_METRICS
     device, generator = device_of(gm), torch.Generator().manual_seed(search.seed)
     sites = _sites(gm, search, generator, device, gradient=wants_gradient)
     loss = loss or _Loss(search, device)
@@ -182,6 +182,10 @@ class _Loss:
             noise = torch.randn(output.shape, generator=self._generator).to(self._device)
             # The gradient of 0.5 |O - (O + noise)|^2 with the target held fixed.
             return -(output * noise).sum()
+        if self._kind is GradientLoss.MARGIN:
+            top = output.detach().argmax(1, keepdim=True)
+            others = output.scatter(1, top, -torch.inf).logsumexp(1)
+            return (output.gather(1, top)[:, 0] - others).sum()
         if self._kind is GradientLoss.ARGMAX:
             target = output.detach().argmax(1)
         else:
