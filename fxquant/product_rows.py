@@ -211,7 +211,8 @@ class MatmulRows(ProductRows):
         queries = min(self._queries, rows)
         row = self._depth + self._columns * self._gradient
         sample = queries * row + self._depth * self._columns
-        return 4 * self._heads * (rows // queries) * sample
+        samples: int = rows // queries
+        return 4 * self._heads * samples * sample
 
     def set_limit(self, rows: int) -> None:
         """Bounds the number of samples by that of rows."""

@@ -17,7 +17,7 @@ from fxquant.product_rows import LinearRows
 from fxquant.search.output import ProductSample
 from fxquant.spec import GradientLoss, Metric, ScaleSearch
 from fxquant.testing import DIM, HEADS, images, seeded, tokens
-from tests.sampling import argmax_loss, sampled
+from tests.sampling import ALL, argmax_loss, sampled
 
 
 def by_rows(x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def products_of(model: Classifier, x: Tensor, bias: Tensor) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("shape", [(6, DIM), (6, 5, DIM), (6, 2, 5, DIM)])
 def test_rows_of_a_linear(shape: tuple[int, ...], rows: int) -> None:
     model, x = seeded(Classifier(nn.Linear(DIM, 4), -1)), torch.randn(shape)
-    found = sampled(model, x, search=ScaleSearch(rows=rows))["layer"]
+    found = sampled(model, x, search=replace(ALL, rows=rows))["layer"]
     y, gradient = products_of(model, x, model.layer.bias.detach())
     assert_rows(found, y, gradient, min(rows, len(y)))
 
@@ -99,7 +99,7 @@ CONVOLUTIONS: list[tuple[type[nn.Module], dict[str, Any]]] = [
 def test_rows_of_a_convolution(kind: type[nn.Module], options: dict[str, Any], rows: int) -> None:
     model = seeded(Classifier(kind(4, 8, **options), 1))
     x = torch.randn(3, 4, *{nn.Conv1d: (9,), nn.Conv2d: (9, 7), nn.Conv3d: (2, 5, 4)}[kind])
-    found = sampled(model, x, search=ScaleSearch(rows=rows))["layer"]
+    found = sampled(model, x, search=replace(ALL, rows=rows))["layer"]
     y, gradient = products_of(model, x, model.layer.bias.detach())
     assert_rows(found, y, gradient, min(rows, len(y)))
 
@@ -144,9 +144,9 @@ def test_rows_of_a_product_of_activations(name: str) -> None:
 
 def test_few_rows_of_a_product_of_activations_come_from_few_samples() -> None:
     model, x = Attended(PRODUCTS["heads"]).eval(), torch.randn(9, 6, DIM)
-    (found,) = sampled(model, x, search=ScaleSearch(rows=13)).values()
+    (found,) = sampled(model, x, search=replace(ALL, rows=13)).values()
     assert found.lhs.shape == (2, HEADS, 6, DIM // HEADS)
-    (found,) = sampled(model, x, search=ScaleSearch(rows=4)).values()
+    (found,) = sampled(model, x, search=replace(ALL, rows=4)).values()
     assert found.lhs.shape == (1, HEADS, 4, DIM // HEADS)
     out = by_rows(heads(x) @ heads(x.sin())[:, :, :3].mT)
     assert_rows(replace(found, gradient=None), out, None, 4)
