@@ -203,15 +203,15 @@ class MatmulRows(ProductRows):
         super().__init__(generator, gradient=gradient)
         left, right = shapes
         self._heads = _heads(left, right)
-        self._queries = min(left[-2], _QUERIES)
-        self._depth, self._columns = left[-1], right[-1]
+        self._queries = min(int(left[-2]), _QUERIES)
+        self._depth, self._columns = int(left[-1]), int(right[-1])
 
     def bytes_for(self, rows: int) -> int:
         """Memory that a limit of that many rows takes, the right operands included."""
         queries = min(self._queries, rows)
         row = self._depth + self._columns * self._gradient
         sample = queries * row + self._depth * self._columns
-        samples: int = rows // queries
+        samples = rows // queries
         return 4 * self._heads * samples * sample
 
     def set_limit(self, rows: int) -> None:
