@@ -31,6 +31,7 @@ from fxquant import Policy, policies
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
 from fxquant.progress import track
+from fxquant.spec import GradientLoss, Metric, ScaleSearch
 
 WIDTHS = (8, 6, 5, 4, 3)
 FLOAT = "float32"
@@ -50,6 +51,7 @@ class Job(NamedTuple):
 def methods(bits: int) -> dict[str, Policy]:
     """The steps of the ablation, all weights and activations at one width."""
     base, whole = policies.base_ptq(bits, bits), policies.ptq4vit(bits, bits)
+    paper = ScaleSearch(metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
     return {
         "min-max": policies.minmax(bits, bits),
         "base PTQ": base,
@@ -57,6 +59,7 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ twin": replace(whole, search=base.search),
         "+ both": whole,
         "+ both, RepQ": replace(whole, reparameterize=True),
+        "+ both, paper's Hessian": replace(whole, search=paper),
     }
 
 
