@@ -1,11 +1,24 @@
-"""Top-1 of the shipped models after quantization, simulated, over calibration draws.
+"""Ablation: top-1 of the shipped models by method and width, over calibration draws.
 
-python benchmarks/accuracy.py --models glyph_vit glyph_swin --images 950 --draws 2
+    python benchmarks/accuracy.py --out ablation
+
+Simulated on held-out images; each draw calibrates on other images. Prints a table and writes it
+as CSV, beside a plot. Every figure is a process's own work, so ``--processes 2`` on two cores
+gives the same numbers in half the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +30,40 @@ import fxquant
 from fxquant import Policy, policies
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
+from fxquant.progress import track
+from fxquant.spec import GradientLoss, Metric, ScaleSearch
 
 WIDTHS = (8, 6, 5, 4, 3)
+FLOAT = "float32"
 
 
+class Job(NamedTuple):
+    """One measurement: a model, a width, a method, a draw of calibration images."""
+
+    model: str
+    bits: int
+    method: str
+    draw: int
+    calibration: int
+    images: int
+
+
+def methods(bits: int) -> dict[str, Policy]:
+    """The steps of the ablation, all weights and activations at one width."""
+    base, whole = policies.base_ptq(bits, bits), policies.ptq4vit(bits, bits)
+    paper = ScaleSearch(metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
+    return {
+        "min-max": policies.minmax(bits, bits),
+        "base PTQ": base,
+        "+ Hessian": policies.ptq4vit(bits, bits, twin=False),
+        "+ twin": replace(whole, search=base.search),
+        "+ both": whole,
+        "+ both, RepQ": replace(whole, reparameterize=True),
+        "+ both, paper's Hessian": replace(whole, search=paper),
+    }
+
+
+@cache
 def load(split: str, start: int, count: int) -> tuple[Tensor, Tensor]:
     """Images ``(count, 3, 64, 64)`` and labels ``(count,)`` of a split, from ``start`` on."""
     data = GlyphDataset(split, start + count)
@@ -35,35 +78,87 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * float((found == labels).float().mean())
 
 
-def recipes() -> list[Policy]:
-    """The policies compared."""
-    return [policies.w8a8(), *(policies.minmax(bits, bits) for bits in WIDTHS)]
+def measure(job: Job) -> float:
+    """Top-1 in percent of one job."""
+    model = build(job.model)
+    if job.method != FLOAT:
+        images, _ = load("calib", job.draw * job.calibration, job.calibration)
+        policy = methods(job.bits)[job.method]
+        model = fxquant.compile(model, images.split(16), policy)
+    return top1(model, *load("test", 0, job.images))
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """All measurements."""
+    sizes = (options.calibration, options.images)
+    for model in options.models:
+        yield Job(model, 32, FLOAT, 0, *sizes)
+        names = options.methods or list(methods(8))
+        for bits, name, draw in itertools.product(options.widths, names, range(options.draws)):
+            yield Job(model, bits, name, draw, *sizes)
+
+
+def table(scores: dict[tuple[str, int, str], list[float]]) -> tuple[Table, list[list[str]]]:
+    """The means with their spread (largest less smallest), for people and for a file."""
+    rows = [["model", "bits", "method", "top-1 %", "spread", "lost", "draws"]]
+    for (model, bits, method), found in scores.items():
+        mean, spread = float(np.mean(found)), float(np.max(found) - np.min(found))
+        lost = scores[model, 32, FLOAT][0] - mean
+        figures = [f"{mean:.2f}", f"{spread:.2f}", f"{lost:.2f}", str(len(found))]
+        rows.append([model, str(bits), method, *figures])
+    shown = Table(*rows[0])
+    for row in rows[1:]:
+        shown.add_row(*row)
+    return shown, rows
+
+
+def plot(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
+    """Top-1 over the width, a line a method, a panel a model."""
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(model for model, _, _ in scores))
+    figure, panels = pyplot.subplots(1, len(models), figsize=(5.5 * len(models), 4), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        own = {key[1:]: found for key, found in scores.items() if key[0] == model}
+        panel.axhline(own.pop((32, FLOAT))[0], color="grey", linestyle=":", label=FLOAT)
+        for method in dict.fromkeys(name for _, name in own):
+            points = sorted((bits, found) for (bits, name), found in own.items() if name == method)
+            means = [np.mean(found) for _, found in points]
+            ends = [[m - min(f), max(f) - m] for m, (_, f) in zip(means, points, strict=True)]
+            widths = [bits for bits, _ in points]
+            panel.errorbar(widths, means, np.transpose(ends), marker="o", capsize=3, label=method)
+        panel.set(title=model, xlabel="bits of weights and activations", ylabel="top-1 %")
+        panel.set_xticks(sorted({bits for bits, _ in own}))
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Prints one table."""
+    """Prints the table; writes ``accuracy.csv`` and ``accuracy.png``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--methods", nargs="+", choices=list(methods(8)))
+    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--images", type=int, default=950, help="test images")
     parser.add_argument("--calibration", type=int, default=32, help="images of one draw")
-    parser.add_argument("--draws", type=int, default=2, help="calibration draws")
+    parser.add_argument("--draws", type=int, default=5, help="calibration draws")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("ablation"), help="folder for the files")
     options = parser.parse_args()
-    test = load("test", 0, options.images)
-    table = Table("model", "policy", "top-1 % (mean)", "spread", "lost")
-    for name in options.models:
-        model = build(name)
-        exact = top1(model, *test)
-        table.add_row(name, "float32", f"{exact:.1f}", "", "")
-        for policy in recipes():
-            scores = []
-            for draw in range(options.draws):
-                images, _ = load("calib", draw * options.calibration, options.calibration)
-                compiled = fxquant.compile(model, images.split(16), policy)
-                scores.append(top1(compiled, *test))
-            mean, spread = np.mean(scores), np.max(scores) - np.min(scores)
-            row = [f"{mean:.1f}", f"{spread:.1f}", f"{exact - mean:.1f}"]
-            table.add_row(name, policy.name, *row)
-    Console().print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    work, scores = list(jobs(options)), {}
+    with ProcessPoolExecutor(
+        options.processes, get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
+        found = track(pool.map(measure, work), label="measure", total=len(work))
+        for job, score in zip(work, found, strict=True):
+            scores.setdefault((job.model, job.bits, job.method), []).append(score)
+    shown, rows = table(scores)
+    Console(width=120).print(shown)
+    with (options.out / "accuracy.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    plot(scores, options.out / "accuracy.png")
 
 
 if __name__ == "__main__":

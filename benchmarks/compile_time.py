@@ -1,9 +1,11 @@
 """Time and peak memory of ``fxquant.compile``, and how they grow.
 
-    python benchmarks/compile_time.py --model deit_small_patch16_224 --images 32
+    python benchmarks/compile_time.py --policy ptq4vit --bits 6
 
 Each row is a process of its own, so that peak memory is that of this compilation. Weights are
-random: the time does not depend on them.
+random: the time does not depend on them. For a policy that searches scales, two more processes
+take one block of the model: with the policy's own search, and by brute force, which tries every
+candidate in every round on all tokens of all images (in attention on 64 queries of each image).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from typing import Any
 
 import timm
 import torch
@@ -21,49 +25,101 @@ from rich.console import Console
 from rich.table import Table
 
 import fxquant
+from fxquant import Policy, policies
+
+# Rows that no product has: the sample is everything.
+_ALL = 1 << 40
 
 
-def measure(model_name: str, images: int, policy: str, threads: int, depth: int | None) -> None:
+def recipe(options: argparse.Namespace) -> Policy:
+    """The policy asked for."""
+    widths = {"weight_bits": options.bits, "act_bits": options.bits} if options.bits else {}
+    policy = policies.preset(options.policy, **widths)
+    if options.brute_force and policy.search is not None:
+        whole = replace(policy.search, stride=1, rows=_ALL, memory_bytes=1 << 60)
+        return replace(policy, search=whole)
+    return policy
+
+
+def measure(options: argparse.Namespace) -> None:
     """Compiles once and prints the figures as JSON."""
     torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    options = {} if depth is None else {"depth": depth}
-    model = timm.create_model(model_name, **options).eval()
-    batches = torch.randn(images, *model.pretrained_cfg["input_size"]).split(8)
+    torch.set_num_threads(options.threads)
+    given = {"depth": options.depth, "embed_dim": options.width}
+    sizes = {key: value for key, value in given.items() if value is not None}
+    if options.width is not None:
+        sizes["num_heads"] = options.width // 64
+    model = timm.create_model(options.model, **sizes).eval()
+    batches = torch.randn(options.images, *model.pretrained_cfg["input_size"]).split(8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    compiled = fxquant.compile(model, batches, policy)
+    compiled = fxquant.compile(model, batches, recipe(options))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = {"seconds": seconds, "peak": peak / 1e6, "before": before / 1e6}
     print(json.dumps({**figures, "phases": compiled.report.seconds}))
 
 
+def run(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """The figures of a process with some options changed."""
+    command = [sys.executable, __file__, "--one"]
+    for name, value in {**vars(options), **changes}.items():
+        if value is True:
+            command.append(f"--{name.replace('_', '-')}")
+        elif value is not None and value is not False:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def compare_brute_force(options: argparse.Namespace, seconds: float, blocks: int) -> None:
+    """Prints how much faster the whole compilation is than brute-force search alone."""
+    own = run(options, depth=1)["phases"]["search"]
+    brute = run(options, depth=1, brute_force=True)["phases"]["search"]
+    print(
+        f"search of one block: {own:.1f} s, by brute force {brute:.1f} s ({brute / own:.0f} "
+        f"times); by brute force {blocks} blocks would take {brute * blocks:.0f} s, "
+        f"{brute * blocks / seconds:.0f} times the whole compilation of {seconds:.1f} s"
+    )
+
+
 def main() -> None:
-    """Prints a table: the model as asked, then with half the depth and half the images."""
+    """Prints a table: the model as asked, then with half the depth, half the width, more images."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="deit_small_patch16_224", help="timm model")
+    parser.add_argument("--model", default="deit_small_patch16_224", help="timm ViT")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--policy", default="w8a8")
+    parser.add_argument("--policy", default="w8a8", help="preset")
+    parser.add_argument("--bits", type=int, help="width of a preset that takes one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, help="blocks; the model's own if not given")
+    parser.add_argument("--width", type=int, help="channels; the model's own if not given")
+    parser.add_argument("--brute-force", action="store_true", help="every candidate on every row")
     parser.add_argument("--one", action="store_true", help="one compilation, figures as JSON")
     options = parser.parse_args()
     if options.one:
-        measure(options.model, options.images, options.policy, options.threads, options.depth)
+        measure(options)
         return
-    table = Table("model", "blocks", "images", "seconds", "peak GB", "of it before", "phases, s")
-    rows = [(12, options.images), (6, options.images), (12, 2 * options.images)]
-    for depth, images in rows:
-        command = [sys.executable, __file__, "--one", "--model", options.model]
-        command += ["--images", str(images), "--policy", options.policy, "--depth", str(depth)]
-        command += ["--threads", str(options.threads)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        figures = json.loads(done.stdout.splitlines()[-1])
+    model = timm.create_model(options.model)
+    blocks, width = options.depth or len(model.blocks), options.width or model.embed_dim
+    table = Table("blocks", "channels", "images", "seconds", "peak GB", "of it before", "phases, s")
+    rows = [
+        (blocks, width, options.images),
+        (blocks // 2, width, options.images),
+        (blocks, width // 2, options.images),
+        (blocks, width, 2 * options.images),
+    ]
+    seconds = []
+    for depth, channels, images in rows:
+        figures = run(options, depth=depth, width=channels, images=images)
         phases = ", ".join(f"{name} {value:.1f}" for name, value in figures["phases"].items())
         numbers = [f"{figures[key]:.2f}" for key in ("seconds", "peak", "before")]
-        table.add_row(options.model, str(depth), str(images), *numbers, phases)
-    Console(width=140).print(table)
+        table.add_row(str(depth), str(channels), str(images), *numbers, phases)
+        seconds.append(figures["seconds"])
+    print(f"{options.model}, {recipe(options).name}, {options.threads} threads")
+    Console(width=120).print(table)
+    if recipe(options).search is not None:
+        compare_brute_force(options, seconds[0], blocks)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,8 @@ def _pack(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _code_shift(quantizer: Quantizer) -> int:
-    signed = bool(quantizer.config()["signed"])
+    # The code words of a twin quantizer are unsigned.
+    signed = bool(quantizer.config().get("signed", False))
     return 0 if signed else 1 << (quantizer.bits - 1)
 
 

@@ -128,6 +128,13 @@ def _twin(
     return low, high, x > scale * twin_threshold(shift, bits)
 
 
+def twin_words(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    """:func:`twin_quantize` in plain operators, which ``torch.compile`` sees through."""
+    low, high, region = _twin(x, scale, shift, bits, two_sided)
+    words = torch.where(region & (high > 0), high + (1 << (bits - 1)), 0.0)
+    return torch.where(region, words, low.abs_())
+
+
 @torch.library.custom_op("fxquant::twin_quantize", mutates_args=())
 def twin_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
     """Code words of the twin uniform quantizer (``quantizers.TwinUniformQuantizer``).
@@ -142,17 +149,20 @@ def twin_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bo
     Returns:
         ``region * 2^(bits-1) + magnitude`` as whole numbers in the dtype of ``x``.
     """
-    low, high, region = _twin(x, scale, shift, bits, two_sided)
-    words = torch.where(region & (high > 0), high + (1 << (bits - 1)), 0.0)
-    return torch.where(region, words, low.abs_())
+    return twin_words(x, scale, shift, bits, two_sided)
+
+
+def twin_values(codes: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
+    """:func:`twin_dequantize` in plain operators."""
+    levels = 1 << (bits - 1)
+    fine = -scale if two_sided else scale
+    return torch.where(codes >= levels, (codes - levels) * (scale * 2**shift), codes * fine)
 
 
 @torch.library.custom_op("fxquant::twin_dequantize", mutates_args=())
 def twin_dequantize(codes: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
     """Values of code words; arguments as in :func:`twin_quantize`."""
-    levels = 1 << (bits - 1)
-    fine = -scale if two_sided else scale
-    return torch.where(codes >= levels, (codes - levels) * (scale * 2**shift), codes * fine)
+    return twin_values(codes, scale, shift, bits, two_sided)
 
 
 @torch.library.custom_op("fxquant::twin_fake_quantize", mutates_args=())

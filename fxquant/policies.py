@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
-from fxquant.errors import UnknownPresetError
+from fxquant.errors import PolicyError, UnknownPresetError
 from fxquant.policy import Policy, Rule
 from fxquant.spec import (
     Arg,
@@ -70,13 +71,14 @@ def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
     )
 
 
-def base_ptq(weight_bits: int = 8, act_bits: int = 8) -> Policy:
+def base_ptq(weight_bits: int = 8, act_bits: int = 8, *, image_bits: int = 8) -> Policy:
     """The baseline of PTQ4ViT: uniform everywhere, one round, cosine (arXiv 2111.12293, table 1).
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
-        act_bits: width of all activations, symmetric per tensor; operands of attention products
-            per head.
+        act_bits: width of activations; queries, keys and values symmetric per head, all others
+            asymmetric per tensor.
+        image_bits: width of the images that the first layer takes.
 
     Raises:
         BitWidthError: a width is outside 2..16.
@@ -85,7 +87,7 @@ def base_ptq(weight_bits: int = 8, act_bits: int = 8) -> Policy:
         name=f"base_ptq_w{weight_bits}a{act_bits}",
         description="PTQ4ViT's baseline: uniform quantizers, scales searched by cosine distance",
         search=ScaleSearch(metric=Metric.COSINE, rounds=1, low=0.5),
-        rules=_searched_rules(weight_bits, act_bits),
+        rules=_searched_rules(weight_bits, act_bits, image_bits),
     )
 
 
@@ -93,6 +95,7 @@ def ptq4vit(
     weight_bits: int = 8,
     act_bits: int = 8,
     *,
+    image_bits: int = 8,
     twin: bool = True,
     search: ScaleSearch = ScaleSearch(),  # noqa: B008  frozen
     reparameterize: bool = False,
@@ -102,7 +105,9 @@ def ptq4vit(
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
-        act_bits: width of all activations.
+        act_bits: width of activations; queries, keys and values symmetric per head, all others
+            per tensor.
+        image_bits: width of the images that the first layer takes.
         twin: twin uniform quantizers behind softmax, GELU, SiLU and hard-swish (up to 8 bits).
         search: metric, grid and rounds.
         reparameterize: see :class:`Policy`.
@@ -124,11 +129,11 @@ def ptq4vit(
         search=search,
         reparameterize=reparameterize,
         bias_correction=bias_correction,
-        rules=(*twins, *_searched_rules(weight_bits, act_bits)),
+        rules=(*twins, *_searched_rules(weight_bits, act_bits, image_bits)),
     )
 
 
-def _searched_rules(weight_bits: int, act_bits: int) -> tuple[Rule, ...]:
+def _searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Rule, ...]:
     channel, head = Granularity.CHANNEL, Granularity.HEAD
     return (
         Rule(
@@ -136,6 +141,8 @@ def _searched_rules(weight_bits: int, act_bits: int) -> tuple[Rule, ...]:
             spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=channel),
             optional=True,
         ),
+        Rule(fed_by="image", spec=TensorSpec(bits=image_bits), optional=True),
+        Rule(fed_by="softmax", spec=TensorSpec(bits=act_bits), optional=True),
         Rule(
             op=OpKind.MATMUL,
             spec=TensorSpec(bits=act_bits, symmetric=True, granularity=head),
@@ -145,7 +152,7 @@ def _searched_rules(weight_bits: int, act_bits: int) -> tuple[Rule, ...]:
     )
 
 
-PRESETS: dict[str, Callable[[], Policy]] = {
+PRESETS: dict[str, Callable[..., Policy]] = {
     "w8a8": w8a8,
     "minmax": minmax,
     "base_ptq": base_ptq,
@@ -153,15 +160,23 @@ PRESETS: dict[str, Callable[[], Policy]] = {
 }
 
 
-def preset(name: str) -> Policy:
-    """The preset of that name, with its default options.
+def preset(name: str, *, weight_bits: int | None = None, act_bits: int | None = None) -> Policy:
+    """The preset of that name, with its default options but for the widths given.
 
     Raises:
         UnknownPresetError: there is none; the message names the nearest.
+        PolicyError: it has its own fixed widths.
     """
     if name not in PRESETS:
         raise UnknownPresetError(
             f"no preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}. "
             "A policy file must exist and end in .yaml or .yml"
         )
-    return PRESETS[name]()
+    given = {"weight_bits": weight_bits, "act_bits": act_bits}
+    widths = {key: bits for key, bits in given.items() if bits is not None}
+    if widths and not set(widths) <= set(inspect.signature(PRESETS[name]).parameters):
+        takers = [
+            n for n, make in PRESETS.items() if "act_bits" in inspect.signature(make).parameters
+        ]
+        raise PolicyError(f"preset {name} has fixed widths; {', '.join(takers)} take any")
+    return PRESETS[name](**widths)

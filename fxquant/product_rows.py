@@ -15,28 +15,29 @@ from torch.nn import functional
 
 from fxquant.graph import arguments, op_kind, operand
 from fxquant.search.output import ProductSample
-from fxquant.spec import OpKind
+from fxquant.spec import GRADIENT_METRICS, Metric, OpKind
 
 # Rows taken of one sample of an attention product; the rest of the limit is spent on samples.
-_QUERIES = 64
+_QUERIES = 32
 
 
 class ProductRows(ABC):
     """Collects rows of one product; of an attention product samples, with some rows of each.
 
-    Without gradients the sample is uniform. With them rows are drawn by how much they weigh in the
-    Hessian metric, since a few uncertain images hold most of its sum: priority sampling (Duffield,
-    Lund, Thorup 2007) keeps those of largest ``w / u``, where u is uniform in (0, 1) and
-    ``w = |gradient|^2 + its mean so far``. Each stands for ``max(w, t) / w`` rows, t being the
-    largest priority left out, which makes every sum over the sample unbiased.
+    The sample is uniform, or rows are drawn by how much they weigh in the Hessian metric, of whose
+    sum a few uncertain images may hold most: priority sampling (Duffield, Lund, Thorup 2007) keeps
+    those of largest ``w / u``, where u is uniform in (0, 1) and ``w = |gradient|^2 + its mean so
+    far``. Each stands for ``max(w, t) / w`` rows, t being the largest priority left out, which
+    makes every sum over the sample unbiased.
 
     Args:
         generator: draws the numbers.
         gradient: also keep the gradient of the output.
+        weighed: draw rows by their gradient.
     """
 
-    def __init__(self, generator: torch.Generator, *, gradient: bool) -> None:
-        self._generator, self._gradient = generator, gradient
+    def __init__(self, generator: torch.Generator, *, gradient: bool, weighed: bool) -> None:
+        self._generator, self._gradient, self._weighed = generator, gradient, weighed
         self._limit = 0
         self._kept: dict[str, Tensor] = {}
         # Of the rows kept, in float64 on the CPU; and the largest priority left out.
@@ -101,7 +102,7 @@ class ProductRows(ABC):
 
     def _weigh(self, energies: Tensor) -> Tensor:
         """Weights ``(count,)`` of rows: their energy and, so that none is neglected, the mean."""
-        if not self._gradient:
+        if not self._weighed:
             return torch.ones(len(energies), dtype=torch.float64)
         energies = energies.double().cpu()
         self._seen, self._energy = self._seen + len(energies), self._energy + float(energies.sum())
@@ -123,7 +124,7 @@ class ProductRows(ABC):
 
     def _counts(self) -> Tensor | None:
         """How many rows each stands for, ``(count,)``; None where all are alike."""
-        if not self._gradient or not self._threshold:
+        if not self._weighed or not self._threshold:
             return None
         counts = self._weights.clamp(min=self._threshold) / self._weights
         return counts.float().to(self._kept["lhs"].device)
@@ -154,13 +155,15 @@ class LinearRows(ProductRows):
         weight: ``(out, in)`` or ``(out, in / groups, *kernel)``.
         groups: of a convolution.
         generator: see the base class.
-        gradient: see the base class.
+        metric: that the rows are for.
     """
 
     def __init__(
-        self, weight: Tensor, groups: int, generator: torch.Generator, *, gradient: bool
+        self, weight: Tensor, groups: int, generator: torch.Generator, metric: Metric
     ) -> None:
-        super().__init__(generator, gradient=gradient)
+        super().__init__(
+            generator, gradient=metric in GRADIENT_METRICS, weighed=metric is Metric.HESSIAN
+        )
         self._weight, self._groups = weight.detach(), groups
 
     def bytes_for(self, rows: int) -> int:
@@ -188,6 +191,7 @@ class LinearRows(ProductRows):
             rhs=weight.transpose(1, 2).unsqueeze(0),
             gradient=None if gradient is None else self._by_group(gradient),
             counts=self._counts(),
+            channels=True,
         )
 
     def _by_group(self, rows: Tensor) -> Tensor:
@@ -199,10 +203,10 @@ class ConvRows(LinearRows):
     """Of a convolution: a row is the patch under one position of the output."""
 
     def __init__(
-        self, node: fx.Node, weight: Tensor, generator: torch.Generator, *, gradient: bool
+        self, node: fx.Node, weight: Tensor, generator: torch.Generator, metric: Metric
     ) -> None:
         given = arguments(node)
-        super().__init__(weight, int(given["groups"]), generator, gradient=gradient)
+        super().__init__(weight, int(given["groups"]), generator, metric)
         self._axes = weight.ndim - 2
         self._stride, self._dilation = given["stride"], given["dilation"]
         self._padding = given["padding"]
@@ -245,17 +249,17 @@ class MatmulRows(ProductRows):
     Args:
         shapes: of the operands, ``(..., H, n, K)`` and ``(..., H, K, N)``.
         generator: see the base class.
-        gradient: see the base class.
+        metric: that the rows are for.
     """
 
     def __init__(
         self,
         shapes: tuple[tuple[Any, ...], tuple[Any, ...]],
         generator: torch.Generator,
-        *,
-        gradient: bool,
+        metric: Metric,
     ) -> None:
-        super().__init__(generator, gradient=gradient)
+        gradient = metric in GRADIENT_METRICS
+        super().__init__(generator, gradient=gradient, weighed=gradient)
         left, right = shapes
         self._heads = _heads(left, right)
         self._queries = min(int(left[-2]), _QUERIES)
@@ -267,7 +271,8 @@ class MatmulRows(ProductRows):
         queries = min(self._queries, rows)
         row = self._depth + self._columns * self._gradient
         sample = queries * row + self._depth * self._columns
-        return 4 * self._heads * (rows // queries) * sample
+        samples = rows // queries
+        return 4 * self._heads * samples * sample
 
     def set_limit(self, rows: int) -> None:
         """Bounds the number of samples by that of rows."""
@@ -306,7 +311,7 @@ class MatmulRows(ProductRows):
 
 
 def rows_of(
-    node: fx.Node, weight: Tensor | None, generator: torch.Generator, *, gradient: bool
+    node: fx.Node, weight: Tensor | None, generator: torch.Generator, metric: Metric
 ) -> ProductRows | None:
     """The collector for a product; None for a form of it that is not sampled.
 
@@ -314,7 +319,7 @@ def rows_of(
         node: a quantizable operation.
         weight: its constant right operand, if it is one.
         generator: draws the rows.
-        gradient: also collect the gradient of the output.
+        metric: that the rows are for.
     """
     kind = op_kind(node)
     left = operand(node, 0).meta["val"].shape
@@ -324,12 +329,12 @@ def rows_of(
             return None
         if not all(isinstance(size, int) for size in (*left[-2:], *right[-2:])):
             return None  # a matrix whose size changes with the batch
-        return MatmulRows((left, right), generator, gradient=gradient)
+        return MatmulRows((left, right), generator, metric)
     if weight is None or (kind is OpKind.CONV and len(left) < weight.ndim):
         return None
     if kind is OpKind.CONV:
-        return ConvRows(node, weight, generator, gradient=gradient)
-    return LinearRows(weight, 1, generator, gradient=gradient)
+        return ConvRows(node, weight, generator, metric)
+    return LinearRows(weight, 1, generator, metric)
 
 
 def _heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:
@@ -337,5 +342,5 @@ def _heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:
     if max(len(left), len(right)) < 4:
         return 1
     sizes = [shape[-3] for shape in (left, right) if len(shape) > 2]
-    whole = [int(size) for size in sizes if isinstance(size, int)]
+    whole = [size for size in sizes if isinstance(size, int)]
     return max(whole) if len(whole) == len(sizes) else 1

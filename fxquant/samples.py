@@ -20,7 +20,7 @@ from fxquant.errors import BatchError, CalibrationError
 from fxquant.graph import constant, op_kind, operand
 from fxquant.product_rows import ProductRows, rows_of
 from fxquant.search.output import ProductSample
-from fxquant.spec import GradientLoss, Metric, ScaleSearch
+from fxquant.spec import GRADIENT_METRICS, GradientLoss, ScaleSearch
 
 # Model outputs and the batch's labels (None where the loader gives none) to a number.
 Loss = Callable[[Any, Tensor | None], Tensor]
@@ -55,9 +55,9 @@ def sample_products(
         CalibrationError: the memory budget is too small, or the loss has no gradient.
         NonFiniteError: an activation holds NaN or infinity.
     """
-    wants_gradient = search.metric is Metric.HESSIAN
+    wants_gradient = search.metric in GRADIENT_METRICS
     device, generator = device_of(gm), torch.Generator().manual_seed(search.seed)
-    sites = _sites(gm, search, generator, device, gradient=wants_gradient)
+    sites = _sites(gm, search, generator)
     loss = loss or _Loss(search, device)
     seen = 0
     for images, labels in batches:
@@ -69,19 +69,14 @@ def sample_products(
 
 
 def _sites(
-    gm: fx.GraphModule,
-    search: ScaleSearch,
-    generator: torch.Generator,
-    device: torch.device,
-    *,
-    gradient: bool,
+    gm: fx.GraphModule, search: ScaleSearch, generator: torch.Generator
 ) -> dict[str, ProductRows]:
     """One collector for each product with a quantized operand, within the memory budget."""
     found = {}
     for node in gm.graph.nodes:
         if op_kind(node) is None or not node.meta.get("quant"):
             continue
-        site = rows_of(node, constant(gm, operand(node, 1)), generator, gradient=gradient)
+        site = rows_of(node, constant(gm, operand(node, 1)), generator, search.metric)
         if site is not None:
             found[node.name] = site
 
@@ -172,7 +167,7 @@ class _Loss:
         found = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         if not found:
             raise CalibrationError(
-                "no output of the model has a gradient, which the Hessian metric needs: choose "
+                "no output of the model has a gradient, which the search's metric needs: choose "
                 "another metric in the policy's search, or take the argmax out of the model"
             )
         return torch.stack([self._of(x) for x in found]).sum()
@@ -184,6 +179,10 @@ class _Loss:
             noise = torch.randn(output.shape, generator=self._generator).to(self._device)
             # The gradient of 0.5 |O - (O + noise)|^2 with the target held fixed.
             return -(output * noise).sum()
+        if self._kind is GradientLoss.MARGIN:
+            top = output.detach().argmax(1, keepdim=True)
+            others = output.scatter(1, top, -torch.inf).logsumexp(1)
+            return (output.gather(1, top)[:, 0] - others).sum()
         if self._kind is GradientLoss.ARGMAX:
             target = output.detach().argmax(1)
         else:

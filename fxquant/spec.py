@@ -65,23 +65,34 @@ class ObserverKind(StrEnum):
 
 
 class Metric(StrEnum):
-    """What a search compares candidates by, in the output of the product."""
+    """What a search compares candidates by, in the output of the product.
+
+    Formulas stand at ``search.metrics.losses``.
+    """
 
     HESSIAN = "hessian"
+    FISHER = "fisher"
     MSE = "mse"
     COSINE = "cosine"
     L1 = "l1"
 
 
-class GradientLoss(StrEnum):
-    """The loss whose gradient weighs errors in the Hessian metric.
+# The metrics that need the gradient of a loss.
+GRADIENT_METRICS = (Metric.HESSIAN, Metric.FISHER)
 
-    Cross-entropy of the logits against the float model's own arg-max, or against a label drawn
-    from its softmax (whose expectation is the Fisher information); or, for outputs that are no
-    logits, the squared distance to outputs moved by unit Gaussian noise, whose expectation is the
-    Fisher information of a Gaussian (Gauss-Newton).
+
+class GradientLoss(StrEnum):
+    """The loss whose gradient weighs errors.
+
+    Cross-entropy of the logits against the float model's own arg-max (the paper's), or against a
+    label drawn from its softmax, whose expectation is the Fisher information. Both all but vanish
+    for images that the model is sure of. ``margin``, the log-odds of the arg-max, has a gradient
+    of the same order for every image. For outputs that are no logits: the squared distance to
+    outputs moved by unit Gaussian noise, whose expectation is the Fisher information of a
+    Gaussian (Gauss-Newton).
     """
 
+    MARGIN = "margin"
     ARGMAX = "argmax"
     SAMPLED = "sampled"
     GAUSSIAN = "gaussian"
@@ -193,20 +204,20 @@ class ScaleSearch:
 
     Attributes:
         metric: how far a product is from the float one.
-        loss: whose gradient the Hessian metric takes.
+        loss: whose gradient the Hessian and the Fisher metric take.
         rounds: alternations between the operands of a product.
         candidates: points of the linear grid, n.
         low: its first point, as a share of the min-max scale (the paper's alpha).
         high: its last point (the paper's beta).
         stride: the first pass over the grid tries every stride-th point, the second all between
-            the neighbours of the best; 1 tries all.
+            the neighbours of the two best; 1 tries all.
         rows: rows of each product that candidates are compared on.
         memory_bytes: bound of what is kept of the float model; rows are fewer where it is tight.
         seed: of the choice of rows, sampled labels and noise.
     """
 
-    metric: Metric = Metric.HESSIAN
-    loss: GradientLoss = GradientLoss.ARGMAX
+    metric: Metric = Metric.FISHER
+    loss: GradientLoss = GradientLoss.MARGIN
     rounds: int = 3
     candidates: int = 100
     low: float = 0.01

@@ -6,6 +6,7 @@ all places before it (teacher forcing), so that a tie there cannot hide or excus
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from fxquant import CompiledModel
 from fxquant.graph import quantized_edges, submodule
-from fxquant.ops import broadcast
-from fxquant.quantizers import UniformQuantizer
+from fxquant.ops import twin_threshold
+from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
 from fxquant.spec import Arg
+from tests.ties import Coded, from_tie, places
 
 # How far from a rounding tie float32 arithmetic in another order may move a value, in steps.
 NEAR_TIE = 2e-3
@@ -34,10 +36,17 @@ class Exported:
     """One QuantizeLinear of a file: its input where it was asked for, and its stored codes."""
 
     name: str
+    scale_name: str
     source: NDArray[np.float32] | None
     scale: NDArray[np.float32]
     zero_point: NDArray[np.generic]
     codes: NDArray[np.int64]
+
+    @property
+    def values(self) -> Tensor:
+        """What the codes stand for, float32."""
+        steps = torch.from_numpy(self.codes - int(self.zero_point)).float()
+        return steps * float(self.scale)
 
 
 def exported_codes(path: Path, images: Tensor, *, sources: bool = False) -> list[Exported]:
@@ -70,6 +79,7 @@ def exported_codes(path: Path, images: Tensor, *, sources: bool = False) -> list
     return [
         Exported(
             name=node.name,
+            scale_name=node.input[1],
             source=results[node.input[0]] if sources else None,
             scale=numpy_helper.to_array(constants[node.input[1]]),
             zero_point=numpy_helper.to_array(constants[node.input[2]]),
@@ -79,7 +89,7 @@ def exported_codes(path: Path, images: Tensor, *, sources: bool = False) -> list
     ]
 
 
-def activation_quantizers(model: CompiledModel) -> list[tuple[str, UniformQuantizer]]:
+def activation_quantizers(model: CompiledModel) -> list[tuple[str, Coded]]:
     """The quantizers of activations with their names, in graph order."""
     gm = model.graph_module
     weights = {str(edge.source.target) for edge in quantized_edges(gm) if edge.arg is Arg.WEIGHT}
@@ -87,7 +97,7 @@ def activation_quantizers(model: CompiledModel) -> list[tuple[str, UniformQuanti
     for node in gm.graph.nodes:
         module = submodule(gm, node)
         if module is not None and str(node.target) not in weights:
-            assert isinstance(module, UniformQuantizer)
+            assert isinstance(module, Coded)
             found.append((str(node.target), module))
     return found
 
@@ -96,36 +106,35 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
     """Checks that codes differ by rounding ties alone.
 
     The codes of each QuantizeLinear must be those of its input; and those that the simulation
-    gives, its quantizers replaced by onnxruntime's, may differ by one within NEAR_TIE steps of a
-    tie, at fewer than one in a thousand places.
+    gives, its quantizers replaced by onnxruntime's, may differ by one value within NEAR_TIE steps
+    of a tie, at fewer than one in a thousand places.
 
     Returns:
         Number of codes that differ.
     """
     for item in exported_codes(path, images, sources=True):
         _assert_exact(item)
-    exported, quantizers = exported_codes(path, images), activation_quantizers(model)
-    assert len(exported) == len(quantizers)
+    exported, quantizers = iter(exported_codes(path, images)), activation_quantizers(model)
     differing: dict[str, int] = {}
 
-    def force(name: str, item: Exported):  # type: ignore[no-untyped-def]
+    def force(name: str, items: list[Exported]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            assert isinstance(module, UniformQuantizer)
-            assert tuple(output.shape) == item.codes.shape, f"{name} is not {item.name}"
-            theirs = torch.from_numpy(item.codes - _storage_shift(item, module)).to(output.dtype)
-            scale = broadcast(module.scale, output.ndim, module.axis)
+            assert isinstance(module, Coded)
+            assert tuple(output.shape) == items[0].codes.shape, f"{name} is not {items[0].name}"
+            theirs, own = _codes(module, items, args[0]), module.quantize(args[0])
+            difference = places(module, theirs) - places(module, own)
             assert name not in differing, f"{name} runs twice"
-            differing[name] = _count_ties(
-                name, theirs - module.quantize(args[0]), args[0] / scale, NEAR_TIE
-            )
+            distance = from_tie(module, args[0], own, theirs)
+            differing[name] = _count_ties(name, difference, distance, NEAR_TIE)
             return module.dequantize(theirs)
 
         return hook
 
     handles = [
-        module.register_forward_hook(force(name, item))
-        for (name, module), item in zip(quantizers, exported, strict=True)
+        module.register_forward_hook(force(name, _take(module, exported)))
+        for name, module in quantizers
     ]
+    assert next(exported, None) is None
     try:
         with torch.no_grad():
             model(images)
@@ -136,24 +145,55 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
     return sum(differing.values())
 
 
+def _take(quantizer: Coded, exported: Iterator[Exported]) -> list[Exported]:
+    """The QuantizeLinears of a quantizer: one for a uniform, two for a twin."""
+    return [next(exported) for _ in range(1 + isinstance(quantizer, TwinUniformQuantizer))]
+
+
+def _codes(quantizer: Coded, items: list[Exported], x: Tensor) -> Tensor:
+    """The quantizer's codes that stand for what onnxruntime's QuantizeLinears gave.
+
+    Args:
+        quantizer: of the simulation.
+        items: its QuantizeLinears.
+        x: its input, which tells the region where either side has a value in float.
+    """
+    if isinstance(quantizer, UniformQuantizer):
+        codes = items[0].codes - _storage_shift(items[0], quantizer)
+        return torch.from_numpy(codes).to(x.dtype)
+    one, other = items
+    if quantizer.grid_size <= 256:  # the coarse values, then all values
+        values = other.values
+    elif other.scale_name.endswith("_coarse_scale"):  # values in float
+        steps = twin_threshold(quantizer.shift, quantizer.bits)
+        border = 0.0 if quantizer.two_sided else quantizer.scale * steps
+        values = torch.where(x > border, other.values, one.values)
+    else:  # two products
+        assert not bool(((one.values != 0) & (other.values != 0)).any())
+        values = one.values + other.values
+    codes = quantizer.quantize(values)
+    assert torch.equal(quantizer.dequantize(codes), values), "a value that is none of the twin's"
+    return codes
+
+
 def _assert_exact(item: Exported) -> None:
     """Checks that codes are ``round(x / scale) + zero_point`` of the input onnxruntime had."""
     steps = torch.from_numpy(np.asarray(item.source / item.scale))
     limits = np.iinfo(item.zero_point.dtype)
     codes = (steps.round() + int(item.zero_point)).clamp(limits.min, limits.max)
     difference = torch.from_numpy(item.codes) - codes
-    _count_ties(f"{item.name}'s own rounding", difference, steps, NEAR_TIE_OF_QUOTIENT)
+    distance = ((steps - steps.floor()) - 0.5).abs()
+    _count_ties(f"{item.name}'s own rounding", difference, distance, NEAR_TIE_OF_QUOTIENT)
 
 
-def _count_ties(name: str, difference: Tensor, steps: Tensor, near: float) -> int:
-    """Number of differences, once they are seen to be few ties."""
+def _count_ties(name: str, difference: Tensor, distance: Tensor, near: float) -> int:
+    """Number of differences, once they are seen to be few and within ``near`` of a tie."""
     wrong = difference != 0
     count = int(wrong.sum())
     if count:
         assert difference.abs().max() == 1, f"{name}: a code is off by {difference.abs().max()}"
-        at = steps[wrong]
-        from_tie = ((at - at.floor()) - 0.5).abs().max()
-        assert from_tie < near, f"{name}: {from_tie:.1e} steps from a tie"
+        furthest = distance[wrong].max()
+        assert furthest < near, f"{name}: {furthest:.1e} steps from a tie"
         assert count <= max(2, 1e-3 * wrong.numel()), f"{name}: {count} ties"
     return count
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxquant.graph import Edge, get_parameter, op_kind, operand, quantized_edges
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.search.output import ProductSample
-from fxquant.spec import Arg, Metric, OpKind, ScaleSearch
+from fxquant.spec import GRADIENT_METRICS, Arg, Metric, OpKind, ScaleSearch
 
 Quantizers = dict[str, Quantizer]
 LEFT = (Arg.INPUT, Arg.LHS)
@@ -72,8 +72,13 @@ class BruteForce:
             return 1 - torch.cosine_similarity(y, target, -1).unsqueeze(-1)
         if self.metric is Metric.L1:
             return (y - target).abs()
-        weight = sample.gradient if self.metric is Metric.HESSIAN else None
-        return ((y - target) * (1 if weight is None else weight)).square()
+        weight = sample.gradient if self.metric in GRADIENT_METRICS else None
+        if weight is None:
+            return (y - target).square()
+        weight = weight.square()
+        if self.metric is Metric.FISHER and op_kind(node) is not OpKind.MATMUL:
+            weight = weight.mean((0, 2), keepdim=True)
+        return (y - target).square() * weight
 
     def loss(self, node: fx.Node) -> float:
         """The loss of one product."""

@@ -13,13 +13,21 @@ import torch
 from torch import fx
 
 from fxquant.graph import get_parameter
-from fxquant.ops import broadcast
-from fxquant.quantizers import UniformQuantizer
+from tests.ties import Coded, from_tie, places
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Codes of one quantizer that differ; tie is their largest distance from a rounding tie."""
+    """Codes of one quantizer that differ.
+
+    Attributes:
+        where: name of the quantizer.
+        bits: width of its codes.
+        count: how many differ.
+        entries: of how many.
+        largest: by how many values of the quantizer.
+        tie: largest distance from half-way between the two values, in units of their gap.
+    """
 
     where: str
     bits: int
@@ -72,21 +80,20 @@ class Forced(fx.Interpreter):
 
     def call_module(self, target, args, kwargs):
         quantizer = self.fetch_attr(target)
-        if not isinstance(quantizer, UniformQuantizer):
+        if not isinstance(quantizer, Coded):
             return super().call_module(target, args, kwargs)
         given = self.codes[target].float()
         own = quantizer.quantize(args[0])
         apart = own != given
-        steps = args[0] / broadcast(quantizer.scale, args[0].ndim, quantizer.axis)
-        from_tie = ((steps - steps.floor()) - 0.5).abs()[apart]
+        distance = from_tie(quantizer, args[0], own, given)[apart]
         self.differences.append(
             Difference(
                 target,
                 quantizer.bits,
                 int(apart.sum()),
                 own.numel(),
-                int((own - given).abs().max()),
-                float(from_tie.max()) if len(from_tie) else 0.0,
+                int((places(quantizer, own) - places(quantizer, given)).abs().max()),
+                float(distance.max()) if len(distance) else 0.0,
             )
         )
         return quantizer.dequantize(given)

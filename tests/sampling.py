@@ -14,10 +14,11 @@ from fxquant.passes import AssignSpecs, InsertObservers, run_passes
 from fxquant.policy import Rule
 from fxquant.samples import Loss, sample_products
 from fxquant.search.output import ProductSample
-from fxquant.spec import ScaleSearch
+from fxquant.spec import GradientLoss, Metric, ScaleSearch
 from tests.graphs import EIGHT
 
-ALL = ScaleSearch(rows=10_000)
+# The paper's metric and loss, on all rows.
+ALL = ScaleSearch(rows=10_000, metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
 
 
 @cache

@@ -15,7 +15,7 @@ import torch
 import fxquant
 from fxquant.cli import commands, main
 from fxquant.cli.preprocess import timm_preprocessing
-from tests.cli_helpers import ARGS, TINY, VIT, draw, fails
+from tests.cli_helpers import ARGS, TINY, VIT, draw, draw_flat, fails
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,31 @@ def test_policies_are_listed_and_printed(
     assert main(["policies", "minmax", "--describe"]) == 0
     assert "weight_bits" in capsys.readouterr().out
     assert "did you mean 'w8a8'" in fails(capsys, "policies", "w8a")
+
+
+def test_presets_take_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policies", "ptq4vit", "--weight-bits", "4", "--act-bits", "6"]) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    read = fxquant.policy_file.read_policy(tmp_path / "mine.yaml")
+    assert read == fxquant.policies.ptq4vit(4, 6)
+    assert "fixed widths" in fails(capsys, "policies", "w8a8", "--act-bits", "4")
+    out = tmp_path / "out"
+    compiled = [
+        "compile",
+        VIT,
+        *ARGS,
+        "--random-weights",
+        "--out",
+        out,
+        "--data",
+        draw_flat(tmp_path / "flat"),
+    ]
+    message = fails(capsys, *compiled, "--policy", tmp_path / "mine.yaml", "--act-bits", "4")
+    assert "has its own widths" in message
+    assert (
+        main([*map(str, compiled), "--policy", "minmax", "--act-bits", "6", "--images", "3"]) == 0
+    )
+    assert fxquant.load(out).report.policy == "minmax_w8a6"
 
 
 def test_the_demo_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.observers import BINS, HistogramObserver, MinMaxObserver, Observer, make_observer
-from fxquant.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
 
 KINDS = list(ObserverKind)
 
@@ -131,6 +134,27 @@ def test_mse_is_never_worse_than_min_max(
     # The search sees bins, not values: half a bin's width moves each value.
     half_bin = 2 * float(x.abs().max()) / BINS
     assert error**0.5 <= limit**0.5 + 2 * half_bin
+
+
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.integers(2, 8),
+    spread=st.floats(0.1, 8),
+    source=st.sampled_from([F.gelu, F.silu, lambda x: x.softmax(-1)]),
+)
+def test_twins_by_mse_are_never_worse_than_by_min_max(
+    seed: int, bits: int, spread: float, source: Callable[[Tensor], Tensor]
+) -> None:
+    x = source(torch.randn(20, 50, generator=torch.Generator().manual_seed(seed)) * spread)
+    errors = {}
+    for kind in KINDS:
+        spec = TensorSpec(bits=bits, scheme=Scheme.TWIN_UNIFORM, observer=kind, percentile=99.0)
+        quantizer = observed(spec, *x.split(5)).fit()
+        errors[kind] = float((quantizer(x) - x).square().mean()) ** 0.5
+        assert quantizer.two_sided == bool((x < 0).any())
+    half_bin = 2 * float(x.abs().max()) / BINS
+    assert errors[ObserverKind.MSE] <= errors[ObserverKind.MINMAX] + half_bin
+    assert errors[ObserverKind.MSE] <= errors[ObserverKind.PERCENTILE] + 2 * half_bin
 
 
 @given(seed=st.integers(0, 1000), exponent=st.integers(-80, 90), symmetric=st.booleans())

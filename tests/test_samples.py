@@ -17,7 +17,7 @@ from fxquant.product_rows import LinearRows
 from fxquant.search.output import ProductSample
 from fxquant.spec import GradientLoss, Metric, ScaleSearch
 from fxquant.testing import DIM, HEADS, images, seeded, tokens
-from tests.sampling import argmax_loss, sampled
+from tests.sampling import ALL, argmax_loss, sampled
 
 
 def by_rows(x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def products_of(model: Classifier, x: Tensor, bias: Tensor) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("shape", [(6, DIM), (6, 5, DIM), (6, 2, 5, DIM)])
 def test_rows_of_a_linear(shape: tuple[int, ...], rows: int) -> None:
     model, x = seeded(Classifier(nn.Linear(DIM, 4), -1)), torch.randn(shape)
-    found = sampled(model, x, search=ScaleSearch(rows=rows))["layer"]
+    found = sampled(model, x, search=replace(ALL, rows=rows))["layer"]
     y, gradient = products_of(model, x, model.layer.bias.detach())
     assert_rows(found, y, gradient, min(rows, len(y)))
 
@@ -101,7 +101,7 @@ CONVOLUTIONS: list[tuple[type[nn.Module], dict[str, Any]]] = [
 def test_rows_of_a_convolution(kind: type[nn.Module], options: dict[str, Any], rows: int) -> None:
     model = seeded(Classifier(kind(4, 8, **options), 1))
     x = torch.randn(3, 4, *{nn.Conv1d: (9,), nn.Conv2d: (9, 7), nn.Conv3d: (2, 5, 4)}[kind])
-    found = sampled(model, x, search=ScaleSearch(rows=rows))["layer"]
+    found = sampled(model, x, search=replace(ALL, rows=rows))["layer"]
     y, gradient = products_of(model, x, model.layer.bias.detach())
     assert_rows(found, y, gradient, min(rows, len(y)))
 
@@ -146,20 +146,19 @@ def test_rows_of_a_product_of_activations(name: str) -> None:
 
 def test_few_rows_of_a_product_of_activations_come_from_few_samples() -> None:
     model, x = Attended(PRODUCTS["heads"]).eval(), torch.randn(9, 6, DIM)
-    (found,) = sampled(model, x, search=ScaleSearch(rows=13)).values()
+    (found,) = sampled(model, x, search=replace(ALL, rows=13)).values()
     assert found.lhs.shape == (2, HEADS, 6, DIM // HEADS)
-    (found,) = sampled(model, x, search=ScaleSearch(rows=4)).values()
+    (found,) = sampled(model, x, search=replace(ALL, rows=4)).values()
     assert found.lhs.shape == (1, HEADS, 4, DIM // HEADS)
     out = by_rows(heads(x) @ heads(x.sin())[:, :, :3].mT)
     assert_rows(replace(found, gradient=None), out, None, 4)
 
 
 def test_axes_that_change_with_the_batch_are_no_heads() -> None:
-    (found,) = sampled(
-        Attended(lambda x: (heads(x).transpose(0, 1), heads(x).transpose(0, 1)[:, :, :3].mT)).eval(),
-        tokens(3),
-        tokens(5),
-    ).values()
+    def swapped(x: Tensor) -> tuple[Tensor, Tensor]:
+        return heads(x).transpose(0, 1), heads(x).transpose(0, 1)[:, :, :3].mT
+
+    (found,) = sampled(Attended(swapped).eval(), tokens(3), tokens(5)).values()
     assert found.heads == 1 and found.lhs.shape[0] == 8 * HEADS
 
 
@@ -178,7 +177,7 @@ def test_every_row_is_as_likely_as_any_other() -> None:
     """300 draws of 8 out of 40 rows that come in unequal batches: 60 each on average."""
     counts = torch.zeros(40)
     for seed in range(300):
-        rows = LinearRows(torch.ones(1, 1), 1, torch.Generator().manual_seed(seed), gradient=False)
+        rows = LinearRows(torch.ones(1, 1), 1, torch.Generator().manual_seed(seed), Metric.MSE)
         rows.set_limit(8)
         for part in torch.arange(40.0).unsqueeze(1).split([1, 25, 3, 11]):
             rows.offer(part, torch.ones(1, 1), part)
@@ -199,7 +198,7 @@ def test_rows_of_large_gradient_are_likelier_and_stand_for_fewer(skew: float) ->
     energies, means = [], []
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
-        rows = LinearRows(torch.ones(1, 1), 1, generator, gradient=True)
+        rows = LinearRows(torch.ones(1, 1), 1, generator, Metric.HESSIAN)
         rows.set_limit(30)
         for x, g in zip(values.split(50), gradients.split(50), strict=True):
             out = x.clone().requires_grad_().clone()

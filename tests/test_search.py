@@ -16,7 +16,7 @@ from fxquant.search import output
 from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit, losses, unit_shape
 from fxquant.search.output import Operand, ProductSample, along_units, candidate_losses
-from fxquant.spec import Metric
+from fxquant.spec import GRADIENT_METRICS, Metric
 
 METRICS, UNITS = list(Metric), list(Unit)
 SIZES = st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 4), st.integers(1, 4))
@@ -52,10 +52,12 @@ def loss_of(y: Tensor, target: Tensor, gradient: Tensor, metric: Metric, unit: U
             cosine_distance(a, b)
             for a, b in zip(y.flatten(0, 2), target.flatten(0, 2), strict=True)
         )
+    if metric is Metric.FISHER:
+        gradient = gradient.square().mean((0, 2), keepdim=True).sqrt().expand_as(target)
     total = 0.0
     for a, b, g in zip(y.flatten(), target.flatten(), gradient.flatten(), strict=True):
         error = float(a) - float(b)
-        square = error**2 * (float(g) ** 2 if metric is Metric.HESSIAN else 1)
+        square = error**2 * (float(g) ** 2 if metric in GRADIENT_METRICS else 1)
         total += abs(error) if metric is Metric.L1 else square
     return total
 
@@ -98,6 +100,7 @@ def sample(
         lhs=torch.randn(samples, heads, rows, depth),
         rhs=torch.randn(samples, heads, depth, columns),
         gradient=torch.randn(samples, heads, rows, columns),
+        channels=True,
     )
 
 

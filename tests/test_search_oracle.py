@@ -11,8 +11,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from fxquant import policies, testing
+from fxquant.capture import capture
+from fxquant.compiler import CANONICAL
+from fxquant.demo.glyphs import GlyphDataset
+from fxquant.demo.models import build
 from fxquant.passes import AssignSpecs, Freeze, InsertObservers, SearchScales, run_passes
 from fxquant.policy import Policy, Rule
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
@@ -80,10 +85,9 @@ def searched(name: str, search: ScaleSearch) -> fx.GraphModule:
 @pytest.mark.parametrize(
     ("name", "metric", "candidates"),
     [
-        ("twins", Metric.HESSIAN, 100),
-        ("twins", Metric.COSINE, 20),
+        ("twins", Metric.FISHER, 100),
+        ("twins", Metric.HESSIAN, 20),
         ("uniform", Metric.MSE, 20),
-        ("uniform", Metric.COSINE, 20),
         ("8 bits", Metric.L1, 20),
         ("per tensor", Metric.HESSIAN, 20),
     ],
@@ -103,7 +107,18 @@ def test_a_search_of_every_point_chooses_as_brute_force(
             assert torch.equal(quantizer.zero_point, expected[edge].zero_point), edge
 
 
-@pytest.mark.parametrize("metric", [Metric.HESSIAN, Metric.MSE, Metric.L1])
+@pytest.mark.parametrize("name", ["twins", "uniform"])
+def test_a_search_by_cosine_ends_as_brute_force(name: str) -> None:
+    """A weight's scale that changes no code changes no cosine, so that choices may differ."""
+    search = replace(EVERY_POINT, metric=Metric.COSINE, candidates=20)
+    samples = ready(name, Metric.COSINE)[1]
+    found = BruteForce(searched(name, search), samples, Metric.COSINE).losses()
+    oracle = BruteForce(*ready(name, Metric.COSINE), Metric.COSINE)
+    oracle.search(search)
+    assert sum(found.values()) < 1.01 * sum(oracle.losses().values())
+
+
+@pytest.mark.parametrize("metric", [Metric.FISHER, Metric.HESSIAN, Metric.MSE])
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_default_stride_comes_close(name: str, metric: Metric) -> None:
     samples = ready(name, metric)[1]
@@ -126,11 +141,36 @@ def test_the_grid_holds_a_twin_of_each_kind() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_round_makes_it_worse(name: str) -> None:
-    losses = [sum(BruteForce(*ready(name, Metric.HESSIAN), Metric.HESSIAN).losses().values())]
+    losses = [sum(BruteForce(*ready(name, Metric.FISHER), Metric.FISHER).losses().values())]
     for rounds in (1, 2, 3, 4):
         gm = searched(name, replace(EVERY_POINT, rounds=rounds, stride=8))
-        samples = ready(name, Metric.HESSIAN)[1]
-        losses.append(sum(BruteForce(gm, samples, Metric.HESSIAN).losses().values()))
+        samples = ready(name, Metric.FISHER)[1]
+        losses.append(sum(BruteForce(gm, samples, Metric.FISHER).losses().values()))
     for before, after in pairwise(losses):
         assert after <= before * (1 + 1e-5)
     assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_default_rows_and_stride_come_close_in_a_trained_block(bits: int) -> None:
+    """512 of 2,048 rows and the default stride against all rows and every point."""
+    model = build("glyph_vit")
+    part = nn.Sequential(model.patch_embed, model.blocks[0], model.blocks[1]).eval()
+    x, _ = next(iter(DataLoader(GlyphDataset("calib", 32), batch_size=32)))
+    whole = capture(part, x)
+    run_passes(whole, CANONICAL)
+    run_passes(whole, [AssignSpecs(policies.ptq4vit(bits, bits).rules), InsertObservers()])
+    every = ScaleSearch(rows=2048, stride=1, rounds=2, memory_bytes=1 << 32)
+    usual = replace(every, rows=ScaleSearch().rows, stride=ScaleSearch().stride)
+    samples = {s: sample_products(whole, [(x, None)], s)[0] for s in (every, usual)}
+    run_passes(whole, [Freeze()])
+    losses = []
+    for search in (every, usual):
+        gm = copy.deepcopy(whole)
+        run_passes(gm, [SearchScales(samples[search], search)])
+        losses.append(BruteForce(gm, samples[every], Metric.FISHER).losses())
+    ratios = torch.tensor([losses[1][name] / losses[0][name] for name in losses[0]])
+    # Of 8-bit errors more lies in the few rows with outliers, which a sample may lack.
+    assert sum(losses[1].values()) < {4: 1.03, 8: 1.15}[bits] * sum(losses[0].values())
+    assert float(ratios.median()) < 1.03

@@ -63,6 +63,7 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", default="w8a8", help="preset (see `fxquant policies`) or YAML file (w8a8)"
     )
+    _add_widths(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="for the choice of images, and random weights (0)"
     )
@@ -110,6 +111,7 @@ def _add_policies(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("policies", parents=[common], help="list or print the presets")
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one as YAML")
     parser.add_argument("--describe", action="store_true", help="explain it instead")
+    _add_widths(parser)
 
 
 def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -119,6 +121,13 @@ def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="glyph_vit", help="glyph_vit or glyph_swin")
     parser.add_argument("--images", type=_count, default=1000, help="test images (1000)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the files here")
+
+
+def _add_widths(parser: argparse.ArgumentParser) -> None:
+    for kind, of in (("weight", "weights"), ("act", "activations")):
+        parser.add_argument(
+            f"--{kind}-bits", type=_count, metavar="N", help=f"width of the preset's {of} (8)"
+        )
 
 
 def _add_preprocessing(parser: argparse.ArgumentParser) -> None:

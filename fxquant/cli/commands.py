@@ -33,9 +33,10 @@ from fxquant.cli.preprocess import (
     read_preprocessing,
 )
 from fxquant.compiler import compile
-from fxquant.errors import DataError, FileFormatError, ModelError, OutputError
+from fxquant.errors import DataError, FileFormatError, ModelError, OutputError, PolicyError
 from fxquant.files import write_text, write_together
 from fxquant.model import CONFIG_FILE, WEIGHTS_FILE, CompiledModel, load
+from fxquant.policy import Policy
 from fxquant.policy_file import resolve, to_yaml
 from fxquant.progress import track, working
 from fxquant.report import Report
@@ -54,7 +55,7 @@ def run_compile(options: Namespace) -> int:
     from fxquant.backends.onnx_qdq.target import resolve_target
 
     # All that can be wrong is looked at before the work starts.
-    source, policy = find_model(options.model), resolve(options.policy)
+    source, policy = find_model(options.model), _policy(options)
     resolve_target(options.target)
     check_writable(options.out)
     arguments = dict(options.model_arg)
@@ -228,6 +229,18 @@ def run_doctor(options: Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _policy(options: Namespace) -> Policy:
+    """The policy asked for, a preset at the widths asked for."""
+    widths = {"weight_bits": options.weight_bits, "act_bits": options.act_bits}
+    if not any(widths.values()):
+        return resolve(options.policy)
+    if Path(options.policy).suffix in (".yaml", ".yml"):
+        raise PolicyError(
+            f"--weight-bits and --act-bits are for presets; {options.policy} has its own widths"
+        )
+    return policies.preset(options.policy, **widths)
+
+
 def run_policies(options: Namespace) -> int:
     """``fxquant policies``: the presets, or one of them."""
     if options.name is None:
@@ -239,5 +252,6 @@ def run_policies(options: Namespace) -> int:
         make_one: Callable[..., object] = policies.PRESETS[options.name]
         print(f"{options.name}{inspect.signature(make_one)}\n\n{inspect.getdoc(make_one)}")
     else:
-        print(to_yaml(policies.preset(options.name)), end="")
+        widths = {"weight_bits": options.weight_bits, "act_bits": options.act_bits}
+        print(to_yaml(policies.preset(options.name, **widths)), end="")
     return 0

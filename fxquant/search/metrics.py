@@ -34,13 +34,16 @@ def losses(
 
     - ``hessian``: ``sum (dL/dO)^2 (O^ - O)^2``, the diagonal of the Fisher information as the
       Hessian (arXiv 2111.12293, eq. 14).
+    - ``fisher``: the same with the squared gradient of a column averaged over its rows, as if
+      gradient and error were independent (K-FAC's assumption, arXiv 1503.05671).
     - ``mse``: ``sum (O^ - O)^2``;  ``l1``: ``sum |O^ - O|``.
     - ``cosine``: ``sum (1 - cos(O^, O))`` over the rows of the unit; for a column, of the column.
 
     Args:
         outputs: ``(S, H, G, n, N)``; overwritten.
         target: float product, ``(S, H, n, N)``.
-        gradient: ``dL/dO``, shaped as target; read by the Hessian metric alone.
+        gradient: ``dL/dO``, shaped as target; read by ``hessian`` and ``fisher`` alone. For the
+            latter its root mean square over rows, ``(1, H, 1, N)``, serves as well.
         metric: which.
         unit: what gets a loss of its own.
 
@@ -58,6 +61,9 @@ def losses(
             assert gradient is not None
             error.mul_(gradient.unsqueeze(2))
         columns = error.square_().sum((0, 3))
+        if metric is Metric.FISHER:
+            assert gradient is not None
+            columns *= gradient.square().mean((0, 2)).unsqueeze(1)  # (H, 1, N)
     return _by_unit(columns, unit)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxquant.search.metrics import Unit, losses, unit_shape
-from fxquant.spec import Metric
+from fxquant.spec import GRADIENT_METRICS, Metric
 
 # Elements of the largest temporary. Above 32 MB glibc asks the kernel for fresh pages each time,
 # whose faults cost as much as the product; far above the caches the passes over it do.
@@ -31,16 +31,26 @@ class ProductSample:
             Scaled by the root of ``counts``.
         counts: how many rows of the data each row, or of an attention product each sample, stands
             for; ``(n,)`` or ``(S,)``; None where all are alike.
+        channels: a column is the same channel in every row; in attention it is another key.
     """
 
     lhs: Tensor
     rhs: Tensor
     gradient: Tensor | None
     counts: Tensor | None = None
+    channels: bool = False
 
     def metric(self, wanted: Metric) -> Metric:
-        """The metric that can be had: squared error where there is no gradient."""
-        return Metric.MSE if wanted is Metric.HESSIAN and self.gradient is None else wanted
+        """The metric that can be had.
+
+        Squared error where there is no gradient; and no average over rows whose columns mean
+        different things.
+        """
+        if wanted not in GRADIENT_METRICS:
+            return wanted
+        if self.gradient is None:
+            return Metric.MSE
+        return wanted if self.channels else Metric.HESSIAN
 
     @property
     def columns(self) -> int:
@@ -101,22 +111,26 @@ def candidate_losses(
     total = torch.zeros(candidates.shape, device=candidates.device)
     for consumer in _weighing(consumers, metric):
         sample = consumer.sample
-        target = sample.lhs @ sample.rhs
+        target, own = sample.lhs @ sample.rhs, sample.metric(metric)
+        gradient = sample.gradient
+        if own is Metric.FISHER and gradient is not None:  # averaged once for all candidates
+            gradient = gradient.square().mean((0, 2), keepdim=True).sqrt()
         size = max(consumer.values.numel(), target.numel(), 1)
         step = max(1, _CHUNK // size)
         for start in range(0, len(candidates), step):
             part = candidates[start : start + step]
             tried = quantize(consumer.values, part, consumer.candidate_axis)
             outputs = _products(tried, consumer, len(part))
-            found = losses(outputs, target, sample.gradient, sample.metric(metric), unit)
+            found = losses(outputs, target, gradient, own, unit)
             total[start : start + step] += found
     return total
 
 
 def _weighing(consumers: list[Operand], metric: Metric) -> list[Operand]:
     """Without those that the loss does not depend on, unless that is all."""
-    found = [c for c in consumers if c.sample.metric(metric) is metric]
-    return found or consumers
+    if metric not in GRADIENT_METRICS:
+        return consumers
+    return [c for c in consumers if c.sample.gradient is not None] or consumers
 
 
 def _products(tried: Tensor, consumer: Operand, count: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Products of integer codes, exact to the last bit.
 
 ``int_matmul(a, b)`` is the plain product of two integer tensors; ``affine_matmul`` that of codes
-with zero points, ``sum_k (a - z_a)(b - z_b)``. Either is computed one of three ways, all exact:
+with zero points, ``sum_k (a - z_a)(b - z_b)``; ``sum_products`` adds several of these, shifted.
+Each is computed one of three ways, all exact:
 
 - *int8*: torch's own int8 product, where the device has instructions for it. It sums in int32.
 - *float32*: the sum over K is cut into chunks in which no partial sum can pass 2^24. Up to there
@@ -16,6 +17,8 @@ Sums are int32 where the bound of the operands proves that they fit, else int64.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +47,11 @@ class Operand(NamedTuple):
     codes: Tensor
     zero_point: Tensor | None
     bound: int
+
+
+# An operand as a sum: operands with the power of two that multiplies each. Where one is not zero,
+# all others are. A uniform quantizer gives one of these, a twin quantizer one for each region.
+Terms = tuple[tuple[Operand, int], ...]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -99,6 +107,35 @@ def affine_matmul(a: Operand, b: Operand) -> Tensor:
     bounds = (a.bound, b.bound)
     dtype = _float_dtype(bounds)
     return product_float(_centred(a, dtype), _centred(b, dtype), bounds)
+
+
+def sum_products(
+    left: Terms, right: Terms, multiply: Callable[[Operand, Operand], Tensor], depth: int
+) -> Tensor:
+    """Exact product of sums, ``sum multiply(a, b) 2^(m + n)`` over terms ``(a, m)``, ``(b, n)``.
+
+    Shifting whole products and adding them as integers is the twin quantizer's integer form
+    (arXiv 2111.12293, section 4.2).
+
+    Args:
+        left: terms of the left operand.
+        right: terms of the right operand.
+        multiply: exact product of two operands.
+        depth: how many products of codes each entry of the result sums.
+
+    Returns:
+        int32 where the bounds prove that no sum overflows, else int64.
+    """
+    # At most one term of an operand is not zero at any place, so bounds need no adding up.
+    bounds = [max(term.bound << shift for term, shift in terms) for terms in (left, right)]
+    accumulator = accumulator_dtype(depth * bounds[0] * bounds[1])
+    total: Tensor | None = None
+    for (a, m), (b, n) in itertools.product(left, right):
+        part = multiply(a, b).to(accumulator)
+        part = part << (m + n) if m + n else part
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def product_float(a: Tensor, b: Tensor, bounds: tuple[int, int]) -> Tensor:

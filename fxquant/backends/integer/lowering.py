@@ -3,6 +3,8 @@
 Before: ``linear(q_x(x), q_W(W), b)``
 After:  ``int_linear(to_codes(x), W_codes)``, ``W_codes`` and the bias integer buffers
 
+Codes of a twin quantizer are its code words; a product takes them apart (:mod:`twin`).
+
 A product whose operands are not both quantized stays float, on dequantized codes where it has
 any. Equal quantizers of one value become one, so that a value is quantized once.
 """
@@ -28,11 +30,15 @@ from fxquant.backends.integer.modules import (
     bias_codes,
     storage_dtype,
 )
+from fxquant.backends.integer.twin import TwinFromCodes, TwinSide, TwinToCodes
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, constant, edges, op_kind, stage, submodule
-from fxquant.quantizers import Quantizer, UniformQuantizer, accumulator_scale
+from fxquant.graph import Edge, arguments, constant, edges, op_kind, stage, submodule
+from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.spec import OpKind, Stage
 from fxquant.verify import verify
+
+# The quantizers whose codes this backend multiplies.
+_Coded = UniformQuantizer | TwinUniformQuantizer
 
 
 @torch.no_grad()
@@ -43,14 +49,14 @@ def lower_to_integer(gm: fx.GraphModule) -> fx.GraphModule:
         gm: in stage FROZEN; not changed.
 
     Returns:
-        A graph that takes and gives what ``gm`` does. Quantizers are ``ToCodes`` modules or, for
-        constants, integer buffers; products are ``IntLinear``, ``IntConv`` and ``IntMatmul``. It
-        has no gradients. ``meta["codes"]`` maps the name of each quantizer of ``gm`` to the
-        module or buffer that yields its codes.
+        A graph that takes and gives what ``gm`` does. Quantizers are ``ToCodes`` or ``TwinToCodes``
+        modules or, for constants, integer buffers; products are ``IntLinear``, ``IntConv`` and
+        ``IntMatmul``. It has no gradients. ``meta["codes"]`` maps the name of each quantizer of
+        ``gm`` to the module or buffer that yields its codes.
 
     Raises:
         LoweringError: another stage; or a product with a scale along its summed axis or a
-            quantizer that is not uniform.
+            quantizer that is neither uniform nor twin uniform.
     """
     if "stage" not in gm.meta or stage(gm) is not Stage.FROZEN:
         found = stage(gm).name if "stage" in gm.meta else "none"
@@ -74,7 +80,7 @@ def lower_to_integer(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[str, str]]:
-    """Puts a node that yields codes beside each uniform quantizer.
+    """Puts a node that yields codes beside each quantizer whose codes can be multiplied.
 
     Returns:
         Quantizer node -> code node; quantizer name -> name of the module or buffer.
@@ -83,7 +89,7 @@ def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[
     made: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
         quantizer = submodule(gm, node)
-        if isinstance(quantizer, UniformQuantizer):
+        if isinstance(quantizer, _Coded):
             key = _identity(node, quantizer)
             if key not in made:
                 made[key] = _emit_codes(gm, node, quantizer)
@@ -91,19 +97,24 @@ def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[
     return codes, {str(node.target): str(code.target) for node, code in codes.items()}
 
 
-def _identity(node: fx.Node, quantizer: UniformQuantizer) -> tuple[Any, ...]:
+def _identity(node: fx.Node, quantizer: _Coded) -> tuple[Any, ...]:
     """Equal for quantizer calls that yield equal codes."""
     source = node.all_input_nodes[0]
     value = source.target if source.op == "get_attr" else source
-    parameters = (tuple(b.flatten().tolist()) for b in (quantizer.scale, quantizer.zero_point))
+    parameters = (tuple(buffer.flatten().tolist()) for buffer in quantizer.buffers())
     return (value, json.dumps(quantizer.config()), *parameters)
 
 
-def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: UniformQuantizer) -> fx.Node:
+def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: _Coded) -> fx.Node:
     source = node.all_input_nodes[0]
     value = constant(gm, source)
     if value is None:
-        return _emit(gm, node, f"codes.{_leaf(node)}", ToCodes(quantizer), source)
+        module: nn.Module = (
+            TwinToCodes(quantizer)
+            if isinstance(quantizer, TwinUniformQuantizer)
+            else ToCodes(quantizer)
+        )
+        return _emit(gm, node, f"codes.{_leaf(node)}", module, source)
     name = f"{_leaf(node)}_codes"
     gm.register_buffer(name, quantizer.quantize(value).to(storage_dtype(quantizer)).contiguous())
     with gm.graph.inserting_before(node):
@@ -126,11 +137,11 @@ def _lower_products(gm: fx.GraphModule, codes: dict[fx.Node, fx.Node]) -> None:
         if not all(isinstance(quantizer, Quantizer) for quantizer in quantizers):
             continue
         for edge, quantizer in zip((left, right), quantizers, strict=True):
-            if not isinstance(quantizer, UniformQuantizer):
+            if not isinstance(quantizer, _Coded):
                 raise LoweringError(
                     f"{edge.name} ({edge.path}): the integer backend multiplies the codes of "
-                    f"uniform quantizers, got {type(quantizer).__name__}; give the edge scheme "
-                    "uniform or keep one operand float (spec: null)"
+                    f"uniform and twin uniform quantizers, got {type(quantizer).__name__}; give "
+                    "the edge scheme uniform or keep one operand float (spec: null)"
                 )
         kind = op_kind(node)
         assert kind is not None
@@ -150,12 +161,11 @@ def _lower_matmul(
 def _lower_linear(
     gm: fx.GraphModule, x: Edge, weight: Edge, codes: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    x_side, quantizer = _side(gm, x, summed=-1), _quantizer(gm, weight)
-    _check_weight_axis(weight, quantizer)
+    quantizer = _weight_quantizer(gm, weight)
     # The product takes the transposed weight, whose output channels lie on the last axis.
-    weight_side = Side(quantizer, None if quantizer.axis is None else -1)
-    bias, rest = _split_bias(gm, x, weight, _arguments(x.node)["bias"])
-    module = IntLinear(x_side, weight_side, bias)
+    sides = _side(gm, x, summed=-1), Side(quantizer, None if quantizer.axis is None else -1)
+    bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
+    module = IntLinear(*sides, bias)
     operands = codes[x.source], codes[weight.source], *rest
     return _emit(gm, x.node, f"integer.{x.node.name}", module, *operands)
 
@@ -163,31 +173,28 @@ def _lower_linear(
 def _lower_conv(
     gm: fx.GraphModule, x: Edge, weight: Edge, codes: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    quantizer = _quantizer(gm, weight)
-    _check_weight_axis(weight, quantizer)
-    if (axis := _quantizer(gm, x).axis) is not None:
-        raise _axis_error(x, axis, "a convolution takes one scale for its input")
-    bias, rest = _split_bias(gm, x, weight, _arguments(x.node)["bias"])
+    quantizer, input_quantizer = _weight_quantizer(gm, weight), submodule(gm, x.source)
+    if isinstance(input_quantizer, UniformQuantizer) and input_quantizer.axis is not None:
+        reason = "a convolution takes one scale for its input"
+        raise _axis_error(x, input_quantizer.axis, reason)
+    sides = _side(gm, x, summed=1), Side(quantizer, quantizer.axis)
+    bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
     kernel = tuple(_constant_shape(gm, weight)[2:])
-    sides = (Side(_quantizer(gm, x), None), Side(quantizer, quantizer.axis))
-    module = IntConv(*sides, bias, _geometry(_arguments(x.node), kernel))
+    module = IntConv(*sides, bias, _geometry(arguments(x.node), kernel))
     operands = codes[x.source], codes[weight.source], *rest
     return _emit(gm, x.node, f"integer.{x.node.name}", module, *operands)
 
 
-def _quantizer(gm: fx.GraphModule, edge: Edge) -> UniformQuantizer:
-    quantizer = submodule(gm, edge.source)
-    assert isinstance(quantizer, UniformQuantizer)
-    return quantizer
-
-
-def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> Side:
-    """An operand of a product over its axis ``summed``.
+def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> Side | TwinSide:
+    """An activation as operand of a product over its axis ``summed``.
 
     Raises:
         LoweringError: the scale runs along that axis, or may do so.
     """
-    quantizer = _quantizer(gm, edge)
+    quantizer = submodule(gm, edge.source)
+    if isinstance(quantizer, TwinUniformQuantizer):
+        return TwinSide(quantizer)
+    assert isinstance(quantizer, UniformQuantizer)
     if quantizer.axis == summed:
         raise _axis_error(edge, quantizer.axis, "the sum runs over it, so no scale factors out")
     if quantizer.axis is not None and quantizer.axis >= 0:
@@ -195,9 +202,12 @@ def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> Side:
     return Side(quantizer, quantizer.axis)
 
 
-def _check_weight_axis(edge: Edge, quantizer: UniformQuantizer) -> None:
+def _weight_quantizer(gm: fx.GraphModule, edge: Edge) -> UniformQuantizer:
+    quantizer = submodule(gm, edge.source)
+    assert isinstance(quantizer, UniformQuantizer)  # AssignSpecs gives weights no other
     if quantizer.axis not in (None, 0):
         raise _axis_error(edge, quantizer.axis, "a weight has one scale or one a row (axis 0)")
+    return quantizer
 
 
 def _axis_error(edge: Edge, axis: int | None, reason: str) -> LoweringError:
@@ -219,28 +229,18 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
 
 
 def _split_bias(
-    gm: fx.GraphModule, x: Edge, weight: Edge, bias: fx.Node | None
+    gm: fx.GraphModule, weight: Edge, sides: tuple[Side | TwinSide, Side], bias: fx.Node | None
 ) -> tuple[Tensor | None, tuple[fx.Node, ...]]:
     """The bias as integer codes, or else as the float argument that it is."""
     depth = _constant_shape(gm, weight)[1:].numel()
     value = constant(gm, bias)
     if bias is None:
         return None, ()
-    quantizers = _quantizer(gm, x), _quantizer(gm, weight)
-    if value is None or quantizers[0].axis is not None:
+    x, w = sides
+    if value is None or x.scale.ndim:
         return None, (bias,)
-    bounds = [Side(quantizer, quantizer.axis).bound for quantizer in quantizers]
-    codes = bias_codes(value, accumulator_scale(*quantizers), depth * bounds[0] * bounds[1])
+    codes = bias_codes(value, x.scale * w.scale, depth * x.bound * w.bound)
     return (None, (bias,)) if codes is None else (codes, ())
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by name, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in schema}
-    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
-    return {**defaults, **given, **node.kwargs}
 
 
 def _geometry(arguments: dict[str, Any], kernel: tuple[int, ...]) -> Geometry:
@@ -266,9 +266,14 @@ def _dequantize_rest(gm: fx.GraphModule, node: fx.Node, code: fx.Node) -> None:
     """Gives the products that stay float the values of the codes; removes the quantizer."""
     if node.users:
         quantizer = submodule(gm, node)
-        assert isinstance(quantizer, UniformQuantizer)
+        assert isinstance(quantizer, _Coded)
+        module: nn.Module = (
+            TwinFromCodes(quantizer)
+            if isinstance(quantizer, TwinUniformQuantizer)
+            else FromCodes(quantizer)
+        )
         name = f"values.{_leaf(node)}"
-        node.replace_all_uses_with(_emit(gm, node, name, FromCodes(quantizer), code))
+        node.replace_all_uses_with(_emit(gm, node, name, module, code))
     gm.graph.erase_node(node)
 
 

@@ -6,20 +6,31 @@ integer bias, and multiplies by the scales, which are constant along the summed 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from fxquant.backends.integer.convolve import Geometry, convolve
-from fxquant.backends.integer.kernels import Operand, accumulator_dtype, affine_matmul
+from fxquant.backends.integer.kernels import (
+    Operand,
+    Terms,
+    accumulator_dtype,
+    affine_matmul,
+    sum_products,
+)
+from fxquant.backends.integer.twin import TwinSide
 from fxquant.ops import broadcast
-from fxquant.quantizers import INT32_MAX, UniformQuantizer
+from fxquant.quantizers import INT32_MAX, TwinUniformQuantizer, UniformQuantizer
 
 
-def storage_dtype(quantizer: UniformQuantizer) -> torch.dtype:
+def storage_dtype(quantizer: UniformQuantizer | TwinUniformQuantizer) -> torch.dtype:
     """The narrowest integer type that holds every code.
 
     int8 or uint8 up to 8 bits, else int16, and int32 for the unsigned codes of 16 bits.
     """
+    if isinstance(quantizer, TwinUniformQuantizer):
+        return torch.uint8
     if quantizer.bits <= 8:
         return torch.int8 if quantizer.qmin < 0 else torch.uint8
     return torch.int16 if quantizer.qmax < 2**15 else torch.int32
@@ -95,12 +106,12 @@ class Side(nn.Module):
         zero = None if centred else quantizer.zero_point.to(torch.int32)
         self.register_buffer("zero_point", zero)
 
-    def forward(self, codes: Tensor) -> Operand:
+    def forward(self, codes: Tensor) -> Terms:
         """The operand that ``codes`` are."""
         zero = self.zero_point
         if zero is not None:
             zero = broadcast(zero, codes.ndim, self.axis)
-        return Operand(codes, zero, self.bound)
+        return ((Operand(codes, zero, self.bound), 0),)
 
     def factor(self, ndim: int) -> Tensor:
         """The scale, broadcasting against the product of ``ndim`` axes."""
@@ -114,13 +125,13 @@ class Side(nn.Module):
 class IntMatmul(nn.Module):
     """``lhs @ rhs`` of codes; a scale may run along any axis but the summed one."""
 
-    def __init__(self, lhs: Side, rhs: Side) -> None:
+    def __init__(self, lhs: Side | TwinSide, rhs: Side | TwinSide) -> None:
         super().__init__()
         self.lhs, self.rhs = lhs, rhs
 
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """Float product ``(..., M, N)`` of codes ``(..., M, K)`` and ``(..., K, N)``."""
-        total = affine_matmul(self.lhs(lhs), self.rhs(rhs))
+        total = sum_products(self.lhs(lhs), self.rhs(rhs), affine_matmul, lhs.shape[-1])
         unit = self.lhs.factor(lhs.ndim) * self.rhs.factor(rhs.ndim)
         return total.to(unit.dtype) * unit
 
@@ -136,7 +147,7 @@ class IntLinear(nn.Module):
 
     bias_codes: Tensor | None
 
-    def __init__(self, x: Side, weight: Side, bias_codes: Tensor | None) -> None:
+    def __init__(self, x: Side | TwinSide, weight: Side, bias_codes: Tensor | None) -> None:
         super().__init__()
         self.input, self.weight = x, weight
         self.register_buffer("bias_codes", bias_codes)
@@ -149,7 +160,8 @@ class IntLinear(nn.Module):
             weight: codes ``(N, K)``.
             bias: float ``(N,)``, added behind the scale; where bias_codes are None.
         """
-        total = affine_matmul(self.input(x), self.weight(weight.t()))
+        terms = self.input(x), self.weight(weight.t())
+        total = sum_products(*terms, affine_matmul, x.shape[-1])
         if self.bias_codes is not None:
             total = total + self.bias_codes
         unit = self.input.factor(x.ndim) * self.weight.factor(2)
@@ -170,7 +182,7 @@ class IntConv(nn.Module):
     bias_codes: Tensor | None
 
     def __init__(
-        self, x: Side, weight: Side, bias_codes: Tensor | None, geometry: Geometry
+        self, x: Side | TwinSide, weight: Side, bias_codes: Tensor | None, geometry: Geometry
     ) -> None:
         super().__init__()
         self.input, self.weight, self.geometry = x, weight, geometry
@@ -187,7 +199,9 @@ class IntConv(nn.Module):
         if x.ndim < weight.ndim:
             return self.forward(x.unsqueeze(0), weight, bias).squeeze(0)
         along = (-1, *[1] * (weight.ndim - 2))
-        total = convolve(self.input(x), self.weight(weight), self.geometry)
+        multiply = partial(convolve, geometry=self.geometry)
+        depth = weight.shape[1:].numel()
+        total = sum_products(self.input(x), self.weight(weight), multiply, depth)
         if self.bias_codes is not None:
             total = total + self.bias_codes.view(along)
         unit = self.input.scale * self.weight.scale

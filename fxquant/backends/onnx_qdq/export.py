@@ -6,6 +6,7 @@ import copy
 import logging
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session
 from fxquant.backends.onnx_qdq.target import Target, resolve_target, u8s8_saturates
 from fxquant.backends.onnx_qdq.torch_ops import TRANSLATIONS
+from fxquant.backends.onnx_qdq.twin import TwinForm, rewrite_twins
 from fxquant.errors import LoweringError
 from fxquant.files import write_whole
 from fxquant.graph import stage
@@ -41,6 +43,7 @@ class OnnxExport:
         target: name of the CPU family it is for.
         fused: integer kernel -> number of nodes that onnxruntime runs on it.
         unfused: products that run in float, with reasons.
+        twins: what each twin quantizer became, which QDQ has not.
         difference: relative L2 difference of the outputs between optimizations on and off on a
             random batch; None where this CPU's product overflows on the target's types.
     """
@@ -50,6 +53,7 @@ class OnnxExport:
     target: str
     fused: dict[str, int]
     unfused: tuple[Unfused, ...]
+    twins: tuple[TwinForm, ...]
     difference: float | None
 
     def __str__(self) -> str:
@@ -60,11 +64,20 @@ class OnnxExport:
             f"integer kernels: {kernels or 'none'}",
         ]
         lines += [f"float: {item.node} ({item.op}): {item.reason}" for item in self.unfused]
+        if self.twins:
+            lines.append(f"twin codes: {_count_forms(self.twins)}")
         if self.difference is None:
             lines.append("numbers not checked: this CPU's uint8 x int8 product overflows")
         else:
             lines.append(f"optimizations on and off differ by {self.difference:.1e}")
         return "\n".join(lines)
+
+
+def _count_forms(twins: tuple[TwinForm, ...]) -> str:
+    cost = "twice the multiplications; a smaller TensorSpec.max_shift makes it one"
+    names = {1: "in one product", 2: f"in two ({cost})", 0: "in float"}
+    counts = Counter(twin.products for twin in twins)
+    return ", ".join(f"{counts[key]} {name}" for key, name in names.items() if counts[key])
 
 
 def export_onnx(
@@ -85,7 +98,7 @@ def export_onnx(
     if stage(gm) is not Stage.FROZEN:
         raise LoweringError(f"export takes a graph in stage FROZEN, got {stage(gm).name}")
     chosen = resolve_target(target)
-    model = _translate(gm, image_shape, chosen)
+    model, twins = _translate(gm, image_shape, chosen)
     check_rules(model)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"
@@ -109,6 +122,7 @@ def export_onnx(
         target=chosen.name,
         fused=fused,
         unfused=unfused,
+        twins=twins,
         difference=difference,
     )
 
@@ -138,8 +152,11 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _translate(gm: fx.GraphModule, image_shape: tuple[int, ...], target: Target) -> ir.Model:
+def _translate(
+    gm: fx.GraphModule, image_shape: tuple[int, ...], target: Target
+) -> tuple[ir.Model, tuple[TwinForm, ...]]:
     own = copy.deepcopy(gm).to("cpu")
+    twins = rewrite_twins(own)
     Legalizer(own, target).run()
     images = torch.zeros(2, *image_shape)
     try:
@@ -164,7 +181,7 @@ def _translate(gm: fx.GraphModule, image_shape: tuple[int, ...], target: Target)
     model = program.model
     model.ir_version = IR_VERSION
     _strip(model)
-    return model
+    return model, twins
 
 
 def _strip(model: ir.Model) -> None:

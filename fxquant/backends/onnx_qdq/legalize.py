@@ -87,7 +87,7 @@ class Legalizer:
             )
         codes = None if x is None else self._write.codes(x_edge, x)
         if codes is not None and x is not None and w is not None:
-            patch = _patch_size(node) if kind is OpKind.CONV else None
+            patch = patch_size(node) if kind is OpKind.CONV else None
             if patch is not None:
                 self._replace(node, self._patches(node, (x_edge, x), (w_edge, w), codes, patch))
                 return
@@ -209,7 +209,7 @@ def _scaling(node: fx.Node) -> fx.Node | None:
     return users[0] if positive and users[0].args[0] is node else None
 
 
-def _patch_size(node: fx.Node) -> tuple[int, int] | None:
+def patch_size(node: fx.Node) -> tuple[int, int] | None:
     """Kernel size of a 2-D convolution whose kernel tiles the image, else None."""
     if node.target is not aten.conv2d.default:
         return None

@@ -28,6 +28,9 @@ class TensorWriter:
         self._gm, self._target = gm, target
         # (quantizer call, storage type) -> codes, so that a value is quantized once.
         self._shared: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        # (quantizer call, storage type, as a matrix) -> codes, scale and zero_point of a weight
+        # that several products read, as those of a twin quantizer's two regions do.
+        self._weights: dict[tuple[fx.Node, torch.dtype, bool], list[fx.Node]] = {}
 
     def _constant(self, value: Tensor, name: str, like: fx.Node) -> fx.Node:
         return add_constant(self._gm, value, name, like=like)
@@ -115,25 +118,29 @@ class TensorWriter:
             matrix: store as ``(K, N)`` with the scale along axis 1; else in its own shape.
             right: the weight meets a quantized activation, so the target's type is wanted.
         """
+        storage = self._target.storage(right=right, bits=quantizer.bits)
+        key = (edge.source, storage, matrix)
+        if key not in self._weights:
+            self._weights[key] = self._weight_constants(edge, quantizer, storage, matrix=matrix)
+        axis = None if quantizer.axis is None else int(matrix)
+        return self._call(DEQUANTIZE, *self._weights[key], axis, like=edge.node)
+
+    def _weight_constants(
+        self, edge: Edge, quantizer: UniformQuantizer, storage: torch.dtype, *, matrix: bool
+    ) -> list[fx.Node]:
+        """Codes, scale and zero_point."""
         weight = constant(self._gm, operand(edge.source, 0))
         assert weight is not None
-        storage = self._target.storage(right=right, bits=quantizer.bits)
         shift = self._shift(quantizer, storage)
         codes = (quantizer.quantize(weight) + shift).to(storage)
         points = (quantizer.zero_point + shift).to(storage)
-        axis = None if quantizer.axis is None else 0
-        if matrix:
-            codes = codes.flatten(1).t()
-            axis = None if axis is None else 1
-        like = edge.node
-        return self._call(
-            DEQUANTIZE,
-            self._constant(codes, f"{edge.name}_codes", like),
-            self._constant(quantizer.scale, f"{edge.name}_scale", like),
-            self._constant(points, f"{edge.name}_zero_point", like),
-            axis,
-            like=like,
-        )
+        return [
+            self._constant(
+                codes.flatten(1).t() if matrix else codes, f"{edge.name}_codes", edge.node
+            ),
+            self._constant(quantizer.scale, f"{edge.name}_scale", edge.node),
+            self._constant(points, f"{edge.name}_zero_point", edge.node),
+        ]
 
     def bias(
         self, node: fx.Node, x: UniformQuantizer, w: UniformQuantizer

@@ -1,0 +1,233 @@
+"""Rewrites twin quantizers as uniform ones, the only ones that QDQ has.
+
+    twin(x)                     where one grid of step D_R1 and 8-bit codes holds all values:
+                                uniform(where(x > t, coarse(x), x), D_R1)
+    product(twin(x), W, b)      otherwise
+                                product(low(x), W, b) + product(high(x), W)
+
+``coarse`` is a pair of quantize_linear and dequantize_linear of scale ``D_R2 = 2^m D_R1``, so that
+its values are whole steps of ``D_R1`` and the quantizer behind it is exact; ``low`` and ``high``
+are uniform quantizers of the magnitudes in either region (arXiv 2111.12293, section 4.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.backends.onnx_qdq.legalize import patch_size
+from fxquant.backends.onnx_qdq.torch_ops import DEQUANTIZE, QUANTIZE
+from fxquant.graph import Edge, aten, edges, operand, submodule
+from fxquant.ops import twin_threshold
+from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.rewrite import add_constant, emit
+from fxquant.spec import OpKind
+
+# Points of a grid that 8-bit codes can number.
+_BYTE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinForm:
+    """How a twin quantizer is written.
+
+    Attributes:
+        edge: the edge it stands on.
+        levels: points of the plain grid of its fine step that holds all its values.
+        products: integer products that each product with it becomes; 0 where it is read in float
+            alone.
+        max_shift: largest ``TensorSpec.max_shift`` that makes it one product; None where none does.
+    """
+
+    edge: str
+    levels: int
+    products: int
+    max_shift: int | None
+
+    def __str__(self) -> str:
+        """One sentence."""
+        if self.products == 1:
+            return f"{self.edge}: {self.levels:,} levels: one product"
+        text = f"{self.edge}: codes need {self.levels:,} levels: "
+        if self.products == 0:
+            return (
+                text + "its values in float, as onnxruntime has no integer kernel for its product"
+            )
+        bound = self.max_shift
+        advice = "fewer bits" if bound is None else f"max_shift={bound} or fewer bits"
+        return f"{text}two products ({advice} would make it one)"
+
+
+@torch.no_grad()
+def rewrite_twins(gm: fx.GraphModule) -> tuple[TwinForm, ...]:
+    """Rewrites every twin quantizer in place.
+
+    Args:
+        gm: a copy of a FROZEN graph whose nodes carry shapes.
+
+    Returns:
+        What each became, in graph order.
+    """
+    forms = []
+    for node in list(gm.graph.nodes):
+        quantizer = submodule(gm, node)
+        if isinstance(quantizer, TwinUniformQuantizer):
+            products = _Twin(gm, node, quantizer).rewrite()
+            forms.append(
+                TwinForm(
+                    edge=_leaf(node),
+                    levels=quantizer.grid_size,
+                    products=products,
+                    max_shift=_largest_shift(quantizer),
+                )
+            )
+    return tuple(forms)
+
+
+class _Twin:
+    """One quantizer call."""
+
+    def __init__(self, gm: fx.GraphModule, node: fx.Node, quantizer: TwinUniformQuantizer) -> None:
+        self.gm, self.node, self.quantizer = gm, node, quantizer
+        self.x = operand(node, 0)
+
+    def rewrite(self) -> int:
+        """Returns the number of integer products that a product becomes."""
+        if self.quantizer.grid_size <= _BYTE:
+            self._snap()
+            return 1
+        products = 0
+        # A product whose operands are one value has two such edges, and so has its copy.
+        while edge := next((e for e in edges(self.gm) if e.source is self.node), None):
+            if _multiplies_codes(self.gm, edge):
+                self._split(edge)
+                products = 2
+            else:
+                edge.replace_source(self._value)
+        self.gm.graph.erase_node(self.node)
+        return products
+
+    def _snap(self) -> None:
+        """Moves values above the threshold to the coarse grid, before a quantizer of the fine."""
+        with self.gm.graph.inserting_before(self.node):
+            moved = self._call(aten.where.self, self._is_coarse, self._coarse, self._fine)
+        self.node.update_arg(0, moved)
+        zero = self.quantizer.grid_zero_point
+        uniform = _unsigned(self.quantizer.scale, zero, bits=8)
+        self.gm.set_submodule(str(self.node.target), uniform)
+
+    def _split(self, edge: Edge) -> None:
+        """Replaces a product by the sum of those with either region; the first keeps the bias."""
+        low, graph = edge.node, self.gm.graph
+        args = list(low.args)
+        if edge.kind is not OpKind.MATMUL and len(args) > 2:
+            args[2] = None
+        with graph.inserting_after(low):
+            high = graph.create_node(
+                low.op, low.target, tuple(args), dict(low.kwargs), f"{low.name}_high"
+            )
+        high.meta = dict(low.meta)
+        with graph.inserting_after(high):
+            total = emit(self.gm, aten.add.Tensor, low, high, like=low)
+        low.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        edge.replace_source(self._regions[0])
+        Edge(high, edge.arg).replace_source(self._regions[1])
+
+    @cached_property
+    def _regions(self) -> tuple[fx.Node, fx.Node]:
+        """Uniform quantizers of the magnitudes in the fine and in the coarse region."""
+        twin, parts = self.quantizer, (self.x, self.x)
+        with self.gm.graph.inserting_before(self.node):
+            if not twin.two_sided:  # otherwise the end at zero of either grid parts them
+                zero = self._constant(torch.zeros(()), "zero")
+                parts = (
+                    self._call(aten.where.self, self._is_coarse, zero, self.x),
+                    self._call(aten.where.self, self._is_coarse, self.x, zero),
+                )
+            bits = twin.bits - 1
+            low = _unsigned(twin.scale, twin.grid_zero_point, bits=bits)
+            high = _unsigned(twin.coarse_scale, 0, bits=bits)
+            return self._quantizer("low", low, parts[0]), self._quantizer("high", high, parts[1])
+
+    @cached_property
+    def _value(self) -> fx.Node:
+        """The quantizer's values in float."""
+        twin = self.quantizer
+        with self.gm.graph.inserting_before(self.node):
+            fine = self._rounded(self._fine, twin.scale, twin.grid_zero_point, "fine")
+            return self._call(aten.where.self, self._is_coarse, self._coarse, fine)
+
+    @cached_property
+    def _is_coarse(self) -> fx.Node:
+        twin = self.quantizer
+        border = 0.0 if twin.two_sided else twin_threshold(twin.shift, twin.bits)
+        threshold = self._constant(twin.scale * border, "threshold")
+        return self._call(aten.gt.Tensor, self.x, threshold)
+
+    @cached_property
+    def _coarse(self) -> fx.Node:
+        """Coarse values of all that lies in the coarse region."""
+        # Codes end at 255, which so stands for the largest magnitude.
+        zero = _BYTE - self.quantizer.levels
+        return self._rounded(self.x, self.quantizer.coarse_scale, zero, "coarse")
+
+    @cached_property
+    def _fine(self) -> fx.Node:
+        """``x``, clipped where uint8 codes of the fine region would not end by themselves."""
+        twin = self.quantizer
+        if twin.two_sided:
+            return self.x
+        end = self._constant(twin.scale * (twin.levels - 1), "fine_end")
+        return self._call(aten.minimum.default, self.x, end)
+
+    def _rounded(self, x: fx.Node, scale: Tensor, zero: int, name: str) -> fx.Node:
+        """``x`` on a uint8 grid, in float."""
+        parameters = (
+            self._constant(scale, f"{name}_scale"),
+            self._constant(torch.tensor(zero, dtype=torch.uint8), f"{name}_zero_point"),
+        )
+        codes = self._call(QUANTIZE, x, *parameters)
+        return self._call(DEQUANTIZE, codes, *parameters, None)
+
+    def _quantizer(self, name: str, module: UniformQuantizer, x: fx.Node) -> fx.Node:
+        target = f"{self.node.target}_{name}"
+        self.gm.add_submodule(target, module)
+        call = self.gm.graph.call_module(target, (x,))
+        call.meta = dict(self.node.meta)
+        return call
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        return emit(self.gm, target, *args, like=self.node)
+
+    def _constant(self, value: Tensor, name: str) -> fx.Node:
+        return add_constant(self.gm, value, f"{_leaf(self.node)}_{name}", like=self.node)
+
+
+def _leaf(node: fx.Node) -> str:
+    """Name of the edge that a quantizer call stands on."""
+    return str(node.target).rpartition(".")[2]
+
+
+def _unsigned(scale: Tensor, zero: int, *, bits: int) -> UniformQuantizer:
+    point = torch.tensor(float(zero))
+    return UniformQuantizer(scale, point, bits=bits, signed=False, axis=None)
+
+
+def _multiplies_codes(gm: fx.GraphModule, edge: Edge) -> bool:
+    """Whether the edge's product has an integer kernel, so that it pays to split it in two.
+
+    A sum of two convolutions is no quantized output, which an integer convolution needs.
+    """
+    other = submodule(gm, operand(edge.node, 1 - edge.index))
+    patches = edge.kind is not OpKind.CONV or patch_size(edge.node) is not None
+    return isinstance(other, Quantizer) and patches
+
+
+def _largest_shift(quantizer: TwinUniformQuantizer) -> int | None:
+    """Largest bound of the shift, 1 or more, with which all values fit a grid of 8-bit codes."""
+    room = (_BYTE - 1 - quantizer.grid_zero_point) // (quantizer.levels - 1)
+    return room.bit_length() - 1 if room >= 2 else None
