@@ -126,6 +126,7 @@ def compile(
     if recipe.bias_correction:
         results |= run_passes(gm, (CorrectBias(samples),))
     results |= run_passes(gm, (QuantizeBias(),))
+    clock.lap("fit")
     report = _report(gm, recipe, results, images.first, seen, clock)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
@@ -139,7 +140,8 @@ class _Clock:
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
 
 
 @torch.no_grad()
