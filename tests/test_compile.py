@@ -302,7 +302,7 @@ def test_a_model_made_in_inference_mode_compiles() -> None:
             return F.cross_entropy(outputs.mean(1), labels, reduction="sum")
 
         compiled = fxquant.compile(model, labelled, policies.ptq4vit(), loss=loss)
-    assert relative_error(compiled(tokens()), model(tokens())) < 0.1
+        assert relative_error(compiled(tokens()), model(tokens())) < 0.1
 
 
 def test_a_loss_that_nothing_reads_is_an_error(vit: nn.Module) -> None:
