@@ -4,8 +4,8 @@
 
 Each row is a process of its own, so that peak memory is that of this compilation. Weights are
 random: the time does not depend on them. For a policy that searches scales, two more processes
-take one block of the model: with the policy's own search, and by brute force, which tries every
-candidate in every round on all tokens of all images (in attention on 64 queries of each image).
+take one and two blocks of the model by brute force: every candidate in every round on all tokens
+of all images (in attention on 64 queries of each image).
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class ObserverKind(StrEnum):
 class Metric(StrEnum):
     """What a search compares candidates by, in the output of the product.
 
-    Formulas stand at ``search.metrics.losses``.
+    Formulas stand at ``search.metrics.losses``. Products of two activations are compared by
+    ``hessian`` where ``fisher`` is asked for: a column of q kᵀ is another key in every image.
     """
 
     HESSIAN = "hessian"
