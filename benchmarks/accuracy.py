@@ -2,6 +2,12 @@
 
     python benchmarks/accuracy.py --out ablation
 
+From min-max to PTQ4ViT (arXiv 2111.12293): ``base PTQ`` searches scales by cosine distance, one
+round from half the range; ``+ rounds`` takes three and the whole range; ``+ Hessian`` then
+compares by squared error weighted by gradients; ``+ twin`` is the base with twin quantizers,
+``+ both`` the preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by
+row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does.
+
 Simulated on held-out images; each draw calibrates on other images. Prints a table and writes it
 as CSV, beside a plot. Every figure is a process's own work, so ``--processes 2`` on two cores
 gives the same numbers in half the time.
@@ -31,7 +37,7 @@ from fxquant import Policy, policies
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
 from fxquant.progress import track
-from fxquant.spec import GradientLoss, Metric, ScaleSearch
+from fxquant.spec import GradientLoss, Metric
 
 WIDTHS = (8, 6, 5, 4, 3)
 FLOAT = "float32"
@@ -51,16 +57,20 @@ class Job(NamedTuple):
 def methods(bits: int) -> dict[str, Policy]:
     """The steps of the ablation, all weights and activations at one width."""
     base, whole = policies.base_ptq(bits, bits), policies.ptq4vit(bits, bits)
-    paper = ScaleSearch(metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
-    return {
+    assert base.search is not None and whole.search is not None
+    by_cosine = replace(whole.search, metric=Metric.COSINE)
+    by_row = replace(whole.search, metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
+    steps = {
         "min-max": policies.minmax(bits, bits),
         "base PTQ": base,
+        "+ rounds": replace(base, search=by_cosine),
         "+ Hessian": policies.ptq4vit(bits, bits, twin=False),
         "+ twin": replace(whole, search=base.search),
         "+ both": whole,
         "+ both, RepQ": replace(whole, reparameterize=True),
-        "+ both, paper's Hessian": replace(whole, search=paper),
+        "+ both, row by row": replace(whole, search=by_row),
     }
+    return {**steps, "w8a8": policies.w8a8()} if bits == 8 else steps
 
 
 @cache
@@ -93,9 +103,10 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     sizes = (options.calibration, options.images)
     for model in options.models:
         yield Job(model, 32, FLOAT, 0, *sizes)
-        names = options.methods or list(methods(8))
-        for bits, name, draw in itertools.product(options.widths, names, range(options.draws)):
-            yield Job(model, bits, name, draw, *sizes)
+        for bits in options.widths:
+            names = [n for n in methods(bits) if not options.methods or n in options.methods]
+            for name, draw in itertools.product(names, range(options.draws)):
+                yield Job(model, bits, name, draw, *sizes)
 
 
 def table(scores: dict[tuple[str, int, str], list[float]]) -> tuple[Table, list[list[str]]]:

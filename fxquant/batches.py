@@ -23,7 +23,8 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             or a mapping with one of the keys in ``IMAGE_KEYS``.
 
     Returns:
-        Float images ``(B, …)`` and labels, a tensor ``(B, …)``, or None.
+        Float images ``(B, …)`` and labels, a tensor ``(B, …)`` of whatever numbers the batch has
+        there, or None.
 
     Raises:
         BatchError: no float tensor with a batch dimension is found.
@@ -46,9 +47,18 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             f"images must be (B, …) with B >= 1, got shape {tuple(images.shape)}; "
             "add a batch dimension with images.unsqueeze(0) or use a DataLoader"
         )
-    if not isinstance(labels, Tensor) or labels.shape[:1] != images.shape[:1]:
-        return images, None
-    return images, labels
+    return images, _as_labels(labels, len(images))
+
+
+def _as_labels(labels: Any, count: int) -> Tensor | None:
+    """Our own copy of the labels, ``(count, …)``; None where they are no numbers, or as many."""
+    if labels is None or isinstance(labels, str | bytes | Mapping):
+        return None
+    try:
+        own = torch.as_tensor(labels).clone()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return own if own.ndim and len(own) == count else None
 
 
 def _pick(batch: Any) -> tuple[Any, Any]:

@@ -137,6 +137,7 @@ def device_of(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
+@torch.no_grad()
 def check_model(model: nn.Module) -> None:
     """Looks at what can be wrong with a model before anything runs.
 

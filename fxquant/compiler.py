@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxquant.batches import CalibrationImages
 from fxquant.calibrate import calibrate, norm_ranges
 from fxquant.capture import capture, check_model, device_of
-from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
+from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError, PolicyError
 from fxquant.model import CompiledModel
 from fxquant.passes import (
     AssignSpecs,
@@ -42,6 +42,7 @@ from fxquant.progress import track, working
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
 from fxquant.samples import Loss, sample_products
 from fxquant.search.output import ProductSample
+from fxquant.spec import GRADIENT_METRICS
 
 # Each pass relies on those before it: attention and einsum must be open before products are sorted,
 # a transposed weight folded before a product is seen to be a linear, and batch norm folded before
@@ -92,6 +93,11 @@ def compile(
         CalibrationError: the calibration data cannot be used, or the model gives NaN for it.
     """
     recipe = resolve(policy)
+    if loss is not None and (recipe.search is None or recipe.search.metric not in GRADIENT_METRICS):
+        raise PolicyError(
+            f"loss was given, and policy {recipe.name!r} takes no gradient: give it a search whose "
+            f"metric is {' or '.join(GRADIENT_METRICS)}, or leave loss out"
+        )
     check_model(model)
     images = CalibrationImages(calib_loader)
     clock = _Clock()
@@ -120,6 +126,7 @@ def compile(
     if recipe.bias_correction:
         results |= run_passes(gm, (CorrectBias(samples),))
     results |= run_passes(gm, (QuantizeBias(),))
+    clock.lap("fit")
     report = _report(gm, recipe, results, images.first, seen, clock)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
@@ -133,7 +140,8 @@ class _Clock:
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
 
 
 @torch.no_grad()

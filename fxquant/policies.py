@@ -74,6 +74,9 @@ def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
 def base_ptq(weight_bits: int = 8, act_bits: int = 8, *, image_bits: int = 8) -> Policy:
     """The baseline of PTQ4ViT: uniform everywhere, one round, cosine (arXiv 2111.12293, table 1).
 
+    Activations are asymmetric and weights have a scale for each output channel, as in all presets
+    here, where the paper has them symmetric and per tensor; so it is a stronger baseline.
+
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of activations; queries, keys and values symmetric per head, all others
@@ -101,31 +104,41 @@ def ptq4vit(
     reparameterize: bool = False,
     bias_correction: bool = False,
 ) -> Policy:
-    """PTQ4ViT: twin uniform quantizers and the Hessian-guided search (arXiv 2111.12293).
+    """PTQ4ViT: twin uniform quantizers and a gradient-guided search (arXiv 2111.12293).
+
+    Where it differs from the paper: activations are asymmetric and weights have a scale for each
+    output channel, which the paper has symmetric and per tensor; the image has 8 bits; and the
+    default search is ours (see :class:`ScaleSearch`).
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of activations; queries, keys and values symmetric per head, all others
             per tensor.
         image_bits: width of the images that the first layer takes.
-        twin: twin uniform quantizers behind softmax, GELU, SiLU and hard-swish (up to 8 bits).
+        twin: twin uniform quantizers behind softmax, GELU, SiLU and hard-swish.
         search: metric, grid and rounds.
         reparameterize: see :class:`Policy`.
         bias_correction: see :class:`Policy`.
 
     Raises:
-        BitWidthError: a width is outside 2..16.
+        BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
+            not take: turn them off with ``twin=False``.
     """
     twins: tuple[Rule, ...] = ()
-    if twin and act_bits <= 8:
+    if twin:
         spec = TensorSpec(bits=act_bits, scheme=Scheme.TWIN_UNIFORM)
         twins = tuple(
             Rule(fed_by=name, spec=spec, optional=True)
             for name in ("softmax", "gelu", "silu", "hardswish")
         )
+    options = {"_uniform": not twin, "_repq": reparameterize, "_bias": bias_correction}
+    changed = "".join(suffix for suffix, on in options.items() if on)
+    if search != ScaleSearch():
+        changed += f"_{search.metric}"
+    kind = "twin uniform" if twin else "uniform"
     return Policy(
-        name=f"ptq4vit_w{weight_bits}a{act_bits}",
-        description="twin uniform quantizers, scales searched by Hessian-weighted output error",
+        name=f"ptq4vit_w{weight_bits}a{act_bits}{changed}",
+        description=f"PTQ4ViT: {kind} quantizers; scales by output error ({search.metric})",
         search=search,
         reparameterize=reparameterize,
         bias_correction=bias_correction,

@@ -195,7 +195,7 @@ class Report:
             if spec is None or entry.quantizer is None:
                 table.add_row(entry.edge, entry.fed_by, "float", "", "", "")
                 continue
-            kind = f"{spec.bits} {'sym' if spec.symmetric else 'asym'}"
+            kind = f"{spec.bits} {_kind(spec)}"
             decibel = f"{self.sqnr.get(entry.quantizer, float('nan')):.1f}"
             table.add_row(entry.edge, entry.fed_by, kind, spec.granularity, spec.observer, decibel)
         console = Console(file=io.StringIO(), width=120)
@@ -209,6 +209,12 @@ class Report:
                 console.print(f"{name}: {site or '(model)'}: {reason}", soft_wrap=True)
         console.print(self.summary(), soft_wrap=True)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def _kind(spec: TensorSpec) -> str:
+    if spec.scheme is Scheme.TWIN_UNIFORM:
+        return "twin"
+    return "sym" if spec.symmetric else "asym"
 
 
 def spec_from_dict(values: dict[str, Any]) -> TensorSpec:

@@ -9,6 +9,9 @@ from typing import Any
 from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 
 MIN_BITS, MAX_BITS = 2, 16
+# D_R1 of the twin scheme reaches down to D_R2 / 2^11 (arXiv 2111.12293, section 4.2). A finer one
+# would be the unit of accumulators that biases overflow.
+MAX_SHIFT = 11
 
 
 class Stage(IntEnum):
@@ -67,7 +70,8 @@ class ObserverKind(StrEnum):
 class Metric(StrEnum):
     """What a search compares candidates by, in the output of the product.
 
-    Formulas stand at ``search.metrics.losses``.
+    Formulas stand at ``search.metrics.losses``. Products of two activations are compared by
+    ``hessian`` where ``fisher`` is asked for: a column of q kᵀ is another key in every image.
     """
 
     HESSIAN = "hessian"
@@ -134,8 +138,8 @@ class TensorSpec:
         observer: how the range is fitted to the data.
         percentile: share of the values kept inside the range, in percent; read only by the
             percentile observer.
-        max_shift: of the twin scheme: largest m in ``D_R2 = 2^m D_R1``; None for any. A small one
-            keeps all values on one 8-bit grid, so that a product needs one pass.
+        max_shift: of the twin scheme: largest m in ``D_R2 = 2^m D_R1``, 1 to 11; None for 11. A
+            small one keeps all values on one 8-bit grid, so that a product needs one pass.
     """
 
     bits: int = 8
@@ -180,8 +184,8 @@ class TensorSpec:
             if shift is not None:
                 raise PolicyError("max_shift belongs to scheme twin_uniform alone")
             return
-        if shift is not None and shift < 1:
-            raise PolicyError(f"max_shift must be at least 1, got {shift}")
+        if shift is not None and not 1 <= shift <= MAX_SHIFT:
+            raise PolicyError(f"max_shift must be in 1..{MAX_SHIFT}, got {shift}")
         if self.bits > 8:
             raise BitWidthError(f"scheme twin_uniform takes 2 to 8 bits, got {self.bits}")
         if self.symmetric or self.granularity is not Granularity.TENSOR:
@@ -245,5 +249,8 @@ class ScaleSearch:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise PolicyError(f"{name} must be a number, got {value!r}")
-        if not 0 < self.low < self.high <= 10:
-            raise PolicyError(f"the grid needs 0 < low < high <= 10, got {self.low}, {self.high}")
+        if not 0 < self.low < 1 <= self.high <= 10:
+            raise PolicyError(
+                f"the grid needs 0 < low < 1 <= high <= 10, got {self.low} and {self.high}: the "
+                "min-max scale itself is a candidate"
+            )

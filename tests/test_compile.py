@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxquant
-from fxquant import Policy, Rule, TensorSpec, testing
+from fxquant import Policy, Rule, TensorSpec, policies, testing
 from fxquant.errors import (
     BatchError,
     CaptureError,
@@ -24,6 +25,7 @@ from fxquant.errors import (
     LoweringError,
     NonFiniteError,
     NothingToQuantizeError,
+    PolicyError,
     TrainingModeError,
     UnusedRuleError,
 )
@@ -288,6 +290,25 @@ def test_a_rule_that_matches_nothing_is_an_error(vit: nn.Module) -> None:
     policy = fxquant.policies.w8a8().with_rules(Rule(path="blocks.7.*", spec=None))
     with pytest.raises(UnusedRuleError, match="rule 1"):
         fxquant.compile(vit, [X], policy)
+
+
+def test_a_model_made_in_inference_mode_compiles() -> None:
+    with torch.inference_mode():
+        model = seeded(testing.Block())
+        labelled = [(tokens(4), torch.tensor([0, 1, 2, 3]))]
+
+        def loss(outputs: Tensor, labels: Tensor | None) -> Tensor:
+            assert labels is not None
+            return F.cross_entropy(outputs.mean(1), labels, reduction="sum")
+
+        compiled = fxquant.compile(model, labelled, policies.ptq4vit(), loss=loss)
+        assert relative_error(compiled(tokens()), model(tokens())) < 0.1
+
+
+def test_a_loss_that_nothing_reads_is_an_error(vit: nn.Module) -> None:
+    for policy in ("w8a8", policies.base_ptq()):
+        with pytest.raises(PolicyError, match=r"takes no gradient.*hessian or fisher"):
+            fxquant.compile(vit, [torch.randn(2, 3, 16, 16)], policy, loss=lambda y, _: y.sum())
 
 
 def test_an_unknown_backend_is_an_error(quantized: fxquant.CompiledModel) -> None:

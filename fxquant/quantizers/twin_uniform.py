@@ -10,7 +10,7 @@ from torch import Tensor
 from fxquant import ops
 from fxquant.errors import CalibrationError
 from fxquant.quantizers.base import Quantizer
-from fxquant.spec import TensorSpec
+from fxquant.spec import MAX_SHIFT, TensorSpec
 
 
 class TwinUniformQuantizer(Quantizer):
@@ -142,12 +142,12 @@ class TwinUniformQuantizer(Quantizer):
 
 def bounded_shift(shift: int, spec: TensorSpec, *, two_sided: bool) -> int:
     """``shift`` within what a quantizer and the spec allow."""
-    shift = max(shift, 0 if two_sided else 1)
-    return shift if spec.max_shift is None else min(shift, spec.max_shift)
+    largest = MAX_SHIFT if spec.max_shift is None else spec.max_shift
+    return min(max(shift, 0 if two_sided else 1), largest)
 
 
 def covering_shift(coarse: float, low: float, spec: TensorSpec) -> int:
-    """Largest shift whose fine grid of ``D_R2 / 2^m`` still covers ``-low``.
+    """Largest shift allowed whose fine grid of ``D_R2 / 2^m`` still covers ``-low``.
 
     Args:
         coarse: ``D_R2``.

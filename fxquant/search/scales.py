@@ -150,10 +150,16 @@ class SearchedTwin(Searched):
         shares = torch.linspace(search.low, search.high, search.candidates).tolist()
         self._stride = search.stride if fitted.two_sided else 1
         found = twin_candidates(lo, hi, spec, shares if fitted.two_sided else (1.0,))
+        start = 0
         if fitted.two_sided != found[0].two_sided:
-            found = []  # the sampled rows hold no negative value, others do
-        self._candidates = [q.to(values.device) for q in (fitted, *found)]
-        self._chosen = torch.zeros((), dtype=torch.long, device=values.device)
+            found = [fitted]  # the sampled rows hold no negative value, others do
+        elif fitted.two_sided:  # stands where the grid has it, so that its neighbours are near it
+            start = min(range(len(found)), key=lambda i: abs(shares[i] - 1))
+            found[start] = fitted
+        else:
+            found.insert(0, fitted)
+        self._candidates = [q.to(values.device) for q in found]
+        self._chosen = torch.tensor(start, device=values.device)
 
     def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
         """See the base class."""

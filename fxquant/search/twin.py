@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from fxquant.quantizers import TwinUniformQuantizer, covering_shift
-from fxquant.spec import TensorSpec
-
-# D_R1 of the paper reaches from D_R2 / 2 down to D_R2 / 2^11 (arXiv 2111.12293, section 4.2).
-LARGEST_SHIFT = 11
+from fxquant.spec import MAX_SHIFT, TensorSpec
 
 
 def twin_candidates(
@@ -40,7 +37,7 @@ def twin_candidates(
     steps = [full * fraction for fraction in fractions]
     if hi <= 1:
         steps.append(1 / levels)
-    largest = LARGEST_SHIFT if spec.max_shift is None else spec.max_shift
+    largest = MAX_SHIFT if spec.max_shift is None else spec.max_shift
     return [
         _twin(step, shift, spec, two_sided=False)
         for step in steps
