@@ -174,7 +174,10 @@ def twins(
     low, high, levels = -float(values.min()), float(values.max()), fitted.levels
     if fitted.two_sided:
         full = max(high / (levels - 1), low / levels)
-        for share in torch.linspace(search.low, search.high, search.candidates).tolist():
+        grid = torch.linspace(search.low, search.high, search.candidates)
+        for i, share in enumerate(grid.tolist()):
+            if i == int((grid - 1).abs().argmin()):
+                continue  # what the observers found stands in its place
             coarse = full * share
             shift = max(0, math.floor(math.log2(coarse * levels / low)))
             yield twin(coarse, shift, fitted)
