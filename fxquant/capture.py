@@ -203,6 +203,11 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
     _inline_regions(module)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
+    for node in list(graph.nodes):
+        # A model that writes into its input would write into the user's images.
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
     output = next(node for node in graph.nodes if node.op == "output")
     leaves = pytree.tree_leaves(output.args[0])
     spec = program.call_spec.out_spec

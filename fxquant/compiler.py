@@ -79,9 +79,9 @@ def compile(
         calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
             DataLoader of these. 32 images are usual.
         policy: preset name, Policy, dict, or path of a YAML file.
-        loss: of the model's outputs and the batch's labels (None where there are none), one
-            number; its gradient weighs errors in the Hessian metric instead of the loss that the
-            policy's search names.
+        loss: of the model's outputs and the labels (None where there are none) of up to four
+            images, one number, summed over the images; its gradient weighs errors instead of that
+            of the loss which the policy's search names.
         progress: show the progress of long steps on stderr.
 
     Returns:

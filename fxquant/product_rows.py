@@ -132,10 +132,10 @@ class ProductRows(ABC):
     def _kept_gradient(self) -> Tensor | None:
         """The gradient, scaled by how many rows each stands for.
 
-        None if it vanishes everywhere, so that it weighs nothing.
+        None if it or its square vanishes everywhere, so that it weighs nothing.
         """
         gradient = self._kept.get("gradient")
-        if gradient is None or not bool(gradient.any()):
+        if gradient is None or not bool(gradient.square().any()):
             return None
         counts = self._counts()
         if counts is None:
@@ -280,9 +280,12 @@ class MatmulRows(ProductRows):
         self._limit = rows // self._queries
 
     def _energies(self, gradient: Tensor) -> Tensor:
-        order = torch.randperm(gradient.shape[-2], generator=self._generator)
-        self._drawn = order[: self._queries].sort().values.to(gradient.device)
-        return self._folded(gradient)[:, :, self._drawn].square().sum((1, 2, 3))
+        folded = self._folded(gradient)
+        # Rows that the loss does not reach come last: behind a class token that is all but one.
+        reached = (folded != 0).any(3).flatten(0, 1).any(0).cpu()
+        keys = torch.rand(len(reached), generator=self._generator) + reached
+        self._drawn = keys.topk(self._queries).indices.sort().values.to(gradient.device)
+        return folded[:, :, self._drawn].square().sum((1, 2, 3))
 
     def _select(
         self, lhs: Tensor, rhs: Tensor, gradient: Tensor, index: Tensor
@@ -330,7 +333,7 @@ def rows_of(
         if not all(isinstance(size, int) for size in (*left[-2:], *right[-2:])):
             return None  # a matrix whose size changes with the batch
         return MatmulRows((left, right), generator, metric)
-    if weight is None or (kind is OpKind.CONV and len(left) < weight.ndim):
+    if weight is None or len(left) < (weight.ndim if kind is OpKind.CONV else 2):
         return None
     if kind is OpKind.CONV:
         return ConvRows(node, weight, generator, metric)

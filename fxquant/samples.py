@@ -6,6 +6,7 @@ without replacement, so that memory depends on the budget, not on the number of 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,7 +23,8 @@ from fxquant.product_rows import ProductRows, rows_of
 from fxquant.search.output import ProductSample
 from fxquant.spec import GRADIENT_METRICS, GradientLoss, ScaleSearch
 
-# Model outputs and the batch's labels (None where the loader gives none) to a number.
+# Model outputs and labels (None where the loader gives none) of up to four images to a number,
+# summed over the images: a mean would weigh those of a smaller part more.
 Loss = Callable[[Any, Tensor | None], Tensor]
 
 # Images in one backward pass: what autograd keeps grows with them.
@@ -61,9 +63,10 @@ def sample_products(
     loss = loss or _Loss(search, device)
     seen = 0
     for images, labels in batches:
-        for start in range(0, len(images), _PART):
-            part = slice(start, start + _PART)
-            _run(gm, sites, images[part].to(device), labels, part, loss if wants_gradient else None)
+        count = math.ceil(len(images) / _PART)
+        parts = [None] * count if labels is None else labels.tensor_split(count)
+        for part, its in zip(images.tensor_split(count), parts, strict=True):
+            _run(gm, sites, part.to(device), its, loss if wants_gradient else None)
         seen += len(images)
     return {name: site.sample() for name, site in sites.items() if site.filled}, seen
 
@@ -100,7 +103,6 @@ def _run(
     sites: dict[str, ProductRows],
     images: Tensor,
     labels: Tensor | None,
-    part: slice,
     loss: Loss | None,
 ) -> None:
     with torch.set_grad_enabled(loss is not None):
@@ -115,7 +117,7 @@ def _run(
                 "resize the images to the model's input size"
             ) from error
         if loss is not None:
-            value = loss(outputs, None if labels is None else labels[part].to(images.device))
+            value = loss(outputs, None if labels is None else labels.to(images.device))
             _check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
     for site in sites.values():
@@ -130,8 +132,8 @@ def _check_loss(value: Any) -> None:
         )
     if not bool(value.isfinite()):
         raise CalibrationError(
-            f"the loss of a batch is {value.item()}, so its gradient says nothing; look for a "
-            "logarithm of zero or a division by zero in it"
+            f"the loss of a batch is {value.item()}, so its gradient says nothing; look for "
+            "infinite outputs of the model, or a logarithm of zero or division by zero in the loss"
         )
 
 
@@ -145,8 +147,6 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
-        if n.target is torch.ops.aten.copy_.default:
-            return None  # a model writes into its input, which the collectors still read
         result = super().run_node(n)
         site = self._sites.get(n.name)
         if site is not None:

@@ -216,7 +216,8 @@ class ScaleSearch:
         stride: the first pass over the grid tries every stride-th point, the second all between
             the neighbours of the two best; 1 tries all.
         rows: rows of each product that candidates are compared on.
-        memory_bytes: bound of what is kept of the float model; rows are fewer where it is tight.
+        memory_bytes: bound of what is kept of the float model between batches (besides, the
+            activations of four images at a time); rows are fewer where it is tight.
         seed: of the choice of rows, sampled labels and noise.
     """
 

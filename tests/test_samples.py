@@ -260,3 +260,13 @@ def test_too_small_a_budget_raises_and_tells_the_least(swin: nn.Module) -> None:
     assert run(int(least.replace(",", "")))
     with pytest.raises(CalibrationError):
         run(int(least.replace(",", "")) - 1)
+
+
+def test_attention_rows_that_the_loss_reaches_come_first(vit: nn.Module) -> None:
+    """Behind a class token only its own row has a gradient."""
+    found = sampled(vit, images(6, 16), search=replace(ALL, rows=2))
+    attention = [sample for sample in found.values() if not sample.channels]
+    assert len(attention) == 2
+    for sample in attention:
+        assert sample.gradient is not None and sample.lhs.shape[2] == 2
+        assert bool(sample.gradient.flatten(1).any(1).all())

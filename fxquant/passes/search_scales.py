@@ -25,7 +25,7 @@ from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.search.metrics import Unit, unit_shape
 from fxquant.search.output import Operand, ProductSample
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
-from fxquant.spec import Arg, Granularity, OpKind, ScaleSearch, Stage
+from fxquant.spec import GRADIENT_METRICS, Arg, Granularity, OpKind, ScaleSearch, Stage
 
 _LEFT = (Arg.INPUT, Arg.LHS)
 
@@ -70,9 +70,8 @@ class _Work:
     def __init__(self, gm: fx.GraphModule, options: SearchScales, skips: list[Skip]) -> None:
         self._gm, self._options = gm, options
         # Right operands come first, as in the paper's alternation of weight and activation.
-        found = sorted(quantized_edges(gm), key=lambda edge: edge.arg in _LEFT)
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        found.sort(key=lambda edge: order[edge.node])
+        found = sorted(quantized_edges(gm), key=lambda e: (order[e.node], e.arg in _LEFT))
         self._readers: dict[str, list[Edge]] = {}
         self._at = {(edge.node, edge.arg in _LEFT): edge for edge in found}
         for edge in found:
@@ -84,6 +83,9 @@ class _Work:
                 skips.append(Skip(readers[0].name, searched))
             else:
                 self.searched[name] = searched
+        if options.search.metric in GRADIENT_METRICS:
+            reason = "compared by squared error: the gradient of the loss does not reach it"
+            skips += [Skip(n, reason) for n, s in options.samples.items() if s.gradient is None]
 
     def _start(self, name: str, readers: list[Edge]) -> Searched | str:
         """The state of a search, or why there is none."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.search.metrics import Unit, losses, unit_shape
+from fxquant.search.metrics import Unit, losses
 from fxquant.spec import GRADIENT_METRICS, Metric
 
 # Elements of the largest temporary. Above 32 MB glibc asks the kernel for fresh pages each time,
@@ -99,7 +99,7 @@ def candidate_losses(
     """Loss of each candidate, summed over the products that read the operand.
 
     Args:
-        consumers: at least one; with units other than the tensor, exactly one.
+        consumers: at least one; where there are more, the units of all are the same.
         candidates: ``(G, *units)``.
         quantize: how a candidate quantizes.
         metric: see :func:`losses`.
@@ -155,14 +155,3 @@ def along_units(parameter: Tensor, unit: Unit, axis: int) -> Tensor:
     elif unit is Unit.HEAD:
         parameter = parameter.movedim(0, 1)
     return parameter.reshape(shape)
-
-
-__all__ = [
-    "Operand",
-    "ProductSample",
-    "Quantize",
-    "Unit",
-    "along_units",
-    "candidate_losses",
-    "unit_shape",
-]
