@@ -12,6 +12,8 @@ from torch import nn
 
 from tests.cli_helpers import draw_classes, draw_flat
 
+# Tests run in several processes; more threads than cores wait for one another at every product.
+torch.set_num_threads(1)
 # Runs of torch code vary in time on a busy machine, so a deadline would only make tests flaky.
 hypothesis.settings.register_profile("fxquant", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("fxquant")

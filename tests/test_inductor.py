@@ -7,8 +7,6 @@ from fxquant import policies
 from fxquant.backends.inductor import compile_integer
 from fxquant.errors import LoweringError
 
-torch.set_num_threads(1)
-
 
 class Tiny(nn.Module):
     def __init__(self):

@@ -15,8 +15,6 @@ from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.spec import Arg, OpKind, Stage
 from tests.integer_helpers import assert_integer_equals_simulation, code_buffers, compare
 
-torch.set_num_threads(1)
-
 
 class Net(nn.Module):
     """Convolutions of all sorts, then attention with two heads."""

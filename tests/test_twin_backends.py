@@ -17,8 +17,6 @@ from fxquant.testing import DIM, Block, seeded, tokens
 from tests.integer_helpers import assert_integer_equals_simulation, code_buffers
 from tests.twin_nets import NETS, compiled, found, twins
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("net", NETS)

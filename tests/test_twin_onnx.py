@@ -30,7 +30,6 @@ from tests.agreement import assert_same_codes
 from tests.integer_helpers import assert_integer_equals_simulation
 from tests.twin_nets import NETS, compiled, found, twins
 
-torch.set_num_threads(1)
 Export = Callable[[str, int, int | None], OnnxExport]
 
 
