@@ -130,18 +130,28 @@ def run(work: list[Job], path: Path, processes: int) -> dict[Job, float]:
     return {job: done[job] for job in work}
 
 
-def table(scores: dict[tuple[str, int, str], list[float]]) -> tuple[Table, list[list[str]]]:
-    """The means with their spread (largest less smallest), for people and for a file."""
-    rows = [["model", "bits", "method", "top-1 %", "spread", "lost", "draws"]]
-    for (model, bits, method), found in scores.items():
-        mean, spread = float(np.mean(found)), float(np.max(found) - np.min(found))
-        lost = scores[model, 32, FLOAT][0] - mean
-        figures = [f"{mean:.2f}", f"{spread:.2f}", f"{lost:.2f}", str(len(found))]
-        rows.append([model, str(bits), method, *figures])
-    shown = Table(*rows[0])
-    for row in rows[1:]:
-        shown.add_row(*row)
-    return shown, rows
+def table(scores: dict[tuple[str, int, str], list[float]], model: str) -> Table:
+    """Mean top-1 over the draws and, in brackets, largest less smallest; a column a width."""
+    own = {key[1:]: found for key, found in scores.items() if key[0] == model}
+    (exact,) = own.pop((32, FLOAT))
+    widths = list(dict.fromkeys(bits for bits, _ in own))
+    shown = Table(f"{model}, float32 {exact:.1f} %", *(f"W{bits}A{bits}" for bits in widths))
+    for method in dict.fromkeys(name for _, name in own):
+        found = [own.get((bits, method)) for bits in widths]
+        cells = [f"{np.mean(draws):.1f} ({np.ptp(draws):.1f})" if draws else "" for draws in found]
+        shown.add_row(method, *cells)
+    return shown
+
+
+def write_csv(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
+    """A row a model, width and method: mean, spread (largest less smallest), points lost, draws."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "bits", "method", "top-1 %", "spread", "lost", "draws"])
+        for (model, bits, method), found in scores.items():
+            mean, exact = np.mean(found), scores[model, 32, FLOAT][0]
+            figures = [f"{value:.2f}" for value in (mean, np.ptp(found), exact - mean)]
+            writer.writerow([model, bits, method, *figures, len(found)])
 
 
 def plot(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
@@ -167,7 +177,7 @@ def plot(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Prints the table; writes ``accuracy.csv`` and ``accuracy.png``."""
+    """Prints a table a model; writes ``accuracy.csv`` and ``accuracy.png``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--methods", nargs="+", choices=list(methods(8)))
@@ -184,10 +194,9 @@ def main() -> None:
         list(jobs(options)), options.out / "draws.csv", options.processes
     ).items():
         scores.setdefault((job.model, job.bits, job.method), []).append(score)
-    shown, rows = table(scores)
-    Console(width=120).print(shown)
-    with (options.out / "accuracy.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    for model in options.models:
+        Console(width=120).print(table(scores, model))
+    write_csv(scores, options.out / "accuracy.csv")
     plot(scores, options.out / "accuracy.png")
 
 
