@@ -45,7 +45,7 @@ def test_the_first_matching_rule_decides() -> None:
         ({"op": OpKind.MATMUL, "arg": Arg.RHS}, {"attn_matmul__rhs", "attn_matmul_1__rhs"}),
         ({"path": "fc", "optional": True}, set()),  # the whole path must match
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_rules_match_facts_of_the_graph(condition: dict[str, Any], expected: set[str]) -> None:
     gm, _ = annotated(Rule(spec=FOUR, **condition), Rule(spec=EIGHT))
