@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,22 @@ def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tupl
     return {name: observer.range() for name, observer in recorder.observers.items()}
 
 
+@contextmanager
+def explained(images: Tensor) -> Iterator[None]:
+    """Says of an error in a run of the model which images it did not take.
+
+    Raises:
+        BatchError: instead of the error.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise BatchError(
+            f"the model does not take a batch of shape {tuple(images.shape)} ({error}); "
+            "resize the images to the model's input size"
+        ) from error
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph and shows what the linears of each site read to an observer."""
 
@@ -91,12 +108,7 @@ class _Recorder(fx.Interpreter):
 def _run(gm: fx.GraphModule, call: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> int:
     device, seen = device_of(gm), 0
     for images in batches:
-        try:
+        with explained(images):
             call(images.to(device))
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise BatchError(
-                f"the model does not take a batch of shape {tuple(images.shape)} ({error}); "
-                "resize the images to the model's input size"
-            ) from error
         seen += len(images)
     return seen

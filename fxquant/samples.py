@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from fxquant.calibrate import explained
 from fxquant.capture import device_of
-from fxquant.errors import BatchError, CalibrationError
+from fxquant.errors import CalibrationError
 from fxquant.graph import constant, op_kind, operand
 from fxquant.product_rows import ProductRows, rows_of
 from fxquant.search.output import ProductSample
@@ -109,13 +110,8 @@ def _run(
         if loss is not None:
             # A leaf may not be changed in place, as some models do with their input; its copy may.
             images = images.clone().requires_grad_().clone()
-        try:
+        with explained(images):
             outputs = _Recorder(gm, sites).run(images)
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise BatchError(
-                f"the model does not take a batch of shape {tuple(images.shape)} ({error}); "
-                "resize the images to the model's input size"
-            ) from error
         if loss is not None:
             value = loss(outputs, None if labels is None else labels.to(images.device))
             _check_loss(value)

@@ -231,7 +231,7 @@ def run_doctor(options: Namespace) -> int:
 
 def _policy(options: Namespace) -> Policy:
     """The policy asked for, a preset at the widths asked for."""
-    widths = {"weight_bits": options.weight_bits, "act_bits": options.act_bits}
+    widths = _widths(options)
     if not any(widths.values()):
         return resolve(options.policy)
     if Path(options.policy).suffix in (".yaml", ".yml"):
@@ -239,6 +239,10 @@ def _policy(options: Namespace) -> Policy:
             f"--weight-bits and --act-bits are for presets; {options.policy} has its own widths"
         )
     return policies.preset(options.policy, **widths)
+
+
+def _widths(options: Namespace) -> dict[str, int | None]:
+    return {"weight_bits": options.weight_bits, "act_bits": options.act_bits}
 
 
 def run_policies(options: Namespace) -> int:
@@ -252,6 +256,5 @@ def run_policies(options: Namespace) -> int:
         make_one: Callable[..., object] = policies.PRESETS[options.name]
         print(f"{options.name}{inspect.signature(make_one)}\n\n{inspect.getdoc(make_one)}")
     else:
-        widths = {"weight_bits": options.weight_bits, "act_bits": options.act_bits}
-        print(to_yaml(policies.preset(options.name, **widths)), end="")
+        print(to_yaml(policies.preset(options.name, **_widths(options))), end="")
     return 0

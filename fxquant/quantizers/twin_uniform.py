@@ -94,8 +94,13 @@ class TwinUniformQuantizer(Quantizer):
 
     @property
     def grid_size(self) -> int:
-        """Number of points of that plain grid; 256 and fewer fit 8-bit codes."""
+        """Number of points of that plain grid."""
         return self.grid_zero_point + ((self.levels - 1) << self.shift) + 1
+
+    @property
+    def fits_byte(self) -> bool:
+        """Whether unsigned codes of 8 bits can number the points of that grid."""
+        return self.grid_size <= 256
 
     def quantize(self, x: Tensor) -> Tensor:
         """Code words of ``x``: ``region * 2^(bits-1) + magnitude``; zero is code 0."""

@@ -14,9 +14,6 @@ from fxquant.backends.integer.kernels import Operand, Terms
 from fxquant.ops import twin_values, twin_words
 from fxquant.quantizers import TwinUniformQuantizer
 
-# Points of a grid that unsigned codes of 8 bits can number.
-_BYTE = 256
-
 
 class TwinToCodes(nn.Module):
     """Quantizes: floats of any shape to uint8 code words of that shape."""
@@ -68,7 +65,7 @@ class TwinSide(nn.Module):
         self.two_sided = quantizer.two_sided
         self.bound = (self.levels - 1) << self.shift
         self.register_buffer("scale", quantizer.scale.clone())
-        one_grid = quantizer.grid_size <= _BYTE
+        one_grid = quantizer.fits_byte
         zero = torch.tensor(quantizer.grid_zero_point, dtype=torch.int32) if one_grid else None
         self.register_buffer("zero_point", zero)
 

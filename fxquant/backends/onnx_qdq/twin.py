@@ -97,7 +97,7 @@ class _Twin:
 
     def rewrite(self) -> int:
         """Returns the number of integer products that a product becomes."""
-        if self.quantizer.grid_size <= _BYTE:
+        if self.quantizer.fits_byte:
             self._snap()
             return 1
         products = 0
