@@ -12,8 +12,13 @@ from torch import Tensor
 
 from fxquant import ops
 from fxquant.errors import CalibrationError, FileFormatError
-from fxquant.quantizers import Quantizer, UniformQuantizer, accumulator_scale, from_config
+from fxquant.quantizers import UniformQuantizer, accumulator_scale, from_config
 from fxquant.spec import TensorSpec
+from tests.laws import (
+    assert_forward_is_dequantize_of_quantize,
+    assert_idempotent,
+    assert_state_is_complete,
+)
 
 # Axis a scale runs along -> what the granularity is called; the data is (2, 3, 4, 5).
 AXES = {None: "tensor", 0: "weight channel", -1: "channel", -3: "head"}
@@ -61,15 +66,12 @@ def test_codes_are_whole_numbers_of_the_code_range(case: Case) -> None:
 
 @given(cases())
 def test_forward_is_dequantize_of_quantize(case: Case) -> None:
-    quantizer = case.quantizer
-    assert torch.equal(quantizer(case.x), quantizer.dequantize(quantizer.quantize(case.x)))
+    assert_forward_is_dequantize_of_quantize(case.quantizer, case.x)
 
 
 @given(cases())
 def test_forward_is_idempotent(case: Case) -> None:
-    once = case.quantizer(case.x)
-    assert torch.equal(case.quantizer(once), once)
-    assert torch.equal(case.quantizer.quantize(once), case.quantizer.quantize(case.x))
+    assert_idempotent(case.quantizer, case.x)
 
 
 @given(cases())
@@ -95,13 +97,7 @@ def test_error_within_the_range_is_at_most_half_a_step(case: Case) -> None:
 
 @given(cases())
 def test_state_is_complete(case: Case) -> None:
-    again = from_config(case.quantizer.config())
-    again.load_state_dict(case.quantizer.state_dict())
-    assert isinstance(again, Quantizer)
-    assert again.bits == case.quantizer.bits
-    assert again.config() == case.quantizer.config()
-    assert torch.equal(again(case.x), case.quantizer(case.x))
-    assert torch.equal(again.quantize(case.x), case.quantizer.quantize(case.x))
+    assert_state_is_complete(case.quantizer, case.x)
 
 
 @given(cases())

@@ -12,8 +12,13 @@ from torch import Tensor
 
 from fxquant import TensorSpec, ops
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
-from fxquant.quantizers import TwinUniformQuantizer, from_config
+from fxquant.quantizers import TwinUniformQuantizer
 from fxquant.spec import Granularity, Scheme
+from tests.laws import (
+    assert_forward_is_dequantize_of_quantize,
+    assert_idempotent,
+    assert_state_is_complete,
+)
 
 
 @dataclass
@@ -54,15 +59,12 @@ def test_code_words_are_whole_numbers_of_their_bits(case: Case) -> None:
 
 @given(cases())
 def test_forward_is_dequantize_of_quantize(case: Case) -> None:
-    quantizer = case.quantizer
-    assert torch.equal(quantizer(case.x), quantizer.dequantize(quantizer.quantize(case.x)))
+    assert_forward_is_dequantize_of_quantize(case.quantizer, case.x)
 
 
 @given(cases())
 def test_forward_is_idempotent(case: Case) -> None:
-    once = case.quantizer(case.x)
-    assert torch.equal(case.quantizer(once), once)
-    assert torch.equal(case.quantizer.quantize(once), case.quantizer.quantize(case.x))
+    assert_idempotent(case.quantizer, case.x)
 
 
 @given(cases())
@@ -82,10 +84,7 @@ def test_each_value_goes_to_the_nearest_of_both_grids(case: Case) -> None:
 
 @given(cases())
 def test_state_is_complete(case: Case) -> None:
-    again = from_config(case.quantizer.config())
-    again.load_state_dict(case.quantizer.state_dict())
-    assert again.config() == case.quantizer.config()
-    assert torch.equal(again(case.x), case.quantizer(case.x))
+    assert_state_is_complete(case.quantizer, case.x)
 
 
 @given(cases())

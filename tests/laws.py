@@ -1,0 +1,28 @@
+"""The laws that every quantizer keeps, whatever its grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.quantizers import Quantizer, from_config
+
+
+def assert_forward_is_dequantize_of_quantize(quantizer: Quantizer, x: Tensor) -> None:
+    assert torch.equal(quantizer(x), quantizer.dequantize(quantizer.quantize(x)))
+
+
+def assert_idempotent(quantizer: Quantizer, x: Tensor) -> None:
+    once = quantizer(x)
+    assert torch.equal(quantizer(once), once)
+    assert torch.equal(quantizer.quantize(once), quantizer.quantize(x))
+
+
+def assert_state_is_complete(quantizer: Quantizer, x: Tensor) -> None:
+    again = from_config(quantizer.config())
+    again.load_state_dict(quantizer.state_dict())
+    assert isinstance(again, Quantizer)
+    assert again.bits == quantizer.bits
+    assert again.config() == quantizer.config()
+    assert torch.equal(again(x), quantizer(x))
+    assert torch.equal(again.quantize(x), quantizer.quantize(x))
