@@ -6,7 +6,8 @@ From min-max to PTQ4ViT (arXiv 2111.12293): ``base PTQ`` searches scales by cosi
 round from half the range; ``+ rounds`` takes three and the whole range; ``+ Hessian`` then
 compares by squared error weighted by gradients; ``+ twin`` is the base with twin quantizers,
 ``+ both`` the preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by
-row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does.
+row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does. ``+
+Hessian, symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
 
 Simulated on held-out images; each draw calibrates on other images. Prints a table and writes it
 as CSV, beside a plot. Each measurement is written to ``draws.csv`` as soon as it is there; a run
@@ -33,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import Policy, policies
+from fxquant import Policy, Rule, TensorSpec, policies
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
 from fxquant.progress import track
@@ -60,11 +61,15 @@ def methods(bits: int) -> dict[str, Policy]:
     assert base.search is not None and whole.search is not None
     by_cosine = replace(whole.search, metric=Metric.COSINE)
     by_row = replace(whole.search, metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
+    uniform = policies.ptq4vit(bits, bits, twin=False)
+    symmetric = TensorSpec(bits=bits, symmetric=True)
+    skewed = tuple(Rule(fed_by=name, spec=symmetric) for name in ("softmax", "gelu"))
     steps = {
         "min-max": policies.minmax(bits, bits),
         "base PTQ": base,
         "+ rounds": replace(base, search=by_cosine),
-        "+ Hessian": policies.ptq4vit(bits, bits, twin=False),
+        "+ Hessian, symmetric": uniform.with_rules(*skewed),
+        "+ Hessian": uniform,
         "+ twin": replace(whole, search=base.search),
         "+ both": whole,
         "+ both, RepQ": replace(whole, reparameterize=True),
