@@ -9,9 +9,11 @@ compares by squared error weighted by gradients; ``+ twin`` is the base with twi
 row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does. ``+
 Hessian, symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
 
-Simulated on held-out images; each draw calibrates on other images. Prints a table and writes it
-as CSV, beside a plot. Each measurement is written to ``draws.csv`` as soon as it is there; a run
-with the same folder goes on where the last one stopped. Delete the folder after a change of code.
+Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
+and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,
+beside a plot. Each measurement is written to ``draws.csv`` as soon as it is there, draw by draw; a
+run with the same folder goes on where the last one stopped. Delete the folder after a change of
+code.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 import fxquant
 from fxquant import Policy, Rule, TensorSpec, policies
@@ -42,6 +45,8 @@ from fxquant.spec import GradientLoss, Metric
 
 WIDTHS = (8, 6, 5, 4, 3)
 FLOAT = "float32"
+# (model, width, method) -> the score of each draw.
+Scores = dict[tuple[str, int, str], list["Score"]]
 
 
 class Job(NamedTuple):
@@ -86,42 +91,58 @@ def load(split: str, start: int, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor(labels)
 
 
+class Score(NamedTuple):
+    """Of one job: top-1 in percent, and the mean of KL(float || quantized) over images, in nats."""
+
+    top1: float
+    divergence: float
+
+
 @torch.no_grad()
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy in percent."""
-    found = torch.cat([model(part).argmax(1) for part in images.split(50)])
-    return 100 * float((found == labels).float().mean())
+def outputs(model: nn.Module, images: int) -> Tensor:
+    """Log-probabilities of the test images, ``(images, classes)``."""
+    parts = load("test", 0, images)[0].split(50)
+    return torch.cat([model(part).log_softmax(1) for part in parts])
 
 
-def measure(job: Job) -> float:
-    """Top-1 in percent of one job."""
-    model = build(job.model)
+@cache
+def float_outputs(name: str, images: int) -> Tensor:
+    """Those of the float model."""
+    return outputs(build(name), images)
+
+
+def measure(job: Job) -> Score:
+    """Runs one job."""
+    exact = found = float_outputs(job.model, job.images)
     if job.method != FLOAT:
         images, _ = load("calib", job.draw * job.calibration, job.calibration)
         policy = methods(job.bits)[job.method]
-        model = fxquant.compile(model, images.split(16), policy)
-    return top1(model, *load("test", 0, job.images))
+        found = outputs(fxquant.compile(build(job.model), images.split(16), policy), job.images)
+    right = found.argmax(1) == load("test", 0, job.images)[1]
+    divergence = kl_div(found, exact, log_target=True, reduction="batchmean")
+    return Score(100 * float(right.float().mean()), float(divergence))
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """All measurements."""
     sizes = (options.calibration, options.images)
-    for model in options.models:
-        yield Job(model, 32, FLOAT, 0, *sizes)
-        for bits in options.widths:
-            names = [n for n in methods(bits) if not options.methods or n in options.methods]
-            for name, draw in itertools.product(names, range(options.draws)):
+    yield from (Job(model, 32, FLOAT, 0, *sizes) for model in options.models)
+    for draw, model, bits in itertools.product(
+        range(options.draws), options.models, options.widths
+    ):
+        for name in methods(bits):
+            if not options.methods or name in options.methods:
                 yield Job(model, bits, name, draw, *sizes)
 
 
-def run(work: list[Job], path: Path, processes: int) -> dict[Job, float]:
+def run(work: list[Job], path: Path, processes: int) -> dict[Job, Score]:
     """The figures of all jobs: those in the file, and the others, which are added to it."""
-    done: dict[Job, float] = {}
+    done: dict[Job, Score] = {}
     if path.exists():
         for row in csv.reader(path.open(encoding="utf-8")):
-            model, bits, method, draw, calibration, images, score = row
+            model, bits, method, draw, calibration, images, right, divergence = row
             job = Job(model, int(bits), method, int(draw), int(calibration), int(images))
-            done[job] = float(score)
+            done[job] = Score(float(right), float(divergence))
     left = [job for job in work if job not in done]
     with (
         path.open("a", newline="", encoding="utf-8") as file,
@@ -130,36 +151,58 @@ def run(work: list[Job], path: Path, processes: int) -> dict[Job, float]:
         found = track(pool.map(measure, left), label="measure", total=len(left))
         for job, score in zip(left, found, strict=True):
             done[job] = score
-            csv.writer(file).writerow([*job, f"{score:.4f}"])
+            csv.writer(file).writerow([*job, f"{score.top1:.4f}", f"{score.divergence:.6f}"])
             file.flush()
     return {job: done[job] for job in work}
 
 
-def table(scores: dict[tuple[str, int, str], list[float]], model: str) -> Table:
-    """Mean top-1 over the draws and, in brackets, largest less smallest; a column a width."""
+def table(scores: Scores, model: str, field: int) -> Table:
+    """Mean over the draws and, in brackets, largest less smallest; a column a width.
+
+    Args:
+        scores: of all jobs.
+        model: whose.
+        field: of ``Score``.
+    """
     own = {key[1:]: found for key, found in scores.items() if key[0] == model}
-    (exact,) = own.pop((32, FLOAT))
+    ((exact, _),) = own.pop((32, FLOAT))
     widths = list(dict.fromkeys(bits for bits, _ in own))
-    shown = Table(f"{model}, float32 {exact:.1f} %", *(f"W{bits}A{bits}" for bits in widths))
+    what, digits = ((f"top-1, float32 {exact:.1f} %", 1), ("KL", 3))[field]
+    shown = Table(f"{model}, {what}", *(f"W{bits}A{bits}" for bits in widths))
     for method in dict.fromkeys(name for _, name in own):
         found = [own.get((bits, method)) for bits in widths]
-        cells = [f"{np.mean(draws):.1f} ({np.ptp(draws):.1f})" if draws else "" for draws in found]
+        cells = [
+            f"{_mean(draws, field):.{digits}f} ({_spread(draws, field):.{digits}f})"
+            if draws
+            else ""
+            for draws in found
+        ]
         shown.add_row(method, *cells)
     return shown
 
 
-def write_csv(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
-    """A row a model, width and method: mean, spread (largest less smallest), points lost, draws."""
+def _mean(found: list[Score], field: int) -> float:
+    return float(np.mean([score[field] for score in found]))
+
+
+def _spread(found: list[Score], field: int) -> float:
+    return float(np.ptp([score[field] for score in found]))
+
+
+def write_csv(scores: Scores, path: Path) -> None:
+    """A row a model, width and method: means, spreads (largest less smallest), points lost."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["model", "bits", "method", "top-1 %", "spread", "lost", "draws"])
+        names = ("top-1 %", "spread", "lost", "KL", "spread of KL")
+        writer.writerow(["model", "bits", "method", *names, "draws"])
         for (model, bits, method), found in scores.items():
-            mean, exact = np.mean(found), scores[model, 32, FLOAT][0]
-            figures = [f"{value:.2f}" for value in (mean, np.ptp(found), exact - mean)]
+            mean, exact = _mean(found, 0), scores[model, 32, FLOAT][0].top1
+            figures = [f"{value:.2f}" for value in (mean, _spread(found, 0), exact - mean)]
+            figures += [f"{value:.4f}" for value in (_mean(found, 1), _spread(found, 1))]
             writer.writerow([model, bits, method, *figures, len(found)])
 
 
-def plot(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
+def plot(scores: Scores, path: Path) -> None:
     """Top-1 over the width, a line a method, a panel a model."""
     from matplotlib import pyplot
 
@@ -167,9 +210,13 @@ def plot(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(models), figsize=(5.5 * len(models), 4), squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):
         own = {key[1:]: found for key, found in scores.items() if key[0] == model}
-        panel.axhline(own.pop((32, FLOAT))[0], color="grey", linestyle=":", label=FLOAT)
+        panel.axhline(own.pop((32, FLOAT))[0].top1, color="grey", linestyle=":", label=FLOAT)
         for method in dict.fromkeys(name for _, name in own):
-            points = sorted((bits, found) for (bits, name), found in own.items() if name == method)
+            points = sorted(
+                (bits, [score.top1 for score in found])
+                for (bits, name), found in own.items()
+                if name == method
+            )
             means = [np.mean(found) for _, found in points]
             ends = [[m - min(f), max(f) - m] for m, (_, f) in zip(means, points, strict=True)]
             widths = [bits for bits, _ in points]
@@ -182,7 +229,7 @@ def plot(scores: dict[tuple[str, int, str], list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Prints a table a model; writes ``accuracy.csv`` and ``accuracy.png``."""
+    """Prints two tables a model; writes ``accuracy.csv`` and ``accuracy.png``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--methods", nargs="+", choices=list(methods(8)))
@@ -194,13 +241,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ablation"), help="folder for the files")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    scores: dict[tuple[str, int, str], list[float]] = {}
+    scores: Scores = {}
     for job, score in run(
         list(jobs(options)), options.out / "draws.csv", options.processes
     ).items():
         scores.setdefault((job.model, job.bits, job.method), []).append(score)
-    for model in options.models:
-        Console(width=120).print(table(scores, model))
+    for model, field in itertools.product(options.models, (0, 1)):
+        Console(width=120).print(table(scores, model, field))
     write_csv(scores, options.out / "accuracy.csv")
     plot(scores, options.out / "accuracy.png")
 
