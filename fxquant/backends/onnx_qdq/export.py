@@ -19,6 +19,7 @@ from torch import fx
 
 from fxquant.backends.onnx_qdq.doctor import TOLERANCE, optimization_difference
 from fxquant.backends.onnx_qdq.legalize import Legalizer
+from fxquant.backends.onnx_qdq.packing import pack_weights
 from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session
 from fxquant.backends.onnx_qdq.target import Target, resolve_target, u8s8_saturates
@@ -43,6 +44,8 @@ class OnnxExport:
         target: name of the CPU family it is for.
         fused: integer kernel -> number of nodes that onnxruntime runs on it.
         unfused: products that run in float, with reasons.
+        packed: bits -> number of weight codes that are stored at that width; codes of 8 bits and
+            more have an integer type of their own.
         twins: what each twin quantizer became, which QDQ has not.
         difference: relative L2 difference of the outputs between optimizations on and off on a
             random batch; None where this CPU's product overflows on the target's types.
@@ -53,6 +56,7 @@ class OnnxExport:
     target: str
     fused: dict[str, int]
     unfused: tuple[Unfused, ...]
+    packed: dict[int, int]
     twins: tuple[TwinForm, ...]
     difference: float | None
 
@@ -63,6 +67,9 @@ class OnnxExport:
             f"{self.path}: {self.file_bytes / 1e6:.2f} MB for {self.target}",
             f"integer kernels: {kernels or 'none'}",
         ]
+        if self.packed:
+            counts = (f"{count:,} of {bits} bits" for bits, count in sorted(self.packed.items()))
+            lines.append(f"weights packed: {', '.join(counts)}")
         lines += [f"float: {item.node} ({item.op}): {item.reason}" for item in self.unfused]
         if self.twins:
             lines.append(f"twin codes: {_count_forms(self.twins)}")
@@ -98,8 +105,9 @@ def export_onnx(
     if stage(gm) is not Stage.FROZEN:
         raise LoweringError(f"export takes a graph in stage FROZEN, got {stage(gm).name}")
     chosen = resolve_target(target)
-    model, twins = _translate(gm, image_shape, chosen)
+    model, widths, twins = _translate(gm, image_shape, chosen)
     check_rules(model)
+    packed = pack_weights(model, widths)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"
         ir.save(model, draft)
@@ -122,6 +130,7 @@ def export_onnx(
         target=chosen.name,
         fused=fused,
         unfused=unfused,
+        packed=packed,
         twins=twins,
         difference=difference,
     )
@@ -154,10 +163,11 @@ def _write(path: Path, content: bytes) -> None:
 
 def _translate(
     gm: fx.GraphModule, image_shape: tuple[int, ...], target: Target
-) -> tuple[ir.Model, tuple[TwinForm, ...]]:
+) -> tuple[ir.Model, dict[str, int], tuple[TwinForm, ...]]:
+    """The model, the widths of its weights' codes by name, and what twin quantizers became."""
     own = copy.deepcopy(gm).to("cpu")
     twins = rewrite_twins(own)
-    Legalizer(own, target).run()
+    widths = Legalizer(own, target).run()
     images = torch.zeros(2, *image_shape)
     try:
         with _quiet(), torch.no_grad():
@@ -181,7 +191,7 @@ def _translate(
     model = program.model
     model.ir_version = IR_VERSION
     _strip(model)
-    return model, twins
+    return model, widths, twins
 
 
 def _strip(model: ir.Model) -> None:
