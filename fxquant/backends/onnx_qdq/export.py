@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from fxquant.backends.onnx_qdq.compact import compact
 from fxquant.backends.onnx_qdq.doctor import TOLERANCE, optimization_difference
 from fxquant.backends.onnx_qdq.legalize import Legalizer
 from fxquant.backends.onnx_qdq.packing import pack_weights
@@ -190,22 +191,8 @@ def _translate(
     assert program is not None
     model = program.model
     model.ir_version = IR_VERSION
-    _strip(model)
+    compact(model)
     return model, widths, twins
-
-
-def _strip(model: ir.Model) -> None:
-    """Removes the exporter's notes, which hold stack traces and paths of this machine."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.producer_name = "fxquant"
 
 
 @contextmanager
