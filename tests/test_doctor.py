@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fxquant.backends.onnx_qdq import doctor
+from fxquant.backends.onnx_qdq.doctor import TOLERANCE, relative_difference
 from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.errors import FileFormatError, LoweringError
 from tests.qdq_files import K, N, gemm_file
@@ -126,3 +127,25 @@ def test_sizes_left_open_lead_to_real_images(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"x, axis 1.*for which 2 was taken.*--data"):
         doctor(path)
     assert doctor(path, np.ones((1, 4, 4, 4), np.float32)).ok
+
+
+@pytest.mark.parametrize(
+    ("values", "plain", "difference"),
+    [
+        ([3.0, 4.0], [3.0, 0.0], 4 / 3),
+        ([np.inf, 1.0], [np.inf, 1.0], 0.0),
+        ([np.nan, 1.0], [np.nan, 2.0], 0.5),
+        ([np.inf, 1.0], [5.0, 1.0], np.inf),
+        ([1e-6, 0.0], [0.0, 0.0], TOLERANCE),
+        ([0.0, 1e-9], [0.0, -1e-9], 1e-4),
+    ],
+)
+def test_the_difference_of_outputs(
+    values: list[float], plain: list[float], difference: float
+) -> None:
+    assert relative_difference(np.array(values), np.array(plain)) == pytest.approx(difference)
+
+
+def test_a_number_missing_on_one_side_is_never_ok() -> None:
+    assert not relative_difference(np.array([np.nan]), np.array([1.0])) <= TOLERANCE
+    assert not relative_difference(np.array([1.0]), np.array([np.nan])) <= TOLERANCE

@@ -19,6 +19,8 @@ from fxquant.errors import FileFormatError
 # A rounding tie moves a code by one now and then, which a deep network carries to its end; a
 # wrong fusion changes the output by more than this share of its norm.
 TOLERANCE = 0.05
+# Inner values are about 1, so that float32 leaves 1e-6, TOLERANCE of this, where zero is right.
+SMALLEST = 2e-5
 _BATCH = 2
 _FLOATS = {
     "tensor(float16)": np.float16,
@@ -140,14 +142,23 @@ def optimization_difference(path: Path, images: NDArray[np.float32] | None = Non
                 f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}{advice}"
             ) from error
         results.append(np.concatenate([np.ravel(o).astype(np.float64) for o in outputs]))
-    return _relative_difference(results[0], results[1])
+    return relative_difference(results[0], results[1])
 
 
-def _relative_difference(values: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
-    """L2 norm of the difference over that of the finite plain values; equal infinities agree."""
-    gap = np.subtract(values, plain, out=np.zeros_like(plain), where=values != plain)
-    size = max(float(np.linalg.norm(plain[np.isfinite(plain)])), 1e-12)
-    return float(np.linalg.norm(gap)) / size
+def relative_difference(values: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
+    """L2 norm of the difference over that of the finite plain values.
+
+    Equal infinities agree, and so do two NaN. Of outputs below ``SMALLEST`` the difference is
+    taken relative to that.
+
+    Args:
+        values: of any shape.
+        plain: what they should be, of the same.
+    """
+    differ = (values != plain) & ~(np.isnan(values) & np.isnan(plain))
+    gap = np.subtract(values, plain, out=np.zeros_like(plain), where=differ)
+    size = float(np.linalg.norm(plain[np.isfinite(plain)]))
+    return float(np.linalg.norm(gap)) / max(size, SMALLEST)
 
 
 def _advice(session: ort.InferenceSession) -> str:
