@@ -20,8 +20,9 @@ from torch import nn
 
 import fxquant
 from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies
-from fxquant.backends.onnx_qdq import TARGETS, OnnxExport, doctor, make_session
+from fxquant.backends.onnx_qdq import TARGETS, OnnxExport, doctor, make_session, packing
 from fxquant.backends.onnx_qdq.packing import pack, pack_weights
+from fxquant.errors import LoweringError
 from fxquant.graph import constant, operand, quantized_edges, submodule
 from fxquant.quantizers import UniformQuantizer
 from fxquant.spec import Arg
@@ -183,3 +184,13 @@ def test_the_doctor_says_what_is_packed(tmp_path: Path) -> None:
         assert report.stored[f"packed {kind}3"] == DIM * DIM
         assert f"packed {kind}2" in str(report)
         assert report.fused["QGemm"] == 6 and report.unfused == ()
+
+
+def test_a_code_that_is_unpacked_wrong_stops_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = packing._table
+    monkeypatch.setattr(packing, "_table", lambda *args, **kw: right(*args, **kw)[::-1].copy())
+    with pytest.raises(LoweringError, match="differs from the simulation by"):
+        compiled(4).export_onnx(tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
