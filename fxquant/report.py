@@ -103,7 +103,11 @@ def measure_sqnr(gm: fx.GraphModule, images: Tensor) -> dict[str, float]:
 
 
 def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:
-    """Bytes of all parameters as float32, and with quantized weights at their bit-width."""
+    """Bytes of all parameters as float32, and with quantized weights at their bit-width.
+
+    The latter counts the scales of weights and activations too, each as float32; zero_points, a
+    byte at most each, are left out, and a bias is as large in int32 as in float32.
+    """
     before = after = 0.0
     quantized = {
         edge.source.args[0]: edge.spec.bits
@@ -115,6 +119,13 @@ def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:
             count = get_parameter(gm, node).numel()
             before += 4 * count
             after += count * quantized.get(node, 32) / 8
+    after += sum(
+        4 * buffer.numel()
+        for module in gm.modules()
+        if isinstance(module, Quantizer)
+        for name, buffer in module.named_buffers()
+        if name == "scale"
+    )
     return round(before), round(after)
 
 
@@ -128,7 +139,7 @@ class Report:
         sqnr: quantizer name -> signal to noise on one calibration batch, dB.
         images: number of calibration images seen.
         float_bytes: size of the parameters before.
-        quantized_bytes: size after, weights at their bit-width.
+        quantized_bytes: size after, weights at their bit-width, and the scales.
         seconds: phase -> wall time.
         changes: pass -> number of sites changed.
         notes: (pass, site, reason) for each site that a pass left alone.

@@ -7,46 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from fxquant.backends.onnx_qdq import doctor
+from fxquant.backends.onnx_qdq.doctor import TOLERANCE, relative_difference
 from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.errors import FileFormatError, LoweringError
-
-K, N = 32, 16
-
-
-def gemm_file(path: Path, *, bias_factor: float = 1.0, int8_input: bool = False) -> Path:
-    """A QDQ Gemm; a bias_factor other than one is the error that onnxruntime overlooks."""
-    random = np.random.default_rng(0)
-    x_type = np.int8 if int8_input else np.uint8
-    constants = {
-        "x_scale": np.float32(0.02),
-        "x_zero": x_type(0 if int8_input else 128),
-        "w": random.integers(0, 256, (K, N)).astype(np.uint8),
-        "w_scale": np.full(N, 0.01, np.float32),
-        "w_zero": np.full(N, 128, np.uint8),
-        "b": random.integers(-9000, 9000, N).astype(np.int32),
-        "b_scale": np.full(N, 0.02 * 0.01 * bias_factor, np.float32),
-        "b_zero": np.zeros(N, np.int32),
-    }
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "x_scale", "x_zero"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "x_scale", "x_zero"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["wd"], axis=1),
-        helper.make_node("DequantizeLinear", ["b", "b_scale", "b_zero"], ["bd"], axis=0),
-        helper.make_node("Gemm", ["xd", "wd", "bd"], ["y"], name="gemm"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", K])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", N])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", 21)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
-    return path
+from tests.qdq_files import K, N, gemm_file
 
 
 def test_a_right_file_is_ok(tmp_path: Path) -> None:
@@ -160,3 +127,25 @@ def test_sizes_left_open_lead_to_real_images(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"x, axis 1.*for which 2 was taken.*--data"):
         doctor(path)
     assert doctor(path, np.ones((1, 4, 4, 4), np.float32)).ok
+
+
+@pytest.mark.parametrize(
+    ("values", "plain", "difference"),
+    [
+        ([3.0, 4.0], [3.0, 0.0], 4 / 3),
+        ([np.inf, 1.0], [np.inf, 1.0], 0.0),
+        ([np.nan, 1.0], [np.nan, 2.0], 0.5),
+        ([np.inf, 1.0], [5.0, 1.0], np.inf),
+        ([1e-6, 0.0], [0.0, 0.0], TOLERANCE),
+        ([0.0, 1e-9], [0.0, -1e-9], 1e-4),
+    ],
+)
+def test_the_difference_of_outputs(
+    values: list[float], plain: list[float], difference: float
+) -> None:
+    assert relative_difference(np.array(values), np.array(plain)) == pytest.approx(difference)
+
+
+def test_a_number_missing_on_one_side_is_never_ok() -> None:
+    assert not relative_difference(np.array([np.nan]), np.array([1.0])) <= TOLERANCE
+    assert not relative_difference(np.array([1.0]), np.array([np.nan])) <= TOLERANCE

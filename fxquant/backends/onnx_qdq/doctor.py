@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from fxquant.backends.onnx_qdq.packing import packed_type
 from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session, read_model
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
 from fxquant.errors import FileFormatError
@@ -18,6 +19,8 @@ from fxquant.errors import FileFormatError
 # A rounding tie moves a code by one now and then, which a deep network carries to its end; a
 # wrong fusion changes the output by more than this share of its norm.
 TOLERANCE = 0.05
+# Inner values are about 1, so that float32 leaves 1e-6, TOLERANCE of this, where zero is right.
+SMALLEST = 2e-5
 _BATCH = 2
 _FLOATS = {
     "tensor(float16)": np.float16,
@@ -43,7 +46,8 @@ class DoctorReport:
         file_bytes: its size.
         opset: version of the default operator set, 0 where the file uses none of it.
         quantizers: number of QuantizeLinear and DequantizeLinear nodes in the file.
-        stored: type of quantized constants -> number of values.
+        stored: type of quantized constants -> number of values; ``packed int6`` is what fxquant
+            stores at its width and onnxruntime unpacks into bytes.
         fused: integer kernel -> number of nodes that run on it.
         unfused: products that run in float, with reasons.
         difference: relative L2 difference of the outputs between graph optimizations on and off.
@@ -111,7 +115,7 @@ def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorRepor
         fused=fused,
         unfused=unfused,
         difference=optimization_difference(path, images),
-        saturates="int8" in stored and u8s8_saturates(),
+        saturates=_has_int8(model, stored) and u8s8_saturates(),
     )
 
 
@@ -138,14 +142,23 @@ def optimization_difference(path: Path, images: NDArray[np.float32] | None = Non
                 f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}{advice}"
             ) from error
         results.append(np.concatenate([np.ravel(o).astype(np.float64) for o in outputs]))
-    return _relative_difference(results[0], results[1])
+    return relative_difference(results[0], results[1])
 
 
-def _relative_difference(values: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
-    """L2 norm of the difference over that of the finite plain values; equal infinities agree."""
-    gap = np.subtract(values, plain, out=np.zeros_like(plain), where=values != plain)
-    size = max(float(np.linalg.norm(plain[np.isfinite(plain)])), 1e-12)
-    return float(np.linalg.norm(gap)) / size
+def relative_difference(values: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
+    """L2 norm of the difference over that of the finite plain values.
+
+    Equal infinities agree, and so do two NaN. Of outputs below ``SMALLEST`` the difference is
+    taken relative to that.
+
+    Args:
+        values: of any shape.
+        plain: what they should be, of the same.
+    """
+    differ = (values != plain) & ~(np.isnan(values) & np.isnan(plain))
+    gap = np.subtract(values, plain, out=np.zeros_like(plain), where=differ)
+    size = float(np.linalg.norm(plain[np.isfinite(plain)]))
+    return float(np.linalg.norm(gap)) / max(size, SMALLEST)
 
 
 def _advice(session: ort.InferenceSession) -> str:
@@ -191,8 +204,18 @@ def _stored(model: onnx.ModelProto) -> dict[str, int]:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     counts: Counter[str] = Counter()
+    for kind, count in filter(None, map(packed_type, model.graph.node)):
+        counts[f"packed {kind}"] += count
     for name in read & set(constants):
         tensor = constants[name]
         kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
         counts[kind] += int(np.prod(tensor.dims))
     return dict(counts)
+
+
+def _has_int8(model: onnx.ModelProto, stored: dict[str, int]) -> bool:
+    """Whether a right operand may take all 8 bits of an int8; those that are packed do not."""
+    constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    zeros = (n.input[2:] for n in model.graph.node if n.op_type == "QuantizeLinear")
+    computed = {constants.get(name) for names in zeros for name in names}
+    return "int8" in stored or onnx.TensorProto.INT8 in computed

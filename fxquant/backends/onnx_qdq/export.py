@@ -12,13 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from fxquant.backends.onnx_qdq.doctor import TOLERANCE, optimization_difference
+from fxquant.backends.onnx_qdq.compact import compact
+from fxquant.backends.onnx_qdq.doctor import (
+    TOLERANCE,
+    optimization_difference,
+    relative_difference,
+)
 from fxquant.backends.onnx_qdq.legalize import Legalizer
+from fxquant.backends.onnx_qdq.packing import pack_weights
 from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session
 from fxquant.backends.onnx_qdq.target import Target, resolve_target, u8s8_saturates
@@ -43,6 +50,8 @@ class OnnxExport:
         target: name of the CPU family it is for.
         fused: integer kernel -> number of nodes that onnxruntime runs on it.
         unfused: products that run in float, with reasons.
+        packed: bits -> number of weight codes that are stored at that width; codes of 8 bits and
+            more have an integer type of their own.
         twins: what each twin quantizer became, which QDQ has not.
         difference: relative L2 difference of the outputs between optimizations on and off on a
             random batch; None where this CPU's product overflows on the target's types.
@@ -53,6 +62,7 @@ class OnnxExport:
     target: str
     fused: dict[str, int]
     unfused: tuple[Unfused, ...]
+    packed: dict[int, int]
     twins: tuple[TwinForm, ...]
     difference: float | None
 
@@ -63,6 +73,9 @@ class OnnxExport:
             f"{self.path}: {self.file_bytes / 1e6:.2f} MB for {self.target}",
             f"integer kernels: {kernels or 'none'}",
         ]
+        if self.packed:
+            counts = (f"{count:,} of {bits} bits" for bits, count in sorted(self.packed.items()))
+            lines.append(f"weights packed: {', '.join(counts)}")
         lines += [f"float: {item.node} ({item.op}): {item.reason}" for item in self.unfused]
         if self.twins:
             lines.append(f"twin codes: {_count_forms(self.twins)}")
@@ -98,7 +111,8 @@ def export_onnx(
     if stage(gm) is not Stage.FROZEN:
         raise LoweringError(f"export takes a graph in stage FROZEN, got {stage(gm).name}")
     chosen = resolve_target(target)
-    model, twins = _translate(gm, image_shape, chosen)
+    model, widths, twins = _translate(gm, image_shape, chosen)
+    packed = pack_weights(model, widths)
     check_rules(model)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"
@@ -122,6 +136,7 @@ def export_onnx(
         target=chosen.name,
         fused=fused,
         unfused=unfused,
+        packed=packed,
         twins=twins,
         difference=difference,
     )
@@ -138,13 +153,12 @@ def _compare(gm: fx.GraphModule, path: Path, image_shape: tuple[int, ...]) -> No
     device = next((value.device for value in gm.buffers()), torch.device("cpu"))
     expected = torch.utils._pytree.tree_leaves(gm(images.to(device)))
     results = make_session(path, optimize=False).run(None, {INPUT_NAME: images.numpy()})
-    for ours, theirs in zip(expected, map(torch.from_numpy, results), strict=True):
-        finite = torch.isfinite(ours.cpu())
-        gap = (ours.cpu() - theirs)[finite].double().norm()
-        if not gap <= TOLERANCE * ours.cpu()[finite].double().norm() + 1e-6:
+    for ours, theirs in zip(expected, results, strict=True):
+        difference = relative_difference(theirs.astype(np.float64), ours.double().cpu().numpy())
+        if not difference <= TOLERANCE:
             raise LoweringError(
-                f"the ONNX file differs from the simulation by {gap:.2g} (L2); nothing was "
-                "written. This is a bug; please report it with the model"
+                f"the ONNX file differs from the simulation by {difference:.2g} (relative L2); "
+                "nothing was written. This is a bug; please report it with the model"
             )
 
 
@@ -154,10 +168,11 @@ def _write(path: Path, content: bytes) -> None:
 
 def _translate(
     gm: fx.GraphModule, image_shape: tuple[int, ...], target: Target
-) -> tuple[ir.Model, tuple[TwinForm, ...]]:
+) -> tuple[ir.Model, dict[str, int], tuple[TwinForm, ...]]:
+    """The model, the widths of its weights' codes by name, and what twin quantizers became."""
     own = copy.deepcopy(gm).to("cpu")
     twins = rewrite_twins(own)
-    Legalizer(own, target).run()
+    widths = Legalizer(own, target).run()
     images = torch.zeros(2, *image_shape)
     try:
         with _quiet(), torch.no_grad():
@@ -180,22 +195,8 @@ def _translate(
     assert program is not None
     model = program.model
     model.ir_version = IR_VERSION
-    _strip(model)
-    return model, twins
-
-
-def _strip(model: ir.Model) -> None:
-    """Removes the exporter's notes, which hold stack traces and paths of this machine."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.producer_name = "fxquant"
+    compact(model)
+    return model, widths, twins
 
 
 @contextmanager

@@ -41,8 +41,11 @@ class Legalizer:
         self._write = TensorWriter(gm, target)
 
     @torch.no_grad()
-    def run(self) -> None:
+    def run(self) -> dict[str, int]:
         """Rewrites every operation.
+
+        Returns:
+            Name of the tensor of a weight's codes -> their bit-width.
 
         Raises:
             LoweringError: onnxruntime has no form of an edge's quantizer.
@@ -60,6 +63,7 @@ class Legalizer:
         self.gm.delete_all_unused_submodules()
         self.gm.graph.lint()
         self.gm.recompile()
+        return self._write.widths
 
     def _quantizer(self, node: fx.Node, arg: Arg) -> tuple[Edge, UniformQuantizer | None]:
         """The edge and its quantizer, None where it is float."""

@@ -27,10 +27,10 @@ def check_rules(model: ir.Model) -> None:
 
 
 def _broken(node: ir.Node) -> str | None:
-    x, w = (_dequantizer(value) for value in node.inputs[:2])
+    x, w = (dequantizer(value) for value in node.inputs[:2])
     if x is None or w is None:
         return None
-    x_scale, w_scale = _array(x.inputs[1]), _array(w.inputs[1])
+    x_scale, w_scale = constant_value(x.inputs[1]), constant_value(w.inputs[1])
     if x_scale is None or w_scale is None:
         return "a scale is no constant"
     if x_scale.size != 1:
@@ -38,15 +38,16 @@ def _broken(node: ir.Node) -> str | None:
     output_axis = 0 if node.op_type == "Conv" else 1
     if w_scale.ndim and _axis(w) != output_axis:
         return f"the weight's scale runs along axis {_axis(w)}, not the output's {output_axis}"
-    bias = _dequantizer(node.inputs[2]) if len(node.inputs) > 2 else None
+    bias = dequantizer(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is not None:
-        unit = _array(bias.inputs[1])
+        unit = constant_value(bias.inputs[1])
         if unit is None or not np.allclose(unit, x_scale * w_scale, rtol=1e-6, atol=0):
             return "the bias is not in units of the product of the two scales"
     return None
 
 
-def _dequantizer(value: ir.Value | None) -> ir.Node | None:
+def dequantizer(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes from, None where it is another node's."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
@@ -56,6 +57,13 @@ def _axis(node: ir.Node) -> int:
     return 1 if attribute is None else int(attribute.as_int())
 
 
-def _array(value: ir.Value | None) -> np.ndarray | None:
-    constant = None if value is None else ir.convenience.get_const_tensor(value)
+def constant_value(value: ir.Value | None) -> np.ndarray | None:
+    """The numbers of a constant or of a product of constants, None for any other value."""
+    if value is None:
+        return None
+    node = value.producer()
+    if node is not None and node.op_type == "Mul":
+        first, second = map(constant_value, node.inputs)
+        return None if first is None or second is None else first * second
+    constant = ir.convenience.get_const_tensor(value)
     return None if constant is None else np.asarray(constant.numpy())

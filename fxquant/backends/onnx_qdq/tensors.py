@@ -31,6 +31,8 @@ class TensorWriter:
         # (quantizer call, storage type, as a matrix) -> codes, scale and zero_point of a weight
         # that several products read, as those of a twin quantizer's two regions do.
         self._weights: dict[tuple[fx.Node, torch.dtype, bool], list[fx.Node]] = {}
+        # Name of a weight's codes -> their bit-width.
+        self.widths: dict[str, int] = {}
 
     def _constant(self, value: Tensor, name: str, like: fx.Node) -> fx.Node:
         return add_constant(self._gm, value, name, like=like)
@@ -134,10 +136,12 @@ class TensorWriter:
         shift = self._shift(quantizer, storage)
         codes = (quantizer.quantize(weight) + shift).to(storage)
         points = (quantizer.zero_point + shift).to(storage)
+        stored = self._constant(
+            codes.flatten(1).t() if matrix else codes, f"{edge.name}_codes", edge.node
+        )
+        self.widths[str(stored.target)] = quantizer.bits
         return [
-            self._constant(
-                codes.flatten(1).t() if matrix else codes, f"{edge.name}_codes", edge.node
-            ),
+            stored,
             self._constant(quantizer.scale, f"{edge.name}_scale", edge.node),
             self._constant(points, f"{edge.name}_zero_point", edge.node),
         ]

@@ -1,0 +1,39 @@
+"""What it takes to open an ONNX file in onnxruntime: seconds, and megabytes at most and after.
+
+    python benchmarks/session.py model.onnx
+
+One number a column. Memory is that of the process above what it held before; "after" is measured
+once the C library has given back what is free.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from pathlib import Path
+
+import onnxruntime as ort
+
+
+def memory(kind: str) -> float:
+    """Megabytes of this process: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(kind))
+    return int(line.split()[1]) / 1e3
+
+
+def main() -> None:
+    """Opens the file that is named first."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    before, start = memory("VmRSS"), time.perf_counter()
+    session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+    seconds, most = time.perf_counter() - start, memory("VmHWM")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    assert session.get_inputs()
+    print(f"{seconds:.2f} {most - before:.0f} {memory('VmRSS') - before:.0f}")
+
+
+if __name__ == "__main__":
+    main()

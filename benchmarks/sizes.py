@@ -1,0 +1,78 @@
+"""How large exported files are beside their plan, and what opening them takes, as a table.
+
+    python benchmarks/sizes.py --models glyph_vit deit_small_patch16_224 --widths 8 4 2
+
+A plan's bytes are weights at their width, all other parameters and the scales in 32 bits. timm's
+models have random weights, and biases too, since a file holds equal ones once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant import policies
+from fxquant.backends.onnx_qdq import TARGETS
+from fxquant.demo import models
+from fxquant.demo.glyphs import GlyphDataset
+
+SESSION = Path(__file__).parent / "session.py"
+
+
+def load(name: str) -> tuple[nn.Module, Tensor]:
+    """The model of that name, trained if it is one of the demo's, and four images."""
+    if name in models.NAMES:
+        data = GlyphDataset("calib", 4)
+        return models.build(name), torch.stack([data[i][0] for i in range(4)])
+    model = timm.create_model(name).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            nn.init.normal_(parameter, std=0.02)
+    return model, torch.randn(4, *model.pretrained_cfg["input_size"])
+
+
+def main() -> None:
+    """Prints the table as Markdown, a row at a time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [*models.NAMES, "deit_small_patch16_224"]
+    parser.add_argument("--models", nargs="+", default=names, help="demo or timm models")
+    parser.add_argument("--widths", type=int, nargs="+", default=list(range(8, 1, -1)))
+    parser.add_argument("--target", choices=sorted(TARGETS), default="x86-avx2")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(
+        "| model | weights | plan kB | file kB | file / plan | kernels | to open: s | MB | after |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in options.models:
+        model, images = load(name)
+        for bits in options.widths:
+            compiled = fxquant.compile(model, [images], policies.minmax(bits, 8))
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.onnx"
+                exported = compiled.export_onnx(path, target=options.target)
+                cost = subprocess.run(
+                    [sys.executable, str(SESSION), str(path)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout.split()
+            plan = compiled.report.quantized_bytes
+            print(
+                f"| {name} | {bits} bits | {plan / 1e3:,.0f} | {exported.file_bytes / 1e3:,.0f} "
+                f"| {exported.file_bytes / plan:.3f} | {sum(exported.fused.values())} "
+                f"| {' | '.join(cost)} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
