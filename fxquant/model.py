@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxquant import quantizers
 from fxquant.errors import FileFormatError, FxQuantError, LoweringError
 from fxquant.files import write_together, write_utf8
-from fxquant.graph import edges, get_parameter, submodule
+from fxquant.graph import get_parameter, possible_edges, submodule
 from fxquant.policy_file import policy_from_dict
 from fxquant.quantizers import Quantizer
 from fxquant.report import PlanEntry, Report
@@ -228,15 +228,15 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
     gm = fx.GraphModule(root, graph_from_json(config["graph"]))
     gm.meta["stage"] = Stage.FROZEN
     report = Report.from_dict(config["report"])
+    propagate_shapes(gm, tuple(config["image_shape"]))
     specs = {entry.edge: entry.spec for entry in report.plan if entry.spec is not None}
-    for edge in list(edges(gm)):
+    for edge in list(possible_edges(gm)):
         if edge.name in specs:
             edge.node.meta["quant"] = {
                 **edge.node.meta.get("quant", {}),
                 edge.arg: specs[edge.name],
             }
     gm.graph.lint()
-    propagate_shapes(gm, tuple(config["image_shape"]))
     verify(gm)
     return gm
 

@@ -20,17 +20,23 @@ from fxquant.spec import (
 from fxquant.suggest import did_you_mean
 
 
-def w8a8() -> Policy:
+def w8a8(*, full: bool = False) -> Policy:
     """Eight bits everywhere, laid out as integer CPU kernels want it.
 
     Weights symmetric per output channel; activations asymmetric per tensor, their range chosen by
     least squared error; the right operands of attention products symmetric, since they take the
     place of weights in the kernel; attention probabilities on the full range [0, max].
+
+    Args:
+        full: also quantize what norms, softmax, activation functions and additions read, so that
+            ``lower("integer")`` needs no float arithmetic between products
+            (:func:`elementwise_rules`).
     """
     return Policy(
-        name="w8a8",
+        name="w8a8_full" if full else "w8a8",
         description="8-bit weights and activations for integer CPU kernels; least squared error",
         rules=(
+            *(elementwise_rules() if full else ()),
             Rule(
                 arg=Arg.WEIGHT,
                 spec=TensorSpec(bits=8, symmetric=True, granularity=Granularity.CHANNEL),
@@ -162,6 +168,32 @@ def _searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[R
             optional=True,
         ),
         Rule(spec=TensorSpec(bits=act_bits)),
+    )
+
+
+def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Rule, ...]:
+    """Rules for what stands between products: additions, norms, softmax, activation functions.
+
+    Args:
+        act_bits: width of activations, asymmetric per tensor.
+        constant_bits: width of constants that are added: position embeddings, relative position
+            biases, attention masks. A constant costs no time to quantize, and a mask of 0 and -100
+            beside scores of a few units needs a wide grid.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    specs = {
+        OpKind.ADD: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
+        OpKind.LAYER_NORM: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
+        OpKind.RMS_NORM: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
+        OpKind.SOFTMAX: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
+        OpKind.ACTIVATION: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
+    }
+    constants = TensorSpec(bits=constant_bits)
+    return (
+        Rule(op=OpKind.ADD, fed_by="parameter", spec=constants, optional=True),
+        *(Rule(op=kind, spec=spec, optional=True) for kind, spec in specs.items()),
     )
 
 

@@ -29,6 +29,19 @@ class OpKind(StrEnum):
     LINEAR = "linear"
     CONV = "conv"
     MATMUL = "matmul"
+    LAYER_NORM = "layer_norm"
+    RMS_NORM = "rms_norm"
+    SOFTMAX = "softmax"
+    ACTIVATION = "activation"
+    ADD = "add"
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies two tensors; the others work value by value or row by row."""
+        return self in _PRODUCTS
+
+
+_PRODUCTS = (OpKind.LINEAR, OpKind.CONV, OpKind.MATMUL)
 
 
 class Arg(StrEnum):
