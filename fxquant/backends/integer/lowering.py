@@ -18,32 +18,42 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.backends.integer.integer_only import build_integer_only
+from fxquant.backends.integer.kernels import affine_matmul, affine_whole
 from fxquant.backends.integer.modules import FromCodes, ToCodes, storage_dtype
 from fxquant.backends.integer.products import Coded, make_product
 from fxquant.backends.integer.twin import TwinFromCodes, TwinToCodes
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, constant, edges, stage, submodule
+from fxquant.graph import Edge, constant, edges, quantized_edges, stage, submodule
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer
 from fxquant.spec import Stage
 from fxquant.verify import verify
 
 
 @torch.no_grad()
-def lower_to_integer(gm: fx.GraphModule) -> fx.GraphModule:
+def lower_to_integer(
+    gm: fx.GraphModule, *, integer_only: bool | None = None, float_products: bool = False
+) -> fx.GraphModule:
     """The integer form of a quantized graph.
 
     Args:
         gm: in stage FROZEN; not changed.
+        integer_only: compute nothing in float between the first and the last code
+            (:mod:`integer_only`); None: do so where the policy quantizes elementwise operations
+            and all of the graph has an integer form.
+        float_products: of the integer-only form: multiply whole numbers held as floats, with the
+            same results, faster.
 
     Returns:
-        A graph that takes and gives what ``gm`` does. Quantizers are ``ToCodes`` or ``TwinToCodes``
-        modules or, for constants, integer buffers; products are ``IntLinear``, ``IntConv`` and
-        ``IntMatmul``. It has no gradients. ``meta["codes"]`` maps the name of each quantizer of
-        ``gm`` to the module or buffer that yields its codes.
+        A graph that takes and gives what ``gm`` does. ``meta["float_because"]`` says why it is not
+        integer-only, and is empty where it is; what follows is of the other form. Quantizers are
+        ``ToCodes`` or ``TwinToCodes`` modules or, for constants, integer buffers; products are
+        ``IntLinear``, ``IntConv`` and ``IntMatmul``. It has no gradients. ``meta["codes"]`` maps
+        the name of each quantizer of ``gm`` to the module or buffer that yields its codes.
 
     Raises:
-        LoweringError: another stage; or a product with a scale along its summed axis or a
-            quantizer that is neither uniform nor twin uniform.
+        LoweringError: another stage; integer-only was asked for and cannot be; or a product with
+            a scale along its summed axis or a quantizer that is neither uniform nor twin uniform.
     """
     if "stage" not in gm.meta or stage(gm) is not Stage.FROZEN:
         found = stage(gm).name if "stage" in gm.meta else "none"
@@ -52,6 +62,16 @@ def lower_to_integer(gm: fx.GraphModule) -> fx.GraphModule:
             "graph_module of what fxquant.compile() returned, or call its lower()"
         )
     verify(gm)
+    reason = "it was not asked for"
+    if integer_only is not False:
+        whole, reason = _integer_only(gm, bool(integer_only), float_products)
+        if whole is not None:
+            return whole
+        if integer_only:
+            raise LoweringError(
+                f"no integer-only form: {reason}. Quantize what is between products as "
+                "policies.w8a8(full=True) does, or leave integer_only out"
+            )
     lowered = copy.deepcopy(gm)
     codes, names = _lower_quantizers(lowered)
     _lower_products(lowered, codes)
@@ -60,10 +80,24 @@ def lower_to_integer(gm: fx.GraphModule) -> fx.GraphModule:
     lowered.graph.eliminate_dead_code()
     _drop_unused(lowered)
     del lowered.meta["stage"]
-    lowered.meta["codes"] = names
+    lowered.meta |= {"codes": names, "float_because": reason}
     lowered.graph.lint()
     lowered.recompile()
     return lowered.requires_grad_(False)
+
+
+def _integer_only(
+    gm: fx.GraphModule, asked: bool, float_products: bool
+) -> tuple[fx.GraphModule | None, str]:
+    """The integer-only form; or None, and why not."""
+    if not asked and all(edge.kind.is_product for edge in quantized_edges(gm)):
+        return None, "its policy quantizes products alone"
+    try:
+        lowered = build_integer_only(gm, affine_matmul if float_products else affine_whole)
+    except LoweringError as error:
+        return None, str(error)
+    lowered.meta["float_because"] = ""
+    return lowered.requires_grad_(False), ""
 
 
 def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[str, str]]:
