@@ -247,10 +247,7 @@ class _Builder:
         """Codes of what an operation moves or scales, moved."""
         factor = scaling(self._gm, node)
         if factor is not None:
-            inner = node.all_input_nodes[0]
-            if factor.axis is not None and inner not in self._sums:
-                raise LoweringError(f"{node.name} scales channels of values that were moved")
-            return self._wanted(inner, wanted.times(factor))
+            return self._wanted(node.all_input_nodes[0], wanted.times(factor))
         if node.target is aten.cat.default:
             tensors = arguments(node)["tensors"]
             parts = [self._wanted(part, wanted) for part in tensors]

@@ -8,6 +8,8 @@ rounded to even, as the simulation rounds them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -15,33 +17,47 @@ from fxquant.errors import LoweringError
 from fxquant.ops import broadcast, twin_threshold
 from fxquant.quantizers import TwinUniformQuantizer
 
-# Bits of a factor where the accumulators leave room for them; more than float32 has.
-_FACTOR_BITS = 31
-# Fewer would move a code of 8 bits by more than a hundredth of a step.
-_LEAST_BITS = 15
+# Bits of a factor where the accumulators leave room for them, and where they do not.
+_FACTOR_BITS, _LEAST_BITS = 31, 24
 # Products and sums below 2^62 leave room for the half that rounding adds.
 WORD_BITS = 62
+# What dropped bits of an accumulator may move a code by, in steps.
+_TOLERANCE = 2.0**-8
 
 
-def multiplier(ratio: Tensor, bound: int) -> tuple[Tensor, Tensor]:
-    """Whole factors and right shifts that stand for ratios.
+class Multiplier(NamedTuple):
+    """A ratio in integers: ``factor / 2^(drop + shift)``.
+
+    Attributes:
+        factor: int64, ``()`` or ``(C,)``.
+        shift: int64 like factor, 1 to 62.
+        drop: bits that accumulators lose first, so that the product fits 64 bits; mostly none.
+    """
+
+    factor: Tensor
+    shift: Tensor
+    drop: int
+
+
+def multiplier(ratio: Tensor, bound: int) -> Multiplier:
+    """Whole factors and right shifts that stand for ratios, within ``2^-24`` of them relatively.
 
     Args:
         ratio: float64, ``()`` or ``(C,)``, of any sign.
         bound: no accumulator is larger in magnitude.
-
-    Returns:
-        ``(factor, shift)``, int64 like ratio; ``factor / 2^shift`` is within ``2^-bits`` of the
-        ratio, relatively, where ``bits`` is 31, or what ``bound`` leaves of 62.
 
     Raises:
         LoweringError: the accumulators are so large, or a ratio so large or infinite, that a
             product with the factor passes int64.
     """
     bits = min(_FACTOR_BITS, WORD_BITS - bound.bit_length())
-    mantissa, exponent = torch.frexp(ratio)
+    drop = max(_LEAST_BITS - bits, 0)
+    bits += drop
+    mantissa, exponent = torch.frexp(torch.ldexp(ratio, torch.tensor(drop)))
     shift = bits - exponent.to(torch.int64)
-    if bits < _LEAST_BITS or not bool(torch.isfinite(ratio).all()) or bool((shift < 1).any()):
+    lost = float(ratio.abs().max()) * 2.0 ** (drop - 1) if drop else 0.0
+    fits = bool(torch.isfinite(ratio).all()) and bool((shift >= 1).all())
+    if not fits or lost > _TOLERANCE or bound.bit_length() > WORD_BITS:
         raise LoweringError(
             f"accumulators up to {bound} times {float(ratio.abs().max()):.3g} pass 64 bits; use "
             "fewer bits for the operands, or a scale that fits the values"
@@ -49,22 +65,24 @@ def multiplier(ratio: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     # Beyond 62 bits the result is less than a step, whatever the factor.
     excess = (shift - WORD_BITS).clamp(min=0)
     factor = torch.round(torch.ldexp(mantissa, bits - excess)).to(torch.int64)
-    return factor, shift - excess
+    return Multiplier(factor, shift - excess, drop)
 
 
-def rescale(acc: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
-    """``round(acc * factor / 2^shift)`` in int64, ties to even.
+def rescale(acc: Tensor, by: Multiplier) -> Tensor:
+    """``round(acc * factor / 2^shift)`` in int64, ties to even, once ``drop`` bits are rounded off.
 
     Args:
         acc: integers.
-        factor: int64, broadcasting against ``acc``.
-        shift: int64 like factor, 1 to 62.
+        by: factor and shift broadcast against ``acc``.
     """
-    product = acc.to(torch.int64) * factor
+    acc = acc.to(torch.int64)
+    if by.drop:
+        acc = (acc + (1 << (by.drop - 1))) >> by.drop
+    product = acc * by.factor
     # Half less one, and one more where the floor is odd: a tie goes up to even or stays there.
-    odd = torch.bitwise_and(product >> shift, 1)
-    half = torch.ones_like(shift) << (shift - 1)
-    return (product + (half - 1) + odd) >> shift
+    odd = torch.bitwise_and(product >> by.shift, 1)
+    half = torch.ones_like(by.shift) << (by.shift - 1)
+    return (product + (half - 1) + odd) >> by.shift
 
 
 class _Rescale(nn.Module):
@@ -76,14 +94,15 @@ class _Rescale(nn.Module):
     def __init__(self, ratio: Tensor, axis: int | None, bound: int) -> None:
         super().__init__()
         self.axis = axis
-        factor, shift = multiplier(ratio, bound)
-        self.register_buffer("factor", factor)
-        self.register_buffer("shift", shift)
+        by = multiplier(ratio, bound)
+        self.drop = by.drop
+        self.register_buffer("factor", by.factor)
+        self.register_buffer("shift", by.shift)
 
     def forward(self, acc: Tensor) -> Tensor:
         """``acc`` in the new unit, int64."""
         factor, shift = (broadcast(x, acc.ndim, self.axis) for x in (self.factor, self.shift))
-        return rescale(acc, factor, shift)
+        return rescale(acc, Multiplier(factor, shift, self.drop))
 
 
 class Requantize(nn.Module):

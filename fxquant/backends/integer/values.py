@@ -110,8 +110,8 @@ class Wanted:
             axis: axis of the channels.
         """
         key = (*self.key, "by channel", axis)
-        scale, zero_point = self.scale[heads], self.zero_point[heads]
-        return replace(self, key=key, scale=scale, zero_point=zero_point, axis=axis)
+        zero_point = self.zero_point[heads] if self.zero_point.ndim else self.zero_point
+        return replace(self, key=key, scale=self.scale[heads], zero_point=zero_point, axis=axis)
 
     @property
     def dtype(self) -> torch.dtype:
