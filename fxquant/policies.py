@@ -183,17 +183,15 @@ def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Ru
     Raises:
         BitWidthError: a width is outside 2..16.
     """
-    specs = {
-        OpKind.ADD: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
-        OpKind.LAYER_NORM: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
-        OpKind.RMS_NORM: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
-        OpKind.SOFTMAX: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
-        OpKind.ACTIVATION: TensorSpec(bits=act_bits, observer=ObserverKind.MSE),
-    }
     constants = TensorSpec(bits=constant_bits)
+    scores = TensorSpec(bits=act_bits, observer=ObserverKind.SOFTMAX)
+    # One spec for additions and norms: the residual stream, which both read, is quantized once.
+    rest = TensorSpec(bits=act_bits, observer=ObserverKind.MSE)
+    kinds = (OpKind.ADD, OpKind.LAYER_NORM, OpKind.RMS_NORM, OpKind.ACTIVATION)
     return (
         Rule(op=OpKind.ADD, fed_by="parameter", spec=constants, optional=True),
-        *(Rule(op=kind, spec=spec, optional=True) for kind, spec in specs.items()),
+        Rule(op=OpKind.SOFTMAX, spec=scores, optional=True),
+        *(Rule(op=kind, spec=rest, optional=True) for kind in kinds),
     )
 
 

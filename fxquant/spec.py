@@ -73,9 +73,14 @@ class Granularity(StrEnum):
 
 
 class ObserverKind(StrEnum):
-    """How the range of a tensor is chosen."""
+    """How the range of a tensor is chosen.
+
+    ``softmax`` is for what a softmax reads along its last axis: all values but those so far below
+    the largest of their row that nothing is left of them.
+    """
 
     MINMAX = "minmax"
+    SOFTMAX = "softmax"
     PERCENTILE = "percentile"
     MSE = "mse"
 

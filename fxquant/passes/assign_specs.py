@@ -15,10 +15,19 @@ from typing import ClassVar
 from torch import SymInt, Tensor, fx
 
 from fxquant.errors import PolicyError, UnusedRuleError
-from fxquant.graph import UNSUPPORTED, Edge, constant, edges, fed_by, possible_edges, rank
+from fxquant.graph import (
+    UNSUPPORTED,
+    Edge,
+    arguments,
+    constant,
+    edges,
+    fed_by,
+    possible_edges,
+    rank,
+)
 from fxquant.passes.base import PassResult, Skip
 from fxquant.policy import Rule
-from fxquant.spec import Arg, Granularity, OpKind, Scheme, Stage, TensorSpec
+from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, Stage, TensorSpec
 
 
 def _earlier(rules: set[int]) -> str:
@@ -34,6 +43,11 @@ def _per_tensor_reason(edge: Edge, granularity: Granularity, value: Tensor) -> s
     if axis is not None and isinstance(value.shape[axis], SymInt):
         return f"per tensor: the size of its {granularity} axis changes with the batch"
     return ""
+
+
+def _is_last_axis_softmax(edge: Edge) -> bool:
+    axis = arguments(edge.node).get("dim")
+    return edge.kind is OpKind.SOFTMAX and axis in (-1, rank(edge.source) - 1)
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,9 @@ class AssignSpecs:
                 f"{edge.name}: rule {hit + 1} gives what {edge.kind} reads scheme twin_uniform, "
                 "which is for products; use scheme uniform"
             )
+        if spec.observer is ObserverKind.SOFTMAX and not _is_last_axis_softmax(edge):
+            spec = replace(spec, observer=ObserverKind.MINMAX)
+            return spec, "observer minmax: it is no softmax along the last axis that reads it"
         reason = _per_tensor_reason(edge, spec.granularity, value)
         return (replace(spec, granularity=Granularity.TENSOR) if reason else spec), reason
 
