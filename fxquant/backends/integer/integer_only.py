@@ -197,7 +197,7 @@ class _Builder:
             )
         factor = scaling(self._gm, node)
         if node.target in MEANS or node.target in MOVES or factor is not None:
-            inner = self._sum(node.all_input_nodes[0])
+            inner = self._sum(node.all_input_nodes[0] if factor is None else factor.source)
             if node.target in MEANS:
                 mean, count = mean_module(node, inner)
                 call = self._new.call(node.name, mean, inner.node)
@@ -247,7 +247,7 @@ class _Builder:
         """Codes of what an operation moves or scales, moved."""
         factor = scaling(self._gm, node)
         if factor is not None:
-            return self._wanted(node.all_input_nodes[0], wanted.times(factor))
+            return self._wanted(factor.source, wanted.times(factor))
         if node.target is aten.cat.default:
             tensors = arguments(node)["tensors"]
             parts = [self._wanted(part, wanted) for part in tensors]
@@ -304,8 +304,9 @@ class _Builder:
             return found.node
         if node.target in MOVES:
             return self._moved(node, self._of_that_shape(node.all_input_nodes[0]))
-        if scaling(self._gm, node) is not None:
-            return self._of_that_shape(node.all_input_nodes[0])
+        factor = scaling(self._gm, node)
+        if factor is not None:
+            return self._of_that_shape(factor.source)
         raise LoweringError(f"{node.name} has a size that is asked for, and no integer form")
 
     def _float(self, node: fx.Node) -> fx.Node:

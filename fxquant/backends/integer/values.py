@@ -51,13 +51,15 @@ class Curve(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """What a node multiplies its first argument by.
+    """What a node multiplies a value by.
 
     Attributes:
+        source: yields the value.
         values: float64, ``()`` or ``(C,)``.
         axis: axis that they run along, counted from the last; None for one.
     """
 
+    source: fx.Node
     values: Tensor
     axis: int | None
 
@@ -165,23 +167,25 @@ class Wanted:
 
 
 def scaling(gm: fx.GraphModule, node: fx.Node) -> Factor | None:
-    """What ``node`` multiplies its first argument by, None if it does something else.
+    """What ``node`` multiplies a value by, None if it does something else.
 
     A number, or a constant that is no tensor along all axes but one.
     """
     if node.target not in (aten.mul.Tensor, aten.div.Tensor):
         return None
-    given = node.args[1]
+    source, given = node.args
+    if node.target is aten.mul.Tensor and constant(gm, source) is not None:
+        source, given = given, source
     values = constant(gm, given)
-    if values is None:
-        if not isinstance(given, int | float):
-            return None
+    if isinstance(given, int | float):
         values = torch.tensor(float(given))
+    if values is None or not isinstance(source, fx.Node):
+        return None
     values = values.double() if node.target is aten.mul.Tensor else 1 / values.double()
     long = [axis for axis in range(-values.ndim, 0) if values.shape[axis] != 1]
     if not long:
-        return Factor(values.reshape(()), None)
-    return Factor(values.flatten(), long[0]) if len(long) == 1 else None
+        return Factor(source, values.reshape(()), None)
+    return Factor(source, values.flatten(), long[0]) if len(long) == 1 else None
 
 
 def sums_of_product(call: fx.Node, product: Product, weight: Tensor | None, node: fx.Node) -> Sums:
