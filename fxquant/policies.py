@@ -32,9 +32,11 @@ def w8a8(*, full: bool = False) -> Policy:
             ``lower("integer")`` needs no float arithmetic between products
             (:func:`elementwise_rules`).
     """
+    besides = ", norms, softmax, GELU and sums" if full else ""
     return Policy(
         name="w8a8_full" if full else "w8a8",
-        description="8-bit weights and activations for integer CPU kernels; least squared error",
+        description=f"8-bit weights and activations{besides} for integer CPU kernels; least "
+        "squared error",
         rules=(
             *(elementwise_rules() if full else ()),
             Rule(
@@ -51,6 +53,11 @@ def w8a8(*, full: bool = False) -> Policy:
             Rule(spec=TensorSpec(bits=8, observer=ObserverKind.MSE)),
         ),
     )
+
+
+def w8a8_full() -> Policy:
+    """:func:`w8a8` with ``full=True``: eight bits between products too."""
+    return w8a8(full=True)
 
 
 def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
@@ -197,6 +204,7 @@ def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Ru
 
 PRESETS: dict[str, Callable[..., Policy]] = {
     "w8a8": w8a8,
+    "w8a8_full": w8a8_full,
     "minmax": minmax,
     "base_ptq": base_ptq,
     "ptq4vit": ptq4vit,

@@ -53,7 +53,8 @@ class IntSoftmax(nn.Module):
         super().__init__()
         self.axis = axis
         size = quantizer.qmax - quantizer.qmin + 1
-        self.register_buffer("table", exp_table(float(quantizer.scale), size))
+        table = exp_table(float(quantizer.scale), size)
+        self.register_buffer("table", table.to(quantizer.scale.device))
 
     @property
     def scale(self) -> float:
