@@ -1,12 +1,13 @@
-"""Which model families run integer-only, and what stands in the way of the others."""
+"""Which operations and model families run integer-only, and what stands in the way of others."""
 
 import pytest
 import torch
+from torch.nn import functional
 
 import fxquant
 from fxquant import policies
 from fxquant.backends.integer import float_operations
-from tests.test_integer_only import assert_same_codes
+from tests.test_integer_only import Ends, assert_same_codes, compiled, images
 from tests.zoo import FAMILIES, Family
 
 REASONS = {
@@ -19,15 +20,45 @@ REASONS = {
 }
 
 
+FUNCTIONS = {
+    "a negative factor": lambda x: x * -0.5,
+    "a divisor": lambda x: x / 3,
+    "a factor of each channel": lambda x: torch.linspace(-1, 1, 16) * x,
+    "parts put together again": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "padding of a sum": lambda x: functional.pad((x + x.roll(1, -1))[..., :9], (3, 4)),
+    "a mean beside values": lambda x: x + x.relu().mean(-1, keepdim=True),
+    "hardswish": functional.hardswish,
+    "sigmoid of sigmoid": lambda x: x.sigmoid().sigmoid(),
+    "softmax across rows": lambda x: x.softmax(-2),
+    "a norm of a norm": lambda x: functional.rms_norm(functional.layer_norm(x, (16,)), (16,)),
+    "a sum of softmax and gelu": lambda x: x.softmax(-1) + functional.gelu(x),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_operations_between_products_give_the_codes_of_the_simulation(name: str) -> None:
+    qm = compiled(policies.w8a8(full=True), Ends(FUNCTIONS[name]))
+    lowered = qm.lower("integer", integer_only=True)
+    assert_same_codes(qm, lowered, images(3))
+    assert float_operations(lowered, images(1)) == []
+
+
+def test_scales_along_two_axes_are_refused() -> None:
+    rows = torch.linspace(0.5, 1, 16)[:, None]
+    qm = compiled(policies.w8a8(full=True), Ends(lambda x: x * rows))
+    reason = qm.lower("integer").meta["float_because"]
+    assert reason.startswith("one has a scale for each channel, and what reads one has one for")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_family_runs_integer_only_or_says_why_not(family: Family) -> None:
-    images = torch.randn(4, *family.image, generator=torch.Generator().manual_seed(1))
-    qm = fxquant.compile(family.model(), [images], policies.w8a8(full=True))
+    x = torch.randn(4, *family.image, generator=torch.Generator().manual_seed(1))
+    qm = fxquant.compile(family.model(), [x], policies.w8a8(full=True))
     lowered = qm.lower("integer")
     if family.name in REASONS:
         assert lowered.meta["float_because"].endswith(REASONS[family.name])
         return
     assert lowered.meta["float_because"] == ""
-    assert float_operations(lowered, images[:1]) == []
-    assert_same_codes(qm, lowered, images[:2])
+    assert float_operations(lowered, x[:1]) == []
+    assert_same_codes(qm, lowered, x[:2])

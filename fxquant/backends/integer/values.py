@@ -250,6 +250,9 @@ def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: Wanted)
     for head, channels in enumerate(moved):
         taken = channels.unique()
         if bool((heads[taken] >= 0).any()):
-            raise LoweringError(f"{node.name} mixes channels that have different scales")
+            raise LoweringError(
+                f"{source.name} has a scale for each channel, and what reads {node.name} has one for "
+                "each entry of an axis that mixes them"
+            )
         heads[taken] = head
     return heads.clamp(min=0)
