@@ -251,8 +251,8 @@ def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: Wanted)
         taken = channels.unique()
         if bool((heads[taken] >= 0).any()):
             raise LoweringError(
-                f"{source.name} has a scale for each channel, and what reads {node.name} has one for "
-                "each entry of an axis that mixes them"
+                f"{source.name} has a scale for each channel, and what reads {node.name} has one "
+                "for each entry of an axis that mixes them"
             )
         heads[taken] = head
     return heads.clamp(min=0)
