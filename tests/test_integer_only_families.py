@@ -1,12 +1,16 @@
 """Which operations and model families run integer-only, and what stands in the way of others."""
 
+import copy
+
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 import fxquant
-from fxquant import policies
+from fxquant import Granularity, Rule, TensorSpec, policies
 from fxquant.backends.integer import float_operations
+from fxquant.spec import OpKind
 from tests.test_integer_only import Ends, assert_same_codes, compiled, images
 from tests.zoo import FAMILIES, Family
 
@@ -41,6 +45,46 @@ def test_operations_between_products_give_the_codes_of_the_simulation(name: str)
     lowered = qm.lower("integer", integer_only=True)
     assert_same_codes(qm, lowered, images(3))
     assert float_operations(lowered, images(1)) == []
+
+
+class TwoViews(nn.Module):
+    """One value, its channels sorted into heads in two ways, each multiplied by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x[:, 0]).reshape(-1, 16, 16)
+        blocks = x.view(-1, 16, 2, 8).permute(0, 2, 1, 3)
+        every_other = x.view(-1, 16, 8, 2).permute(0, 3, 1, 2)
+        parts = [part @ part.transpose(-2, -1) for part in (blocks, every_other)]
+        return self.two((parts[0] + parts[1]).flatten(1, 2))
+
+
+def test_channels_sorted_into_heads_in_two_ways_do_not_share_codes() -> None:
+    spec = TensorSpec(granularity=Granularity.HEAD)
+    policy = policies.w8a8(full=True).with_rules(Rule(op=OpKind.MATMUL, spec=spec))
+    qm = compiled(policy, TwoViews())
+    quant = qm.graph_module.quant
+    for name in ("matmul_1__lhs", "matmul_1__rhs"):  # equal quantizers, of other channels
+        source = getattr(quant, name.replace("_1", ""))
+        quant.register_module(name, copy.deepcopy(source))
+    lowered = qm.lower("integer", integer_only=True)
+    assert_same_codes(qm, lowered, images(3))
+
+
+def test_an_image_that_joins_its_own_features_is_refused() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.cat([x, self.one(x)]).relu() * 2)
+
+    reason = compiled(policies.w8a8(full=True), Joined()).lower("integer").meta["float_because"]
+    assert reason == "x is float and joins integer values"
 
 
 def test_scales_along_two_axes_are_refused() -> None:

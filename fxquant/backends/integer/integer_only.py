@@ -192,9 +192,8 @@ class _Builder:
     def _make_sums(self, node: fx.Node, curve: Curve | None) -> Sums:
         if curve is not None:
             module, unit, bound = curve_module(curve)
-            return Sums(
-                self._new.call(f"{node.name}_values", module, curve.node), unit, None, bound
-            )
+            call = self._new.call(f"{node.name}_values", module, curve.node)
+            return Sums(call, unit, None, bound)
         factor = scaling(self._gm, node)
         if node.target in MEANS or node.target in MOVES or factor is not None:
             inner = self._sum(node.all_input_nodes[0] if factor is None else factor.source)
@@ -234,6 +233,8 @@ class _Builder:
         if value is not None:
             return self._new.buffer(name, wanted.constant(value))
         if node in self._image:
+            if self._sums:  # a quantizer of its own would have been met at the start
+                raise LoweringError(f"{node.name} is float and joins integer values")
             return self._new.call(name, _to_codes(wanted.quantizer), self._float(node))
         found = self._sum(node) if node.target in MEANS else self._sums.get(node)
         if isinstance(found, Curve):
@@ -264,9 +265,8 @@ class _Builder:
             source = source.all_input_nodes[0]
         sums = self._sum(source)
         axis = -1 if sums.axis is None else sums.axis
-        codes = self._wanted(
-            source, wanted.by_channel(heads_of_channels(source, node, axis, wanted), axis)
-        )
+        heads = heads_of_channels(source, node, axis, wanted)
+        codes = self._wanted(source, wanted.by_channel(heads, axis))
         for move in reversed(moves):
             codes = self._moved(move, codes, wanted)
         return codes
@@ -322,10 +322,8 @@ class _Builder:
         if value is not None:
             return self._new.buffer(node.name, value)
         if isinstance(found, Curve):
-            table = table_of(found.quantizer, found.function)
-            return self._new.call(
-                f"{node.name}_out", Lookup(table, found.quantizer.qmin), found.node
-            )
+            lookup = Lookup(table_of(found.quantizer, found.function), found.quantizer.qmin)
+            return self._new.call(f"{node.name}_out", lookup, found.node)
         if found is not None:
             values = Dequantize(found.scale, found.axis)
             return self._new.call(f"{node.name}_out", values, found.node)

@@ -71,8 +71,8 @@ class Wanted:
     Attributes:
         key: equal for equal codes.
         quantizer: what the codes mean.
-        scale: of the codes over the factor of the value, float64, ``()`` or ``(C,)``; 0 where
-            the value is multiplied by infinity, infinite where by zero.
+        scale: of the codes over the factor of the value, float64, ``()`` or ``(C,)``; infinite
+            where the value is multiplied by zero.
         zero_point: of the codes, as scale or ``()``.
         axis: axis of the value that either runs along, counted from the last; None per tensor.
     """
@@ -99,10 +99,10 @@ class Wanted:
         )
 
     def times(self, factor: Factor) -> Wanted:
-        """The codes of the value before it is multiplied."""
+        """The codes of the value before it is multiplied; these are per tensor."""
+        assert self.axis is None
         key = (*self.key, "times", tuple(factor.values.flatten().tolist()), factor.axis)
-        axis = self.axis if factor.axis is None else factor.axis
-        return replace(self, key=key, scale=self.scale / factor.values, axis=axis)
+        return replace(self, key=key, scale=self.scale / factor.values, axis=factor.axis)
 
     def by_channel(self, heads: Tensor, axis: int) -> Wanted:
         """The same codes where channels have not yet been sorted into heads.
@@ -111,7 +111,7 @@ class Wanted:
             heads: entry of ``self.axis`` that each channel goes to, ``(C,)``.
             axis: axis of the channels.
         """
-        key = (*self.key, "by channel", axis)
+        key = (*self.key, "by channel", axis, tuple(heads.tolist()))
         zero_point = self.zero_point[heads] if self.zero_point.ndim else self.zero_point
         return replace(self, key=key, scale=self.scale[heads], zero_point=zero_point, axis=axis)
 
