@@ -82,7 +82,7 @@ class CompiledModel(nn.Module):
                 (``policies.w8a8(full=True)``) and all of the graph has an integer form; else
                 ``meta["float_because"]`` of the result says why not.
             float_products: of the integer-only form: multiply whole numbers held as floats, with
-                the same results, faster.
+                the same results, faster; on a GPU torch has no other product.
 
         Raises:
             LoweringError: unknown backend, or it cannot express the graph as asked.
