@@ -80,7 +80,8 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ both, RepQ": replace(whole, reparameterize=True),
         "+ both, row by row": replace(whole, search=by_row),
     }
-    return {**steps, "w8a8": policies.w8a8()} if bits == 8 else steps
+    presets = {"w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
+    return {**steps, **presets} if bits == 8 else steps
 
 
 @cache

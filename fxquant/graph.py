@@ -36,6 +36,21 @@ _ARGS: dict[OpKind, dict[Arg, int]] = {
     OpKind.LINEAR: {Arg.INPUT: 0, Arg.WEIGHT: 1},
     OpKind.CONV: {Arg.INPUT: 0, Arg.WEIGHT: 1},
     OpKind.MATMUL: {Arg.LHS: 0, Arg.RHS: 1},
+    OpKind.LAYER_NORM: {Arg.INPUT: 0},
+    OpKind.RMS_NORM: {Arg.INPUT: 0},
+    OpKind.SOFTMAX: {Arg.INPUT: 0},
+    OpKind.ACTIVATION: {Arg.INPUT: 0},
+    OpKind.ADD: {Arg.LHS: 0, Arg.RHS: 1},
+}
+
+_ACTIVATION_NAMES = "gelu silu relu relu6 hardswish hardsigmoid sigmoid tanh elu leaky_relu mish"
+_ELEMENTWISE_KINDS: dict[Any, OpKind] = {
+    aten.layer_norm.default: OpKind.LAYER_NORM,
+    aten.rms_norm.default: OpKind.RMS_NORM,
+    aten.softmax.int: OpKind.SOFTMAX,
+    aten._softmax.default: OpKind.SOFTMAX,
+    aten.add.Tensor: OpKind.ADD,
+    **{getattr(aten, name).default: OpKind.ACTIVATION for name in _ACTIVATION_NAMES.split()},
 }
 
 # Products that the dialect has no quantized form of. They are reported, never passed over.
@@ -104,7 +119,7 @@ _PRODUCERS: dict[Any, str] = {
 }
 
 PRODUCER_NAMES: frozenset[str] = frozenset(
-    {*_PRODUCERS.values(), *(str(k) for k in OpKind), "image", "parameter"}
+    {*_PRODUCERS.values(), *(str(k) for k in OpKind if k.is_product), "image", "parameter"}
 )
 
 
@@ -118,7 +133,7 @@ class Edge:
     @property
     def kind(self) -> OpKind:
         """Kind of the consuming operation."""
-        kind = op_kind(self.node)
+        kind = op_kind(self.node) or elementwise_kind(self.node)
         assert kind is not None
         return kind
 
@@ -174,22 +189,43 @@ class Edge:
 
 
 def op_kind(node: fx.Node) -> OpKind | None:
-    """Kind of a quantizable operation, None for any other node."""
+    """Kind of a product, None for any other node."""
     return _OP_KINDS.get(node.target) if node.op == "call_function" else None
 
 
-def edges(gm: fx.GraphModule) -> Iterator[Edge]:
-    """All edges of all quantizable operations, in graph order."""
+def elementwise_kind(node: fx.Node) -> OpKind | None:
+    """Kind of a norm, softmax, activation function or addition, None for any other node."""
+    return _ELEMENTWISE_KINDS.get(node.target) if node.op == "call_function" else None
+
+
+def possible_edges(gm: fx.GraphModule) -> Iterator[Edge]:
+    """Everything that a rule can quantize, in graph order.
+
+    Of products all edges; of elementwise operations those that read a float tensor.
+    """
     for node in list(gm.graph.nodes):
-        kind = op_kind(node)
-        if kind is not None:
-            for arg in _ARGS[kind]:
+        kind = op_kind(node) or elementwise_kind(node)
+        if kind is None:
+            continue
+        for arg, index in _ARGS[kind].items():
+            if kind.is_product or _is_float(node.args[index]):
                 yield Edge(node, arg)
+
+
+def edges(gm: fx.GraphModule) -> Iterator[Edge]:
+    """All edges of products and the annotated ones of elementwise operations, in graph order."""
+    return (edge for edge in possible_edges(gm) if edge.kind.is_product or edge.spec is not None)
 
 
 def quantized_edges(gm: fx.GraphModule) -> Iterator[Edge]:
     """The edges that carry an annotation."""
     return (edge for edge in edges(gm) if edge.spec is not None)
+
+
+def _is_float(value: Any) -> bool:
+    """Whether an argument is a node that yields a float tensor, a quantized one included."""
+    val = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(val, Tensor) and val.is_floating_point()
 
 
 def through_moves(node: fx.Node) -> fx.Node:

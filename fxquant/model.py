@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxquant import quantizers
 from fxquant.errors import FileFormatError, FxQuantError, LoweringError
 from fxquant.files import write_together, write_utf8
-from fxquant.graph import edges, get_parameter, submodule
+from fxquant.graph import get_parameter, possible_edges, submodule
 from fxquant.policy_file import policy_from_dict
 from fxquant.quantizers import Quantizer
 from fxquant.report import PlanEntry, Report
@@ -69,15 +69,23 @@ class CompiledModel(nn.Module):
         """Outputs of the quantized model, for images ``(B, C, H, W)``."""
         return self.graph_module(images)
 
-    def lower(self, backend: str) -> nn.Module:
+    def lower(
+        self, backend: str, *, integer_only: bool | None = None, float_products: bool = False
+    ) -> nn.Module:
         """This model for a backend that runs in this process.
 
         Args:
             backend: ``integer`` (reference kernels on integer codes) or ``inductor``
                 (``torch.compile`` of the integer form).
+            integer_only: of ``integer``: compute nothing in float between the first and the last
+                code. None does so where the policy quantizes what is between products
+                (``policies.w8a8(full=True)``) and all of the graph has an integer form; else
+                ``meta["float_because"]`` of the result says why not.
+            float_products: of the integer-only form: multiply whole numbers held as floats, with
+                the same results, faster; on a GPU torch has no other product.
 
         Raises:
-            LoweringError: unknown backend, or it cannot express the graph.
+            LoweringError: unknown backend, or it cannot express the graph as asked.
         """
         if backend not in BACKENDS:
             raise LoweringError(
@@ -86,12 +94,15 @@ class CompiledModel(nn.Module):
             )
         from fxquant.backends.integer import lower_to_integer
 
-        lowered = lower_to_integer(self.graph_module)
         if backend == "integer":
-            return lowered
+            return lower_to_integer(
+                self.graph_module, integer_only=integer_only, float_products=float_products
+            )
+        if integer_only or float_products:
+            raise LoweringError("integer_only and float_products belong to backend 'integer' alone")
         from fxquant.backends.inductor import compile_integer
 
-        return compile_integer(lowered)
+        return compile_integer(lower_to_integer(self.graph_module, integer_only=False))
 
     def export_onnx(self, path: str | Path, *, target: str = "auto") -> OnnxExport:
         """Writes an ONNX QDQ file for onnxruntime (opset 21, IR 10, dynamic batch).
@@ -228,15 +239,15 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
     gm = fx.GraphModule(root, graph_from_json(config["graph"]))
     gm.meta["stage"] = Stage.FROZEN
     report = Report.from_dict(config["report"])
+    propagate_shapes(gm, tuple(config["image_shape"]))
     specs = {entry.edge: entry.spec for entry in report.plan if entry.spec is not None}
-    for edge in list(edges(gm)):
+    for edge in list(possible_edges(gm)):
         if edge.name in specs:
             edge.node.meta["quant"] = {
                 **edge.node.meta.get("quant", {}),
                 edge.arg: specs[edge.name],
             }
     gm.graph.lint()
-    propagate_shapes(gm, tuple(config["image_shape"]))
     verify(gm)
     return gm
 

@@ -18,6 +18,8 @@ from fxquant.spec import ObserverKind, Scheme, TensorSpec
 
 # Power of two, so that a doubled range merges whole pairs of bins.
 BINS = 4096
+# Below the largest of its row by this much, a value is nothing to a softmax.
+_NEGLIGIBLE = 12.0
 
 
 class Observer(nn.Module, ABC):
@@ -108,6 +110,31 @@ class MinMaxObserver(Observer):
         return self.range()
 
 
+class SoftmaxObserver(MinMaxObserver):
+    """Covers what is less than 12 below the largest value of its row, the last axis.
+
+    A value further down has a share below ``exp(-12)``, 6e-6. In a row with an attention mask of
+    -100, most of the range would otherwise be spent on what the softmax takes to zero.
+    """
+
+    def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
+        super().__init__(spec, axis=axis, where=where)
+        self.peak: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Records ``x`` and the largest values of its rows."""
+        if x.numel():
+            peak = x.detach().float().amax(-1).amin()
+            self.peak = peak if self.peak is None else torch.minimum(self.peak, peak)
+        return super().forward(x)
+
+    def _fit_range(self) -> tuple[Tensor, Tensor]:
+        lo, hi = self.range()
+        assert self.peak is not None
+        return torch.maximum(lo, self.peak - _NEGLIGIBLE), hi
+
+
 class HistogramObserver(Observer):
     """Keeps one histogram a scale, over a range that doubles as larger values come.
 
@@ -174,4 +201,6 @@ def make_observer(spec: TensorSpec, *, axis: int | None, where: str) -> Observer
     """The observer that ``spec.observer`` names."""
     if spec.observer is ObserverKind.MINMAX:
         return MinMaxObserver(spec, axis=axis, where=where)
+    if spec.observer is ObserverKind.SOFTMAX:
+        return SoftmaxObserver(spec, axis=axis, where=where)
     return HistogramObserver(spec, axis=axis, where=where)

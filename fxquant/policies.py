@@ -20,17 +20,25 @@ from fxquant.spec import (
 from fxquant.suggest import did_you_mean
 
 
-def w8a8() -> Policy:
+def w8a8(*, full: bool = False) -> Policy:
     """Eight bits everywhere, laid out as integer CPU kernels want it.
 
     Weights symmetric per output channel; activations asymmetric per tensor, their range chosen by
     least squared error; the right operands of attention products symmetric, since they take the
     place of weights in the kernel; attention probabilities on the full range [0, max].
+
+    Args:
+        full: also quantize what norms, softmax, activation functions and additions read, so that
+            ``lower("integer")`` needs no float arithmetic between products
+            (:func:`elementwise_rules`).
     """
+    besides = ", norms, softmax, GELU and sums" if full else ""
     return Policy(
-        name="w8a8",
-        description="8-bit weights and activations for integer CPU kernels; least squared error",
+        name="w8a8_full" if full else "w8a8",
+        description=f"8-bit weights and activations{besides} for integer CPU kernels; least "
+        "squared error",
         rules=(
+            *(elementwise_rules() if full else ()),
             Rule(
                 arg=Arg.WEIGHT,
                 spec=TensorSpec(bits=8, symmetric=True, granularity=Granularity.CHANNEL),
@@ -45,6 +53,11 @@ def w8a8() -> Policy:
             Rule(spec=TensorSpec(bits=8, observer=ObserverKind.MSE)),
         ),
     )
+
+
+def w8a8_full() -> Policy:
+    """:func:`w8a8` with ``full=True``: eight bits between products too."""
+    return w8a8(full=True)
 
 
 def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
@@ -165,8 +178,33 @@ def _searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[R
     )
 
 
+def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Rule, ...]:
+    """Rules for what stands between products: additions, norms, softmax, activation functions.
+
+    Args:
+        act_bits: width of activations, asymmetric per tensor.
+        constant_bits: width of constants that are added: position embeddings, relative position
+            biases, attention masks. A constant costs no time to quantize, and a mask of 0 and -100
+            beside scores of a few units needs a wide grid.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    constants = TensorSpec(bits=constant_bits)
+    scores = TensorSpec(bits=act_bits, observer=ObserverKind.SOFTMAX)
+    # One spec for additions and norms: the residual stream, which both read, is quantized once.
+    rest = TensorSpec(bits=act_bits, observer=ObserverKind.MSE)
+    kinds = (OpKind.ADD, OpKind.LAYER_NORM, OpKind.RMS_NORM, OpKind.ACTIVATION)
+    return (
+        Rule(op=OpKind.ADD, fed_by="parameter", spec=constants, optional=True),
+        Rule(op=OpKind.SOFTMAX, spec=scores, optional=True),
+        *(Rule(op=kind, spec=rest, optional=True) for kind in kinds),
+    )
+
+
 PRESETS: dict[str, Callable[..., Policy]] = {
     "w8a8": w8a8,
+    "w8a8_full": w8a8_full,
     "minmax": minmax,
     "base_ptq": base_ptq,
     "ptq4vit": ptq4vit,

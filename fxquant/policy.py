@@ -19,7 +19,8 @@ class Rule:
     Attributes:
         spec: how; None keeps the edge float.
         path: regular expression that the whole module path must match.
-        op: kind of the consuming operation.
+        op: kind of the consuming operation; where None, any product. Norms, softmax, activation
+            functions and additions are matched by rules alone that name them.
         arg: which of its inputs.
         fed_by: what computed the values, data movement looked through: ``softmax``, ``gelu``,
             ``layer_norm``, ``image`` … (``graph.PRODUCER_NAMES``).
@@ -64,7 +65,7 @@ class Rule:
     def matches(self, edge: Edge) -> bool:
         """Whether all conditions hold for ``edge``."""
         return (
-            (self.op is None or self.op is edge.kind)
+            (edge.kind.is_product if self.op is None else self.op is edge.kind)
             and (self.arg is None or self.arg is edge.arg)
             and re.fullmatch(self.path, edge.path) is not None
             and (self.fed_by is None or self.fed_by == fed_by(edge))

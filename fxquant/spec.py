@@ -29,6 +29,19 @@ class OpKind(StrEnum):
     LINEAR = "linear"
     CONV = "conv"
     MATMUL = "matmul"
+    LAYER_NORM = "layer_norm"
+    RMS_NORM = "rms_norm"
+    SOFTMAX = "softmax"
+    ACTIVATION = "activation"
+    ADD = "add"
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies two tensors; the others work value by value or row by row."""
+        return self in _PRODUCTS
+
+
+_PRODUCTS = (OpKind.LINEAR, OpKind.CONV, OpKind.MATMUL)
 
 
 class Arg(StrEnum):
@@ -60,9 +73,14 @@ class Granularity(StrEnum):
 
 
 class ObserverKind(StrEnum):
-    """How the range of a tensor is chosen."""
+    """How the range of a tensor is chosen.
+
+    ``softmax`` is for what a softmax reads along its last axis: all values but those so far below
+    the largest of their row that nothing is left of them.
+    """
 
     MINMAX = "minmax"
+    SOFTMAX = "softmax"
     PERCENTILE = "percentile"
     MSE = "mse"
 

@@ -9,7 +9,14 @@ import torch
 from torch import fx
 
 from fxquant.errors import VerifyError
-from fxquant.graph import edges, op_kind, quantized_edges, stage, submodule
+from fxquant.graph import (
+    elementwise_kind,
+    op_kind,
+    possible_edges,
+    quantized_edges,
+    stage,
+    submodule,
+)
 from fxquant.observers import Observer
 from fxquant.quantizers import Quantizer
 from fxquant.spec import Arg, Stage
@@ -28,7 +35,7 @@ def _no_annotation(gm: fx.GraphModule) -> str | None:
 
 
 def _annotations_fit(gm: fx.GraphModule) -> str | None:
-    valid = {(edge.node, edge.arg) for edge in edges(gm)}
+    valid = {(edge.node, edge.arg) for edge in possible_edges(gm)}
     for node in gm.graph.nodes:
         for arg in node.meta.get("quant", {}):
             if (node, arg) not in valid:
@@ -37,7 +44,7 @@ def _annotations_fit(gm: fx.GraphModule) -> str | None:
 
 
 def _unique_names(gm: fx.GraphModule) -> str | None:
-    counts = Counter(edge.name for edge in edges(gm))
+    counts = Counter(edge.name for edge in possible_edges(gm))
     twice = sorted(name for name, count in counts.items() if count > 1)
     return f"edge names occur twice: {twice}" if twice else None
 
@@ -72,7 +79,8 @@ def _nothing_of(kind: type) -> Callable[[fx.GraphModule], str | None]:
 def _quantizers_feed_products(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
         if isinstance(submodule(gm, node), Quantizer | Observer):
-            stray = [user.name for user in node.users if op_kind(user) is None]
+            users = (u for u in node.users if op_kind(u) is None and elementwise_kind(u) is None)
+            stray = [user.name for user in users]
             if stray:
                 return f"{node.name} feeds {stray[0]}, which is no quantizable operation"
     return None

@@ -216,3 +216,15 @@ def test_one_scale_a_row(
     spec = TensorSpec(observer=kind, granularity=granularity)
     quantizer = observed(spec, torch.randn(5, 2, 3, 4), axis=axis).fit()
     assert tuple(quantizer.scale.shape) == count
+
+
+def test_what_a_softmax_takes_to_zero_is_not_covered() -> None:
+    spec = TensorSpec(observer=ObserverKind.SOFTMAX)
+    scores = torch.tensor([[3.0, 1.0, -100.0], [-2.0, -3.0, -104.0]])
+    lo, hi = observed(spec, scores[:1], scores[1:])._fit_range()
+    assert (float(lo), float(hi)) == (-14.0, 3.0)
+    quantizer = observed(spec, scores).fit()
+    shares, exact = quantizer(scores).softmax(-1), scores.softmax(-1)
+    assert float((shares - exact).abs().max()) < 0.01
+    near = torch.tensor([[3.0, 1.0, -5.0]])  # nothing is cut off where there is no mask
+    assert float(observed(spec, near)._fit_range()[0]) == -5.0

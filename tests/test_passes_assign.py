@@ -15,7 +15,7 @@ from fxquant.passes import AssignSpecs, Freeze, InsertObservers, run_passes
 from fxquant.policies import PRESETS
 from fxquant.policy import Rule
 from fxquant.quantizers import UniformQuantizer
-from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
+from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Stage, TensorSpec
 from fxquant.testing import DIM, images, tokens
 from tests.graphs import EIGHT, FOUR, WEIGHT, annotated, canonical, reasons, specs
 
@@ -201,3 +201,20 @@ def test_a_scale_per_channel_of_an_image_runs_along_its_channels() -> None:
     assert isinstance(quantizer, UniformQuantizer) and len(quantizer.scale) == 3
     expected = images().amax((0, 2, 3)) - images().amin((0, 2, 3))
     torch.testing.assert_close(quantizer.scale * 255, expected)
+
+
+def test_the_observer_of_a_softmax_is_for_a_softmax_along_the_last_axis() -> None:
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).softmax(1)).softmax(-1)
+
+    spec = TensorSpec(observer=ObserverKind.SOFTMAX)
+    gm, result = annotated(Rule(op=OpKind.SOFTMAX, spec=spec), Rule(spec=EIGHT), model=Across())
+    found = specs(gm)
+    assert found["softmax__input"] == TensorSpec() and found["softmax_1__input"] == spec
+    why = "observer minmax: it is no softmax along the last axis that reads it"
+    assert reasons(result)["softmax__input"] == why

@@ -277,3 +277,22 @@ def test_a_transposed_weight_is_seen_as_a_weight() -> None:
     gm = capture(model(lambda x, w: x @ w.t().contiguous()), tokens())
     run_passes(gm, [FoldConstants(), ToLinear()])
     assert op_names(gm) == ["linear"]
+
+
+def test_a_mask_that_starts_from_new_zeros_is_a_constant() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        mask = x.new_zeros(TOKENS, 1)
+        mask[1:3] = 2.0
+        return x + mask
+
+    gm = capture(model(function), tokens())
+    assert run_passes(gm, [FoldConstants()])["FoldConstants"].changed > 2
+    assert run_passes(gm, [FoldConstants()])["FoldConstants"].changed == 0
+    assert op_names(gm) == ["add"]
+    assert_same_function(gm, model(function), tokens())
+
+
+def test_zeros_of_the_size_of_the_batch_stay() -> None:
+    function = model(lambda x, w: x + x.new_zeros(x.shape[0], 1, 1))
+    gm, _ = assert_pass(function, tokens(), FoldConstants(), changed=0)
+    assert op_names(gm) == ["new_zeros", "add"]

@@ -53,6 +53,21 @@ def test_eight_bits_keep_the_accuracy(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
+def test_integers_alone_keep_the_accuracy(name: str) -> None:
+    loader = DataLoader(GlyphDataset("calib", 32), batch_size=16)
+    full = fxquant.compile(build(name), loader, "w8a8_full")
+    # Floats that carry the same integers; tests/test_integer_only.py compares and counts floats.
+    executor = full.lower("integer", integer_only=True, float_products=True)
+    with torch.no_grad():
+        exact, result = (
+            torch.cat([model(part) for part in held_out()[0].split(50)])
+            for model in (build(name), executor)
+        )
+    assert top1(exact) - top1(result) <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_onnxruntime_agrees_with_the_simulation(name: str, tmp_path: Path) -> None:
     exported = compiled(name).export_onnx(tmp_path / "model.onnx")
     assert exported.unfused == ()

@@ -15,10 +15,19 @@ from typing import ClassVar
 from torch import SymInt, Tensor, fx
 
 from fxquant.errors import PolicyError, UnusedRuleError
-from fxquant.graph import UNSUPPORTED, Edge, constant, edges, fed_by, rank
+from fxquant.graph import (
+    UNSUPPORTED,
+    Edge,
+    arguments,
+    constant,
+    edges,
+    fed_by,
+    possible_edges,
+    rank,
+)
 from fxquant.passes.base import PassResult, Skip
 from fxquant.policy import Rule
-from fxquant.spec import Arg, Granularity, OpKind, Scheme, Stage, TensorSpec
+from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, Stage, TensorSpec
 
 
 def _earlier(rules: set[int]) -> str:
@@ -34,6 +43,11 @@ def _per_tensor_reason(edge: Edge, granularity: Granularity, value: Tensor) -> s
     if axis is not None and isinstance(value.shape[axis], SymInt):
         return f"per tensor: the size of its {granularity} axis changes with the batch"
     return ""
+
+
+def _is_last_axis_softmax(edge: Edge) -> bool:
+    axis = arguments(edge.node).get("dim")
+    return edge.kind is OpKind.SOFTMAX and axis in (-1, rank(edge.source) - 1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,8 @@ class AssignSpecs:
 
         Raises:
             UnusedRuleError: a rule that is not optional matches no edge of the graph.
-            PolicyError: a rule gives a weight the twin scheme, which is for activations.
+            PolicyError: a rule gives the twin scheme to a weight or to no product; it is for
+                activations that a product reads.
         """
         # For each rule, the rules that decided the edges it matches.
         deciders: dict[int, set[int]] = {}
@@ -63,8 +78,10 @@ class AssignSpecs:
             for node in gm.graph.nodes
             if node.target in UNSUPPORTED
         ]
-        for edge in edges(gm):
+        for edge in possible_edges(gm):
             hits = [i for i, rule in enumerate(self.rules) if rule.matches(edge)]
+            if not hits and not edge.kind.is_product:
+                continue  # float unless a rule names its operation
             for i in hits:
                 deciders.setdefault(i, set()).add(hits[0])
             spec, reason = self._decide(gm, edge, hits[0] if hits else None)
@@ -99,13 +116,21 @@ class AssignSpecs:
             return None, "left float: the operand holds no floating-point numbers"
         if edge.arg is Arg.WEIGHT and constant(gm, edge.source) is None:
             return None, "left float: the weight is computed at run time"
-        if rank(edge.source) < 2:
+        if edge.kind.is_product and rank(edge.source) < 2:
             return None, "left float: a vector operand has no integer kernel"
         if spec.scheme is Scheme.TWIN_UNIFORM and edge.arg is Arg.WEIGHT:
             raise PolicyError(
                 f"{edge.name}: rule {hit + 1} gives a weight scheme twin_uniform, which is for "
                 "activations; add a rule with `arg: weight` before it, or `fed_by` to it"
             )
+        if spec.scheme is Scheme.TWIN_UNIFORM and not edge.kind.is_product:
+            raise PolicyError(
+                f"{edge.name}: rule {hit + 1} gives what {edge.kind} reads scheme twin_uniform, "
+                "which is for products; use scheme uniform"
+            )
+        if spec.observer is ObserverKind.SOFTMAX and not _is_last_axis_softmax(edge):
+            spec = replace(spec, observer=ObserverKind.MINMAX)
+            return spec, "observer minmax: it is no softmax along the last axis that reads it"
         reason = _per_tensor_reason(edge, spec.granularity, value)
         return (replace(spec, granularity=Granularity.TENSOR) if reason else spec), reason
 

@@ -4,7 +4,8 @@ Before: ``bias = permute(index(table, position), …)`` in every forward
 After:  ``bias = get_attr``
 
 Swin's relative position bias, a transposed weight and a normalised kernel all become plain
-constants, which lets other passes see a weight as one.
+constants, which lets other passes see a weight as one. So does torchvision's attention mask, which
+starts from ``x.new_zeros(…)`` and takes but the type and device of ``x``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,16 @@ def _foldable(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
+def _zeros(node: fx.Node) -> Tensor | None:
+    """The tensor of zeros that a node makes, None where it does not or the size is not known."""
+    if node.target is not aten.new_zeros.default:
+        return None
+    val = node.meta["val"]
+    if not all(isinstance(size, int) for size in val.shape):
+        return None
+    return torch.zeros(tuple(val.shape), dtype=val.dtype, device=val.device)
+
+
 @dataclass(frozen=True)
 class FoldConstants:
     """See the module's text."""
@@ -50,6 +61,9 @@ class FoldConstants:
         for node in list(gm.graph.nodes):
             if node.op == "get_attr":
                 known[node] = get_parameter(gm, node)
+            elif (zeros := _zeros(node)) is not None:
+                known[node] = zeros
+                folded.append(node)
             elif _foldable(node, known):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = node.target(*args, **kwargs)

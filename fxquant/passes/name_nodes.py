@@ -4,7 +4,8 @@ Before: ``linear_3 = linear(…)`` made in ``blocks.0.attn.proj``
 After:  ``blocks_0_attn_proj = linear(…)``
 
 Edge names, and with them policies, plans and reports, derive from these. Operations that are not
-a module of their own add their kind: ``blocks_0_attn_matmul``; further ones are numbered.
+a module of their own add their name: ``blocks_0_attn_matmul``, ``blocks_0_add``; further ones are
+numbered.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import ClassVar
 from torch import fx
 
 from fxquant.errors import NothingToQuantizeError
-from fxquant.graph import module_path, op_kind
+from fxquant.graph import elementwise_kind, module_path, op_kind
 from fxquant.passes.base import PassResult
 from fxquant.spec import OpKind, Stage
+
+# Operations that are mostly modules of their own.
+_MODULES = (OpKind.LINEAR, OpKind.CONV, OpKind.LAYER_NORM, OpKind.RMS_NORM)
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,17 @@ class NameNodes:
         """
         wanted: list[tuple[fx.Node, str]] = []
         for node in gm.graph.nodes:
-            kind = op_kind(node)
+            kind = op_kind(node) or elementwise_kind(node)
             if kind is None:
                 continue
             path = module_path(node)
             node.meta["path"] = path
             stem = re.sub(r"\W", "_", path)
-            if kind is OpKind.MATMUL or not path:
-                stem = f"{stem}_{kind}".strip("_")
+            if kind not in _MODULES or not path:
+                name = node.target.__name__.split(".")[0] if kind is OpKind.ACTIVATION else kind
+                stem = stem if stem.endswith(str(name)) else f"{stem}_{name}".strip("_")
             wanted.append((node, stem))
-        if not wanted:
+        if not any(op_kind(node) is not None for node, _ in wanted):
             raise NothingToQuantizeError(
                 "the model has no linear, convolution or matrix product, so there is nothing to "
                 "quantize; was the right module passed?"

@@ -71,7 +71,8 @@ class _Work:
         self._gm, self._options = gm, options
         # Right operands come first, as in the paper's alternation of weight and activation.
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
-        found = sorted(quantized_edges(gm), key=lambda e: (order[e.node], e.arg in _LEFT))
+        products = (edge for edge in quantized_edges(gm) if edge.kind.is_product)
+        found = sorted(products, key=lambda e: (order[e.node], e.arg in _LEFT))
         self._readers: dict[str, list[Edge]] = {}
         self._at = {(edge.node, edge.arg in _LEFT): edge for edge in found}
         for edge in found:

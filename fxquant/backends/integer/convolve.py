@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fxquant.backends.integer.kernels import Operand, accumulator_dtype, affine_matmul
+from fxquant.backends.integer.kernels import Multiply, Operand, accumulator_dtype, affine_matmul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,16 @@ class Geometry:
     groups: int
 
 
-def convolve(x: Operand, weight: Operand, geometry: Geometry) -> Tensor:
+def convolve(
+    x: Operand, weight: Operand, geometry: Geometry, multiply: Multiply = affine_matmul
+) -> Tensor:
     """Exact ``conv(x.codes - x.zero_point, weight.codes - weight.zero_point)``.
 
     Args:
         x: codes ``(B, C, *spatial)``, zero_point ``()``.
         weight: codes ``(N, C / groups, *kernel)``, zero_point ``()`` or ``(N, 1, …)``.
         geometry: strides and the like.
+        multiply: the product of patches with the weight.
 
     Returns:
         ``(B, N, *spatial')``, int32, or int64 where a sum could pass int32.
@@ -49,7 +52,7 @@ def convolve(x: Operand, weight: Operand, geometry: Geometry) -> Tensor:
     x = x._replace(codes=_pad(x, geometry.padding))
     if geometry.groups > 1 and weight.codes.shape[1] == 1:
         return _by_taps(x, weight, geometry)
-    return _by_patches(x, weight, geometry)
+    return _by_patches(x, weight, geometry, multiply)
 
 
 def _pad(x: Operand, padding: tuple[tuple[int, int], ...]) -> Tensor:
@@ -65,7 +68,7 @@ def _pad(x: Operand, padding: tuple[tuple[int, int], ...]) -> Tensor:
     return (padded + x.zero_point).to(x.codes.dtype)
 
 
-def _by_patches(x: Operand, weight: Operand, geometry: Geometry) -> Tensor:
+def _by_patches(x: Operand, weight: Operand, geometry: Geometry, multiply: Multiply) -> Tensor:
     codes, kernel, groups = x.codes, weight.codes.shape[2:], geometry.groups
     steps = zip(kernel, geometry.stride, geometry.dilation, strict=True)
     for axis, (taps, stride, dilation) in enumerate(steps, start=2):
@@ -80,9 +83,7 @@ def _by_patches(x: Operand, weight: Operand, geometry: Geometry) -> Tensor:
         zero = zero.view(groups, 1, -1)
     if groups == 1:  # two axes are what the int8 product takes
         rows, zero = rows[0], zero if zero is None or not zero.ndim else zero[0]
-    product = affine_matmul(
-        Operand(codes, x.zero_point, x.bound), Operand(rows, zero, weight.bound)
-    )
+    product = multiply(Operand(codes, x.zero_point, x.bound), Operand(rows, zero, weight.bound))
     return product.transpose(-1, -2).flatten(1, 2).reshape(*product.shape[:1], -1, *spatial)
 
 

@@ -52,6 +52,8 @@ class Operand(NamedTuple):
 # An operand as a sum: operands with the power of two that multiplies each. Where one is not zero,
 # all others are. A uniform quantizer gives one of these, a twin quantizer one for each region.
 Terms = tuple[tuple[Operand, int], ...]
+# An exact product of two operands.
+Multiply = Callable[[Operand, Operand], Tensor]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -109,9 +111,18 @@ def affine_matmul(a: Operand, b: Operand) -> Tensor:
     return product_float(_centred(a, dtype), _centred(b, dtype), bounds)
 
 
-def sum_products(
-    left: Terms, right: Terms, multiply: Callable[[Operand, Operand], Tensor], depth: int
-) -> Tensor:
+def affine_whole(a: Operand, b: Operand) -> Tensor:
+    """:func:`affine_matmul` in integers alone: torch's int8 product, or its plain int32 or int64.
+
+    The plain product of torch is some three times slower than float32's, and missing on GPUs.
+    """
+    if _is_byte(a.codes) and _is_byte(b.codes) and _runs_int8(a.codes, b.codes):
+        return affine_int8(a, b)
+    dtype = accumulator_dtype(a.codes.shape[-1] * max(a.bound * b.bound, 1))
+    return torch.matmul(_centred(a, dtype), _centred(b, dtype))
+
+
+def sum_products(left: Terms, right: Terms, multiply: Multiply, depth: int) -> Tensor:
     """Exact product of sums, ``sum multiply(a, b) 2^(m + n)`` over terms ``(a, m)``, ``(b, n)``.
 
     Shifting whole products and adding them as integers is the twin quantizer's integer form

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxquant.backends.integer.convolve import Geometry, convolve
 from fxquant.backends.integer.kernels import (
+    Multiply,
     Operand,
     Terms,
     accumulator_dtype,
@@ -131,9 +132,13 @@ class IntMatmul(nn.Module):
 
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """Float product ``(..., M, N)`` of codes ``(..., M, K)`` and ``(..., K, N)``."""
-        total = sum_products(self.lhs(lhs), self.rhs(rhs), affine_matmul, lhs.shape[-1])
+        total = self.accumulate(affine_matmul, lhs, rhs)
         unit = self.lhs.factor(lhs.ndim) * self.rhs.factor(rhs.ndim)
         return total.to(unit.dtype) * unit
+
+    def accumulate(self, multiply: Multiply, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """The product in units of the two scales' product, int32 or int64."""
+        return sum_products(self.lhs(lhs), self.rhs(rhs), multiply, lhs.shape[-1])
 
 
 class IntLinear(nn.Module):
@@ -160,13 +165,16 @@ class IntLinear(nn.Module):
             weight: codes ``(N, K)``.
             bias: float ``(N,)``, added behind the scale; where bias_codes are None.
         """
-        terms = self.input(x), self.weight(weight.t())
-        total = sum_products(*terms, affine_matmul, x.shape[-1])
-        if self.bias_codes is not None:
-            total = total + self.bias_codes
+        total = self.accumulate(affine_matmul, x, weight)
         unit = self.input.factor(x.ndim) * self.weight.factor(2)
         out = total.to(unit.dtype) * unit
         return out if bias is None else out + bias
+
+    def accumulate(self, multiply: Multiply, x: Tensor, weight: Tensor) -> Tensor:
+        """The product and the integer bias in units of the two scales' product."""
+        terms = self.input(x), self.weight(weight.t())
+        total = sum_products(*terms, multiply, x.shape[-1])
+        return total if self.bias_codes is None else total + self.bias_codes
 
 
 class IntConv(nn.Module):
@@ -199,14 +207,19 @@ class IntConv(nn.Module):
         if x.ndim < weight.ndim:
             return self.forward(x.unsqueeze(0), weight, bias).squeeze(0)
         along = (-1, *[1] * (weight.ndim - 2))
-        multiply = partial(convolve, geometry=self.geometry)
-        depth = weight.shape[1:].numel()
-        total = sum_products(self.input(x), self.weight(weight), multiply, depth)
-        if self.bias_codes is not None:
-            total = total + self.bias_codes.view(along)
+        total = self.accumulate(affine_matmul, x, weight)
         unit = self.input.scale * self.weight.scale
         out = total.to(unit.dtype) * (unit.view(along) if unit.ndim else unit)
         return out if bias is None else out + bias.view(along)
+
+    def accumulate(self, multiply: Multiply, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution and the integer bias in units of the two scales' product."""
+        convolved = partial(convolve, geometry=self.geometry, multiply=multiply)
+        depth = weight.shape[1:].numel()
+        total = sum_products(self.input(x), self.weight(weight), convolved, depth)
+        if self.bias_codes is None:
+            return total
+        return total + self.bias_codes.view(-1, *[1] * (weight.ndim - 2))
 
     def extra_repr(self) -> str:
         """The geometry."""

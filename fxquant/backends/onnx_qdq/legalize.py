@@ -5,6 +5,8 @@
     linear(x, W, b)         addmm over flattened tokens, b as int32 codes: Gemm, fused to QGemm
     patch convolution       the same, on cut-out patches
     c * matmul(a, b)        matmul with c in the output scale of a's dequantize_linear
+    softmax(quantizer(x))   softmax in float, of dequantize_linear(quantize_linear(x)); so norms,
+                            activation functions and additions
 
 The function stays the same to float rounding.
 """
@@ -19,7 +21,17 @@ from torch import SymInt, Tensor, fx
 from fxquant.backends.onnx_qdq.target import Target
 from fxquant.backends.onnx_qdq.tensors import TensorWriter
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, aten, data_users, edges, op_kind, operand, rank, submodule
+from fxquant.graph import (
+    Edge,
+    aten,
+    data_users,
+    edges,
+    elementwise_kind,
+    op_kind,
+    operand,
+    rank,
+    submodule,
+)
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.rewrite import add_constant, emit
 from fxquant.spec import Arg, OpKind
@@ -52,13 +64,13 @@ class Legalizer:
         """
         for node in list(self.gm.graph.nodes):
             kind = op_kind(node)
-            if kind is None:
-                continue
             with self.gm.graph.inserting_before(node):
                 if kind is OpKind.MATMUL:
                     self._matmul(node)
-                else:
+                elif kind is not None:
                     self._weighted(node, kind)
+                elif elementwise_kind(node) is not None:
+                    self._elementwise(node)
         self.gm.graph.eliminate_dead_code()
         self.gm.delete_all_unused_submodules()
         self.gm.graph.lint()
@@ -105,6 +117,16 @@ class Legalizer:
             x_edge.replace_source(self._write.activation(x_edge, x, codes))
         if w is not None:
             w_edge.replace_source(self._write.weight(w_edge, w, matrix=False))
+
+    def _elementwise(self, node: fx.Node) -> None:
+        """A norm, softmax, activation function or addition: in float, on quantized values."""
+        for arg in (Arg.INPUT, Arg.LHS, Arg.RHS):
+            if (node, arg) not in self._edges:
+                continue
+            edge, quantizer = self._quantizer(node, arg)
+            if quantizer is not None:
+                codes = self._write.codes(edge, quantizer)
+                edge.replace_source(self._write.activation(edge, quantizer, codes))
 
     def _linear(
         self,

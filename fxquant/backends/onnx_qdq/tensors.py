@@ -13,7 +13,7 @@ from fxquant.errors import LoweringError
 from fxquant.graph import Edge, aten, constant, operand
 from fxquant.quantizers import INT32_MAX, UniformQuantizer, accumulator_scale
 from fxquant.rewrite import add_constant, emit
-from fxquant.spec import Arg
+from fxquant.spec import Arg, OpKind
 
 
 class TensorWriter:
@@ -47,8 +47,12 @@ class TensorWriter:
 
     def codes(self, edge: Edge, quantizer: UniformQuantizer) -> fx.Node:
         """Integer codes of an activation. A scale per head is divided out first."""
-        right = edge.arg is Arg.RHS
+        right = edge.arg is Arg.RHS and edge.kind.is_product
         storage = self._target.storage(right=right, bits=quantizer.bits)
+        if edge.kind is OpKind.SOFTMAX:
+            # Behind codes of 8 bits onnxruntime takes a softmax of its own, which is not exact: it
+            # moves a code in a hundred.
+            storage = torch.uint16
         key = (edge.source, storage)
         if key in self._shared:
             return self._shared[key]
@@ -58,7 +62,7 @@ class TensorWriter:
             if quantizer.axis is not None:
                 x = self._divided(edge, quantizer, x)
                 scale, zero = torch.ones(()), torch.zeros(())
-            if quantizer.bits not in (8, 16):
+            if quantizer.bits != torch.iinfo(storage).bits:
                 ends = (quantizer.qmin, quantizer.qmax)
                 low, high = ((end - float(zero)) * float(scale) for end in ends)
                 x = self._call(aten.clamp.default, x, low, high, like=like)

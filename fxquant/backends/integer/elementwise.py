@@ -1,0 +1,113 @@
+"""Functions, sums and means of integer codes, and the way back to floats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.backends.integer.kernels import accumulator_dtype
+from fxquant.backends.integer.modules import Side
+from fxquant.ops import broadcast
+from fxquant.quantizers import UniformQuantizer
+
+# Bits of a multiplier beyond those of the codes, so that its rounding is 2^-13 of a step at most.
+_SPARE_BITS = 12
+# Fraction bits of a function's values where no quantizer reads them.
+FUNCTION_BITS = 24
+
+
+def table_of(quantizer: UniformQuantizer, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Values of a function at all codes of a quantizer, from the smallest code on, float32."""
+    codes = torch.arange(quantizer.qmin, quantizer.qmax + 1, device=quantizer.scale.device)
+    return function(quantizer.dequantize(codes.to(torch.float32)))
+
+
+class Lookup(nn.Module):
+    """Codes to the entries of a table, the first of which belongs to the smallest code."""
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.register_buffer("table", table)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Entries of the shape of ``codes``."""
+        return self.table[codes.to(torch.int64) - self.first]
+
+    def extra_repr(self) -> str:
+        """Number and type of the entries."""
+        return f"{len(self.table)} of {self.table.dtype}"
+
+
+class IntAdd(nn.Module):
+    """``a + b`` of codes on different grids: accumulators of a unit that both are multiples of.
+
+    The unit is the larger scale over a power of two, so that this operand's multiplier is exact;
+    that of the other is rounded, by ``2^-13`` steps of the larger scale in the sum at most.
+
+    Args:
+        lhs: quantizer of ``a``, per tensor.
+        rhs: quantizer of ``b``, per tensor.
+    """
+
+    def __init__(self, lhs: UniformQuantizer, rhs: UniformQuantizer) -> None:
+        super().__init__()
+        self.lhs, self.rhs = Side(lhs, None), Side(rhs, None)
+        scales = [float(quantizer.scale) for quantizer in (lhs, rhs)]
+        spans = self.lhs.bound, self.rhs.bound
+        bits = max(spans).bit_length() + _SPARE_BITS
+        self.scale = max(scales) / 2**bits
+        self.factors = tuple(round(scale / self.scale) for scale in scales)
+        self.bound = sum(span * f for span, f in zip(spans, self.factors, strict=True))
+
+    def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """Accumulators of the sum, int32, or int64 where they could pass it."""
+        dtype = accumulator_dtype(self.bound)
+        parts: list[Tensor] = []
+        for codes, side, factor in zip((lhs, rhs), (self.lhs, self.rhs), self.factors, strict=True):
+            steps = codes.to(dtype)
+            if side.zero_point is not None:
+                steps = steps - side.zero_point
+            parts.append(steps * factor)
+        return parts[0] + parts[1]
+
+    def extra_repr(self) -> str:
+        """Multipliers of the operands."""
+        return "factors={}, {}".format(*self.factors)
+
+
+class IntMean(nn.Module):
+    """The sum of accumulators over axes, in int64; the caller divides the scale."""
+
+    def __init__(self, axes: tuple[int, ...], *, keepdim: bool) -> None:
+        super().__init__()
+        self.axes, self.keepdim = axes, keepdim
+
+    def forward(self, acc: Tensor) -> Tensor:
+        """Sums of ``acc``."""
+        total: Tensor = acc.sum(self.axes, keepdim=self.keepdim, dtype=torch.int64)
+        return total
+
+
+class Dequantize(nn.Module):
+    """Accumulators to floats, for an output of the model.
+
+    Args:
+        scale: unit of the accumulators, ``()`` or ``(C,)``.
+        axis: axis that it runs along; None per tensor.
+    """
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor, axis: int | None) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("scale", scale.to(torch.float32))
+
+    def forward(self, acc: Tensor) -> Tensor:
+        """Values of ``acc``, float32."""
+        return acc.to(torch.float32) * broadcast(self.scale, acc.ndim, self.axis)
