@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch import nn
 
 import fxquant
 from fxquant import policies
@@ -15,6 +16,7 @@ from fxquant.budget import Allocation, Budget, Method
 from fxquant.cli import main
 from fxquant.cli.widths import with_budget
 from fxquant.errors import PolicyError
+from fxquant.testing import images
 from tests.cli_helpers import ARGS, VIT, fails
 
 
@@ -39,11 +41,9 @@ def test_a_budget_is_met_kept_and_swept(
 
 
 def test_a_model_without_a_budget_has_nothing_to_sweep(
-    flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    vit: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["compile", VIT, *ARGS, "--random-weights", "--data", str(flat)]
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
-    assert list(tmp_path.glob("sensitivity-*")) == []
+    fxquant.compile(vit, [images(2, 16)]).save(tmp_path)
     assert "was compiled without a budget" in fails(capsys, "pareto", tmp_path)
 
 

@@ -62,6 +62,19 @@ def test_a_damaged_line_or_another_fingerprint_raises(tmp_path: Path) -> None:
         LossCache(tmp_path, "f" * 16 + "e" * 48, {})
 
 
+def test_two_runs_at_once_keep_what_both_measured(tmp_path: Path) -> None:
+    one, two = LossCache(tmp_path, "f" * 64, {}), LossCache(tmp_path, "f" * 64, {})
+    for cache, bits in ((one, 4), (two, 5), (one, 6), (two, 4)):
+        cache.put(("a", (bits,)), bits / 10)
+    one.close()
+    two.close()
+    path, whole = lines(tmp_path)
+    path.write_text("\n".join([whole[0], *whole]) + "\n")  # made by both
+    again = LossCache(tmp_path, "f" * 64, {})
+    assert [again["a", (bits,)] for bits in (4, 5, 6)] == [0.4, 0.5, 0.6]
+    again.close()
+
+
 def test_another_fingerprint_is_another_file(tmp_path: Path) -> None:
     for name in ("a" * 64, "b" * 64):
         cache = LossCache(tmp_path, name, {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -82,8 +83,8 @@ class LossCache:
             # What an interrupted run left of a line has no end.
             whole = text[: text.rfind("\n") + 1]
             self._read(path, whole.splitlines(), fingerprint)
-            with path.open("r+" if path.exists() else "w", encoding="utf-8") as file:
-                file.truncate(len(whole.encode()))
+            if whole != text:
+                os.truncate(path, len(whole.encode()))
             self._file = path.open("a", encoding="utf-8")
             if not whole:
                 self._write(self._head)
@@ -94,7 +95,7 @@ class LossCache:
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
-                if number == 1:
+                if number == 1 or "fingerprint" in values:  # a run at the same time made it too
                     if values["fingerprint"] != fingerprint:
                         raise ValueError("the fingerprint in it is another than in its name")
                     continue
