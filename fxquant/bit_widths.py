@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fxquant.allocate.outcome import Outcome, rank_correlation
 from fxquant.allocate.plan import Plan, allocate
 from fxquant.allocate.problem import Group, Problem
-from fxquant.budget import Allocation, Method, Sensitivity
+from fxquant.budget import Allocation, Sensitivity
 from fxquant.capture import device_of
 from fxquant.errors import CalibrationError, PolicyError
 from fxquant.policy import Policy
@@ -38,7 +38,7 @@ def picker(gm: fx.GraphModule, allocation: Allocation | None) -> Picked:
         gm: in stage OBSERVED.
         allocation: None keeps none.
     """
-    if allocation is None or not _measures(allocation):
+    if allocation is None or allocation.sensitivity is Sensitivity.ESTIMATED:
         return Picked(0, 0)
     count = allocation.images
     if count is None:
@@ -46,11 +46,6 @@ def picker(gm: fx.GraphModule, allocation: Allocation | None) -> Picked:
         count = int(allocation.work // max(work, 1))
         count = min(max(count, _LEAST_IMAGES), _MOST_IMAGES)
     return Picked(count, allocation.seed)
-
-
-def _measures(allocation: Allocation) -> bool:
-    in_context = allocation.method is Method.GREEDY and allocation.recheck > 0
-    return allocation.sensitivity is Sensitivity.MEASURED or in_context
 
 
 def choose_widths(
@@ -90,22 +85,20 @@ def choose_widths(
         raise PolicyError(
             f"policy {policy.name!r} has no width to choose: every quantized edge is pinned"
         )
-    _problem(layout, options, [(0.0,) * len(options.widths)] * len(layout.groups)).bounds(
-        options.budget
-    )  # what cannot be met is said before the long work
+    # What cannot be met is said before the long work.
+    unknown = [(0.0,) * len(options.widths)] * len(layout.groups)
+    _problem(layout, options, unknown).bounds(options.budget)
     trials = Trials(gm, least_squares=policy.search is not None)
     estimates = _estimate(layout, Estimates(gm, trials, samples, search.metric, seen), options)
-    if not _measures(options):
+    if options.sensitivity is Sensitivity.ESTIMATED:
         problem = _problem(layout, options, _needed(layout, estimates))
         plan = allocate(problem, options.budget, options.method)
         return _result(layout, problem, plan, options, 0, None, None)
     images = picked.images.to(device_of(gm))
     losses = _Losses(gm, layout, trials, images, policy, cache)
     try:
-        alone = None
-        if options.sensitivity is Sensitivity.MEASURED:
-            alone = losses.alone(options.widths, progress)
-        problem = _problem(layout, options, alone or _needed(layout, estimates))
+        alone = losses.alone(options.widths, progress)
+        problem = _problem(layout, options, alone)
         plan = allocate(
             problem,
             options.budget,
@@ -116,7 +109,7 @@ def choose_widths(
         together = losses.together(plan.bits)
     finally:
         losses.close()
-    ranks = None if alone is None else _correlation(alone, estimates)
+    ranks = _correlation(alone, estimates)
     return _result(layout, problem, plan, options, len(images), together, ranks)
 
 

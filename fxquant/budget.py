@@ -39,7 +39,8 @@ class Sensitivity(StrEnum):
     """Where the rise of the loss by one group at one width is taken from.
 
     ``measured`` runs the network with that group quantized; ``estimated`` weighs the error of the
-    products that read the group by squared gradients, without running it.
+    products that read the group by squared gradients, without running it, in units of the loss
+    whose gradient the policy's search takes.
     """
 
     MEASURED = "measured"
@@ -102,7 +103,8 @@ class Allocation:
         work: multiplications that measuring may take where ``images`` is None. The default is
             some four minutes on two cores of an AVX2 server.
         recheck: number of best candidates that greedy measures again at each step, with all
-            other groups at the widths they have by then; 0 for none. Read by greedy alone.
+            other groups at the widths they have by then; 0 for none. Read by greedy on measured
+            sensitivities alone.
         seed: of the choice of images.
     """
 

@@ -108,8 +108,11 @@ def test_the_report_says_what_was_asked_reached_and_measured(
     assert torch.equal(loaded(images(2, 16)), model(images(2, 16)))
 
 
-def test_estimated_sensitivities_run_no_network(vit: nn.Module, tmp_path: Path) -> None:
-    _, outcome = compiled(vit, mixed(sensitivity="estimated"), tmp_path)
+@pytest.mark.parametrize("method", Method)
+def test_estimated_sensitivities_run_no_network(
+    vit: nn.Module, tmp_path: Path, method: Method
+) -> None:
+    _, outcome = compiled(vit, mixed(sensitivity="estimated", method=method), tmp_path)
     assert outcome.costs["mean_bits"] <= 4 and outcome.images == 0
     assert outcome.measured_loss is None and outcome.rank_correlation is None
     assert list(tmp_path.iterdir()) == []
