@@ -21,7 +21,7 @@ MeasureLoss: TypeAlias = Callable[[tuple[int, ...]], float]
 # A move that is predicted to add less than this share of the whole plan's loss is not measured.
 _NEGLIGIBLE = 1e-2
 # One measurement changes what is predicted of a group by this factor at most.
-_TRUSTED = 8.0
+_TRUSTED = 2.0
 
 
 def greedy(
