@@ -8,6 +8,7 @@ compares by squared error weighted by gradients; ``+ twin`` is the base with twi
 ``+ both`` the preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by
 row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does. ``+
 Hessian, symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
+``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone).
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
 and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,
@@ -24,7 +25,7 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -37,13 +38,16 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 import fxquant
-from fxquant import Policy, Rule, TensorSpec, policies
+from fxquant import Allocation, Budget, Policy, Rule, TensorSpec, policies
+from fxquant.budget import Method
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
 from fxquant.progress import track
 from fxquant.spec import GradientLoss, Metric
 
 WIDTHS = (8, 6, 5, 4, 3)
+# At these the same mean of mixed widths is measured as well.
+MIXED_WIDTHS = (5, 4)
 FLOAT = "float32"
 # (model, width, method) -> the score of each draw.
 Scores = dict[tuple[str, int, str], list["Score"]]
@@ -80,8 +84,21 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ both, RepQ": replace(whole, reparameterize=True),
         "+ both, row by row": replace(whole, search=by_row),
     }
-    presets = {"w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
-    return {**steps, **presets} if bits == 8 else steps
+    if bits == 8:
+        return {**steps, "w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
+    return {**steps, **mixed(bits)} if bits in MIXED_WIDTHS else steps
+
+
+def mixed(bits: int) -> dict[str, Policy]:
+    """Widths of 3 to 8 bits of that mean over all weights and activations."""
+    budget = Budget(mean_bits=bits)
+    uniform, whole = policies.ptq4vit(twin=False), policies.ptq4vit()
+    exact, greedy = (Allocation(budget=budget, method=method) for method in Method)
+    return {
+        "+ Hessian, mixed": replace(uniform, allocation=exact),
+        "+ Hessian, mixed greedily": replace(uniform, allocation=greedy),
+        "+ both, mixed": replace(whole, allocation=exact),
+    }
 
 
 @cache
@@ -112,13 +129,14 @@ def float_outputs(name: str, images: int) -> Tensor:
     return outputs(build(name), images)
 
 
-def measure(job: Job) -> Score:
-    """Runs one job."""
+def measure(job: Job, sensitivities: Path) -> Score:
+    """Runs one job; what mixed precision measures is kept in a folder."""
     exact = found = float_outputs(job.model, job.images)
     if job.method != FLOAT:
         images, _ = load("calib", job.draw * job.calibration, job.calibration)
         policy = methods(job.bits)[job.method]
-        found = outputs(fxquant.compile(build(job.model), images.split(16), policy), job.images)
+        model = fxquant.compile(build(job.model), images.split(16), policy, cache=sensitivities)
+        found = outputs(model, job.images)
     right = found.argmax(1) == load("test", 0, job.images)[1]
     divergence = kl_div(found, exact, log_target=True, reduction="batchmean")
     return Score(100 * float(right.float().mean()), float(divergence))
@@ -145,11 +163,12 @@ def run(work: list[Job], path: Path, processes: int) -> dict[Job, Score]:
             job = Job(model, int(bits), method, int(draw), int(calibration), int(images))
             done[job] = Score(float(right), float(divergence))
     left = [job for job in work if job not in done]
+    one = partial(measure, sensitivities=path.parent / "sensitivities")
     with (
         path.open("a", newline="", encoding="utf-8") as file,
         ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
-        found = track(pool.map(measure, left), label="measure", total=len(left))
+        found = track(pool.map(one, left), label="measure", total=len(left))
         for job, score in zip(left, found, strict=True):
             done[job] = score
             csv.writer(file).writerow([*job, f"{score.top1:.4f}", f"{score.divergence:.6f}"])
@@ -233,7 +252,7 @@ def main() -> None:
     """Prints two tables a model; writes ``accuracy.csv`` and ``accuracy.png``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
-    parser.add_argument("--methods", nargs="+", choices=list(methods(8)))
+    parser.add_argument("--methods", nargs="+", choices=[*methods(8), *mixed(4)])
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--images", type=int, default=950, help="test images")
     parser.add_argument("--calibration", type=int, default=32, help="images of one draw")

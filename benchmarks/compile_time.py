@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fxquant
-from fxquant import Policy, policies
+from fxquant import Allocation, Budget, Policy, policies
 
 # Rows that no product has: the sample is everything.
 _ALL = 1 << 40
@@ -35,6 +35,9 @@ def recipe(options: argparse.Namespace) -> Policy:
     """The policy asked for."""
     widths = {"weight_bits": options.bits, "act_bits": options.bits} if options.bits else {}
     policy = policies.preset(options.policy, **widths)
+    if options.mean_bits and not options.brute_force:
+        budget = Budget(mean_bits=options.mean_bits)
+        policy = replace(policy, allocation=Allocation(budget=budget))
     if options.brute_force and policy.search is not None:
         whole = replace(policy.search, stride=1, rows=_ALL, memory_bytes=1 << 60)
         return replace(policy, search=whole)
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--policy", default="w8a8", help="preset")
     parser.add_argument("--bits", type=int, help="width of a preset that takes one")
+    parser.add_argument("--mean-bits", type=float, help="mixed precision of that mean width")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, help="blocks; the model's own if not given")
     parser.add_argument("--width", type=int, help="channels; the model's own if not given")

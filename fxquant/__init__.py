@@ -7,6 +7,7 @@ itself, and lowers to onnxruntime or to integer kernels.
 
 from fxquant import errors, policies
 from fxquant._version import __version__
+from fxquant.budget import Allocation, Budget
 from fxquant.compiler import compile
 from fxquant.errors import FxQuantError
 from fxquant.model import CompiledModel, load
@@ -15,6 +16,8 @@ from fxquant.report import Report
 from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
 
 __all__ = [
+    "Allocation",
+    "Budget",
     "CompiledModel",
     "FxQuantError",
     "Granularity",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.allocate.outcome import Outcome
 from fxquant.batches import CalibrationImages
+from fxquant.bit_widths import choose_widths, picker
 from fxquant.calibrate import calibrate, norm_ranges
 from fxquant.capture import capture, check_model, device_of
 from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError, PolicyError
 from fxquant.model import CompiledModel
 from fxquant.passes import (
+    AllocateBits,
     AssignSpecs,
     CorrectBias,
     DropNoOps,
@@ -70,6 +74,7 @@ def compile(
     policy: str | Path | Policy | Mapping[str, Any] = "w8a8",
     *,
     loss: Loss | None = None,
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> CompiledModel:
     """Quantizes a vision transformer after training.
@@ -82,6 +87,8 @@ def compile(
         loss: of the model's outputs and the labels (None where there are none) of up to four
             images, one number, summed over the images; its gradient weighs errors instead of that
             of the loss which the policy's search names.
+        cache: folder for the losses that a policy with an allocation measures; an interrupted
+            search with the same folder goes on where it stopped.
         progress: show the progress of long steps on stderr.
 
     Returns:
@@ -91,13 +98,10 @@ def compile(
         CaptureError: the model cannot be captured, or holds nothing to quantize.
         PolicyError: the policy is malformed or does not fit the model.
         CalibrationError: the calibration data cannot be used, or the model gives NaN for it.
+        OutputError: the cache cannot be written.
     """
     recipe = resolve(policy)
-    if loss is not None and (recipe.search is None or recipe.search.metric not in GRADIENT_METRICS):
-        raise PolicyError(
-            f"loss was given, and policy {recipe.name!r} takes no gradient: give it a search whose "
-            f"metric is {' or '.join(GRADIENT_METRICS)}, or leave loss out"
-        )
+    _check_loss(recipe, loss)
     check_model(model)
     images = CalibrationImages(calib_loader)
     clock = _Clock()
@@ -109,14 +113,26 @@ def compile(
         ranges = norm_ranges(gm, track(images, label="ranges", total=len(images), enabled=progress))
         results |= run_passes(gm, (Reparameterize(ranges),))
         clock.lap("reparameterize")
-    results |= run_passes(gm, (AssignSpecs(recipe.rules), InsertObservers()))
+    # Every width is fitted from the same histograms.
+    observers = InsertObservers(histograms=recipe.allocation is not None)
+    results |= run_passes(gm, (AssignSpecs(recipe.rules), observers))
+    picked = picker(gm, recipe.allocation)
     batches = track(images.with_labels(), label="calibrate", total=len(images), enabled=progress)
+    batches = picked.watch(batches)
     samples: dict[str, ProductSample] = {}
     if recipe.samples is None:
         seen = calibrate(gm, (batch for batch, _ in batches))
     else:
         samples, seen = sample_products(gm, batches, recipe.samples, loss)
     clock.lap("calibrate")
+    outcome: Outcome | None = None
+    if recipe.allocation is not None:
+        folder = None if cache is None else Path(cache)
+        widths, outcome = choose_widths(
+            gm, picked, samples, seen, recipe, cache=folder, progress=progress
+        )
+        results |= run_passes(gm, (AllocateBits(widths),))
+        clock.lap("allocate")
     with working("fit quantizers", enabled=progress):
         results |= run_passes(gm, (Freeze(),))
     clock.lap("fit")
@@ -127,8 +143,17 @@ def compile(
         results |= run_passes(gm, (CorrectBias(samples),))
     results |= run_passes(gm, (QuantizeBias(),))
     clock.lap("fit")
-    report = _report(gm, recipe, results, images.first, seen, clock)
+    report = replace(_report(gm, recipe, results, images.first, seen, clock), allocation=outcome)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
+
+
+def _check_loss(recipe: Policy, loss: Loss | None) -> None:
+    samples = recipe.samples
+    if loss is not None and (samples is None or samples.metric not in GRADIENT_METRICS):
+        raise PolicyError(
+            f"loss was given, and policy {recipe.name!r} takes no gradient: give it a search whose "
+            f"metric is {' or '.join(GRADIENT_METRICS)}, or leave loss out"
+        )
 
 
 class _Clock:

@@ -63,17 +63,22 @@ class Observer(nn.Module, ABC):
             )
         return self.lo, self.hi
 
-    def fit(self) -> Quantizer:
-        """The quantizer for what was seen."""
-        lo, hi = self._fit_range()
-        if self.spec.scheme is Scheme.TWIN_UNIFORM:
-            return self._fit_twin(lo.reshape(()), hi.reshape(()))
+    def fit(self, spec: TensorSpec | None = None) -> Quantizer:
+        """The quantizer for what was seen.
+
+        Args:
+            spec: instead of the observer's own: of another width, or fitted otherwise.
+        """
+        spec = spec or self.spec
+        lo, hi = self._fit_range(spec)
+        if spec.scheme is Scheme.TWIN_UNIFORM:
+            return self._fit_twin(lo.reshape(()), hi.reshape(()), spec)
         if self.axis is None:
             lo, hi = lo.reshape(()), hi.reshape(())
-        return UniformQuantizer.from_range(lo, hi, self.spec, self.axis)
+        return UniformQuantizer.from_range(lo, hi, spec, self.axis)
 
-    def _fit_twin(self, lo: Tensor, hi: Tensor) -> TwinUniformQuantizer:
-        return TwinUniformQuantizer.from_range(lo, hi, self.spec)
+    def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
+        return TwinUniformQuantizer.from_range(lo, hi, spec)
 
     def _rows(self, x: Tensor) -> Tensor:
         """``x`` as ``(C, n)``, one row a scale."""
@@ -96,7 +101,7 @@ class Observer(nn.Module, ABC):
         """Takes one batch, ``(C, n)``."""
 
     @abstractmethod
-    def _fit_range(self) -> tuple[Tensor, Tensor]:
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         """The range to cover, ``(C,)`` each."""
 
 
@@ -106,7 +111,8 @@ class MinMaxObserver(Observer):
     def _record(self, rows: Tensor) -> None:
         pass
 
-    def _fit_range(self) -> tuple[Tensor, Tensor]:
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        assert spec.observer is ObserverKind.MINMAX, "only a histogram can be fitted so"
         return self.range()
 
 
@@ -161,22 +167,22 @@ class HistogramObserver(Observer):
             self.limit = torch.where(grow, self.limit * 2, self.limit)
         self.counts += _count(rows, self.limit)
 
-    def _fit_range(self) -> tuple[Tensor, Tensor]:
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         lo, hi = self.range()
         assert self.counts is not None and self.limit is not None
-        if self.spec.observer is ObserverKind.PERCENTILE:
-            return percentile_range(self.counts, self.limit, lo, hi, self.spec.percentile)
-        if self.spec.scheme is Scheme.TWIN_UNIFORM:
+        if spec.observer is ObserverKind.PERCENTILE:
+            return percentile_range(self.counts, self.limit, lo, hi, spec.percentile)
+        if spec.observer is ObserverKind.MINMAX or spec.scheme is Scheme.TWIN_UNIFORM:
             return lo, hi
-        return mse_range(self.counts, self.limit, lo, hi, self.spec)
+        return mse_range(self.counts, self.limit, lo, hi, spec)
 
-    def _fit_twin(self, lo: Tensor, hi: Tensor) -> TwinUniformQuantizer:
-        if self.spec.observer is ObserverKind.PERCENTILE:
-            return super()._fit_twin(lo, hi)
+    def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
+        if spec.observer is not ObserverKind.MSE:
+            return super()._fit_twin(lo, hi, spec)
         assert self.counts is not None and self.limit is not None
         ends = lo.reshape(1), hi.reshape(1)
         centres = bin_centres(self.counts, self.limit, *ends)[0]
-        candidates = twin_candidates(float(lo), float(hi), self.spec, GRID)
+        candidates = twin_candidates(float(lo), float(hi), spec, GRID)
         return least_twin_error(centres, self.counts[0], candidates).to(lo.device)
 
 
@@ -197,9 +203,18 @@ def _count(rows: Tensor, limit: Tensor) -> Tensor:
     return torch.stack(counts).to(torch.float64)
 
 
-def make_observer(spec: TensorSpec, *, axis: int | None, where: str) -> Observer:
-    """The observer that ``spec.observer`` names."""
-    if spec.observer is ObserverKind.MINMAX:
+def make_observer(
+    spec: TensorSpec, *, axis: int | None, where: str, histogram: bool = False
+) -> Observer:
+    """The observer that ``spec.observer`` names.
+
+    Args:
+        spec: the quantizer wanted.
+        axis: axis of the observed tensor that gets a scale each; None for per tensor.
+        where: edge name, for messages.
+        histogram: keep one in any case, so that :meth:`Observer.fit` takes any spec.
+    """
+    if spec.observer is ObserverKind.MINMAX and not histogram:
         return MinMaxObserver(spec, axis=axis, where=where)
     if spec.observer is ObserverKind.SOFTMAX:
         return SoftmaxObserver(spec, axis=axis, where=where)

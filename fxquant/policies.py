@@ -167,7 +167,7 @@ def _searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[R
             spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=channel),
             optional=True,
         ),
-        Rule(fed_by="image", spec=TensorSpec(bits=image_bits), optional=True),
+        Rule(fed_by="image", spec=TensorSpec(bits=image_bits), optional=True, pinned=True),
         Rule(fed_by="softmax", spec=TensorSpec(bits=act_bits), optional=True),
         Rule(
             op=OpKind.MATMUL,

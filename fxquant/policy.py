@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
+from fxquant.budget import Allocation
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
-from fxquant.spec import Arg, Metric, OpKind, ScaleSearch, TensorSpec, check_flag, parse_field
+from fxquant.spec import (
+    GRADIENT_METRICS,
+    Arg,
+    Metric,
+    OpKind,
+    ScaleSearch,
+    TensorSpec,
+    check_flag,
+    parse_field,
+)
 
 _CHANGED = " (changed)"
 
@@ -25,6 +35,8 @@ class Rule:
         fed_by: what computed the values, data movement looked through: ``softmax``, ``gelu``,
             ``layer_norm``, ``image`` … (``graph.PRODUCER_NAMES``).
         optional: a rule that matches nothing is an error unless it is optional.
+        pinned: a search of bit-widths (:class:`fxquant.budget.Allocation`) leaves its edges at
+            the width of ``spec``.
     """
 
     spec: TensorSpec | None
@@ -33,13 +45,14 @@ class Rule:
     arg: Arg | None = None
     fed_by: str | None = None
     optional: bool = False
+    pinned: bool = False
 
     def __post_init__(self) -> None:
         """Checks the conditions.
 
         Raises:
-            PolicyError: ``spec`` is no TensorSpec, ``path`` no regular expression, or ``optional``
-                no boolean.
+            PolicyError: ``spec`` is no TensorSpec, ``path`` no regular expression, ``optional``
+                or ``pinned`` no boolean.
             UnknownKeyError: ``fed_by`` names no producer, or ``op`` or ``arg`` is unknown.
         """
         if self.spec is not None and not isinstance(self.spec, TensorSpec):
@@ -51,6 +64,7 @@ class Rule:
         if self.arg is not None:
             parse_field(self, "arg", Arg)
         check_flag(self, "optional")
+        check_flag(self, "pinned")
         if not isinstance(self.path, str):
             raise PolicyError(f"path must be a regular expression as text, got {self.path!r}")
         try:
@@ -86,6 +100,7 @@ class Policy:
             its weights and those of the linears it feeds (arXiv 2212.08254).
         bias_correction: take the mean output error of the rounded weights out of the biases
             (arXiv 2111.12293, section 5.3).
+        allocation: which width each edge gets, within a budget; None leaves the rules' widths.
     """
 
     name: str
@@ -94,6 +109,7 @@ class Policy:
     search: ScaleSearch | None = None
     reparameterize: bool = False
     bias_correction: bool = False
+    allocation: Allocation | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -103,6 +119,10 @@ class Policy:
         """
         if self.search is not None and not isinstance(self.search, ScaleSearch):
             raise PolicyError(f"search must be a ScaleSearch or None, got {self.search!r:.80}")
+        if self.allocation is not None and not isinstance(self.allocation, Allocation):
+            raise PolicyError(
+                f"allocation must be an Allocation or None, got {self.allocation!r:.80}"
+            )
         check_flag(self, "reparameterize")
         check_flag(self, "bias_correction")
         if not isinstance(self.name, str) or not isinstance(self.description, str):
@@ -120,7 +140,14 @@ class Policy:
 
     @property
     def samples(self) -> ScaleSearch | None:
-        """How products are to be sampled; None where nothing needs their rows."""
+        """How products are to be sampled; None where nothing needs their rows.
+
+        Estimates of sensitivity need gradients, whatever the search takes.
+        """
+        if self.allocation is not None and (
+            self.search is None or self.search.metric not in GRADIENT_METRICS
+        ):
+            return replace(self.search or ScaleSearch(), metric=Metric.FISHER)
         if self.search is None and self.bias_correction:
             return ScaleSearch(metric=Metric.MSE)  # rows without gradients
         return self.search

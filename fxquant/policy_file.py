@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fxquant import policies
+from fxquant.budget import Allocation, Budget, Method, Sensitivity
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.files import write_text
 from fxquant.policy import Policy, Rule
@@ -35,6 +36,8 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "observer": ObserverKind,
     "metric": Metric,
     "loss": GradientLoss,
+    "method": Method,
+    "sensitivity": Sensitivity,
 }
 # Where in a file a value stands: its keys and positions from the root, e.g. ("rules", 0, "op").
 Location = tuple[str | int, ...]
@@ -107,6 +110,12 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     if policy.search is not None:  # the metric is always spelled out, for the reader
         changed = _changed(policy.search, ScaleSearch())
         values["search"] = {"metric": str(policy.search.metric), **changed}
+    if policy.allocation is not None:
+        budget = {str(cost): limit for cost, limit in policy.allocation.budget.limits.items()}
+        changed = _changed(policy.allocation, Allocation(budget=policy.allocation.budget))
+        if "widths" in changed:
+            changed["widths"] = list(changed["widths"])
+        values["allocation"] = {"budget": budget, **changed}
     return {**values, "rules": [_rule_to_dict(rule) for rule in policy.rules]}
 
 
@@ -169,7 +178,22 @@ def _policy(values: Any, where: Callable[[Location], str]) -> Policy:
     if given.get("search") is not None:
         search = _mapping(given["search"], ScaleSearch, ("search",), where)
         given["search"] = _build(ScaleSearch, search, ("search",), where)
+    if given.get("allocation") is not None:
+        given["allocation"] = _allocation(given["allocation"], where)
     return _build(Policy, {"name": "custom", **given}, (), where)  # type: ignore[no-any-return]
+
+
+def _allocation(values: Any, where: Callable[[Location], str]) -> Allocation:
+    at: Location = ("allocation",)
+    given = _mapping(values, Allocation, at, where)
+    if "budget" not in given:
+        raise PolicyError(f"{where(at)}: the allocation has no budget")
+    budget_at = (*at, "budget")
+    budget = _mapping(given["budget"], Budget, budget_at, where)
+    given["budget"] = _build(Budget, budget, budget_at, where)
+    if isinstance(given.get("widths"), list):
+        given["widths"] = tuple(given["widths"])
+    return _build(Allocation, given, at, where)  # type: ignore[no-any-return]
 
 
 def _rule(values: Any, at: Location, where: Callable[[Location], str]) -> Rule:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
+from fxquant.allocate.outcome import Outcome
 from fxquant.graph import edges, fed_by, get_parameter, submodule
 from fxquant.quantizers import Quantizer
 from fxquant.spec import Arg, Granularity, ObserverKind, Scheme, TensorSpec
@@ -143,6 +144,7 @@ class Report:
         seconds: phase -> wall time.
         changes: pass -> number of sites changed.
         notes: (pass, site, reason) for each site that a pass left alone.
+        allocation: how widths were chosen; None where the policy's rules have them.
     """
 
     policy: str
@@ -154,6 +156,7 @@ class Report:
     seconds: dict[str, float]
     changes: dict[str, int] = field(default_factory=dict)
     notes: tuple[tuple[str, str, str], ...] = ()
+    allocation: Outcome | None = None
 
     @property
     def left_float(self) -> tuple[PlanEntry, ...]:
@@ -196,7 +199,16 @@ class Report:
         )
         sqnr = {k: float("inf") if v is None else v for k, v in values["sqnr"].items()}
         notes = tuple((a, b, c) for a, b, c in values["notes"])
-        return cls(**{**values, "plan": plan, "sqnr": sqnr, "notes": notes})
+        allocation = values.get("allocation")  # files of older versions have none
+        return cls(
+            **{
+                **values,
+                "plan": plan,
+                "sqnr": sqnr,
+                "notes": notes,
+                "allocation": None if allocation is None else Outcome.from_dict(allocation),
+            }
+        )
 
     def __str__(self) -> str:
         """The table of edges, what stayed float and why, and the summary."""
@@ -211,6 +223,9 @@ class Report:
             table.add_row(entry.edge, entry.fed_by, kind, spec.granularity, spec.observer, decibel)
         console = Console(file=io.StringIO(), width=120)
         console.print(table)
+        if self.allocation is not None:
+            console.print(self.allocation.table())
+            console.print(self.allocation.summary(), soft_wrap=True)
         for entry in self.plan:
             if entry.reason:
                 console.print(f"{entry.edge}: {entry.reason}", soft_wrap=True)

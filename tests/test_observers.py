@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.observers import BINS, HistogramObserver, MinMaxObserver, Observer, make_observer
+from fxquant.quantizers import UniformQuantizer
+from fxquant.search.histogram import value_range
 from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
 
 KINDS = list(ObserverKind)
@@ -49,6 +51,42 @@ def test_the_fit_does_not_depend_on_batches(
         parts = observed(spec, *order, axis=axis).fit()
         assert torch.equal(parts.scale, whole.scale)
         assert torch.equal(parts.zero_point, whole.zero_point)
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+@pytest.mark.parametrize("kind", KINDS)
+@given(stream=streams(), bits=st.integers(2, 8))
+def test_one_histogram_fits_every_spec(
+    kind: ObserverKind, scheme: Scheme, stream: list[Tensor], bits: int
+) -> None:
+    """Data seen at one width are fitted at another as if they had been seen at that."""
+    kept = make_observer(TensorSpec(), axis=None, where="an_edge__input", histogram=True)
+    for batch in stream:
+        kept(batch)
+    spec = TensorSpec(bits=bits, observer=kind, scheme=scheme)
+    fitted, expected = kept.fit(spec), observed(spec, *stream).fit()
+    assert fitted.config() == expected.config()
+    pairs = zip(fitted.buffers(), expected.buffers(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+    assert kept.fit().bits == 8
+
+
+@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), symmetric=st.booleans())
+def test_the_range_of_values_themselves_beats_min_max(
+    seed: int, bits: int, symmetric: bool
+) -> None:
+    values = torch.randn(3, 400, generator=torch.Generator().manual_seed(seed)) ** 3
+    spec = TensorSpec(bits=bits, symmetric=symmetric)
+
+    def errors(lo: Tensor, hi: Tensor) -> Tensor:
+        quantizer = UniformQuantizer.from_range(lo, hi, spec, 0)
+        return (quantizer(values) - values).square().sum(1)
+
+    plain = errors(*torch.aminmax(values, dim=1))
+    found = errors(*value_range(values, spec))
+    assert bool((found <= plain * 1.0001).all())
+    if bits <= 3:
+        assert float(found.sum()) < 0.95 * float(plain.sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +141,7 @@ def test_percentile_is_the_quantile_of_torch_within_a_bin(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4000, generator=generator) * 3.0**magnitude
     spec = TensorSpec(observer=ObserverKind.PERCENTILE, percentile=percentile)
-    lo, hi = observed(spec, *x.split(1000))._fit_range()
+    lo, hi = observed(spec, *x.split(1000))._fit_range(spec)
     tail = (1 - percentile / 100) / 2
     width = 4 * float(x.abs().max()) / BINS  # limit is at most twice the peak
     for fitted, share, kind in ((lo, tail, "lower"), (hi, 1 - tail, "higher")):

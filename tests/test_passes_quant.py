@@ -199,6 +199,7 @@ def test_a_row_of_zeros_keeps_its_bias() -> None:
 
 
 OPTIONS = {
+    "AllocateBits": [{}],
     "AssignSpecs": [(Rule(spec=EIGHT),)],
     "Reparameterize": [{}],
     "SearchScales": ({}, ScaleSearch()),
@@ -212,7 +213,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 16
+    assert len(PASSES) == 17
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant import policies
+from fxquant.budget import Allocation, Budget, Method, Sensitivity
 from fxquant.errors import (
     BitWidthError,
     OutputError,
@@ -71,6 +72,22 @@ rules = st.builds(
     arg=st.none() | st.sampled_from(Arg),
     fed_by=st.none() | st.sampled_from(sorted(PRODUCER_NAMES)),
     optional=st.booleans(),
+    pinned=st.booleans(),
+)
+bounds = st.none() | st.floats(1, 1e12) | st.integers(1, 1 << 40)
+budgets = st.builds(
+    Budget, mean_bits=st.floats(2, 8), **dict.fromkeys(("weight_bytes", "bitops"), bounds)
+)
+allocations = st.builds(
+    Allocation,
+    budget=budgets,
+    widths=st.lists(st.integers(2, 8), min_size=1).map(tuple),
+    method=st.sampled_from(Method),
+    sensitivity=st.sampled_from(Sensitivity),
+    images=st.none() | st.integers(1, 64),
+    work=st.floats(1, 1e18),
+    recheck=st.integers(0, 4),
+    seed=st.integers(0, 9),
 )
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 policy_values = st.builds(
@@ -81,7 +98,11 @@ policy_values = st.builds(
     search=st.none() | searches,
     reparameterize=st.booleans(),
     bias_correction=st.booleans(),
+    allocation=st.none() | allocations,
 )
+
+
+ALLOCATION = "rules:\n  - spec: {}\nallocation:\n"
 
 
 def written(folder: Path, text: str) -> Path:
@@ -184,6 +205,24 @@ def test_rules_put_before_a_preset_come_first() -> None:
         ("name: 3\nrules:\n  - spec: {}\n", PolicyError, ["mine.yaml:1:", "must be text", "3"]),
         ("rules:\n  - arg: weight\n", PolicyError, ["mine.yaml:2:", "no spec", "`spec: null`"]),
         ("rules:\n  - spec: 8\n", PolicyError, ["mine.yaml:2:", "fields of a TensorSpec", "8"]),
+        (f"{ALLOCATION}  budget: {{}}\n", PolicyError, ["mine.yaml:4:", "the budget is empty"]),
+        (f"{ALLOCATION}  widths: [4]\n", PolicyError, ["mine.yaml:3:", "has no budget"]),
+        (f"{ALLOCATION}  budget: 4\n", PolicyError, ["mine.yaml:4:", "fields of a Budget"]),
+        (
+            f"{ALLOCATION}  budget: {{mean_bit: 4}}\n",
+            UnknownKeyError,
+            ["mine.yaml:4:", "did you mean 'mean_bits'"],
+        ),
+        (
+            f"{ALLOCATION}  budget: {{mean_bits: 4}}\n  method: best\n",
+            UnknownKeyError,
+            ["mine.yaml:5:", "exact, greedy"],
+        ),
+        (
+            f"{ALLOCATION}  budget: {{mean_bits: 4}}\n  widths: [4, 9]\n",
+            BitWidthError,
+            ["mine.yaml:3:", "2..8, got 9"],
+        ),
         ("rules: 5\n", PolicyError, ["mine.yaml:1:", "rules must be a list"]),
         ("name: p\n", PolicyError, ["mine.yaml:1:", "has no rules"]),
         ("", PolicyError, ["mine.yaml:1:", "fields of a Policy"]),

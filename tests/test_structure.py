@@ -17,13 +17,14 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 # A module may import those of its own level and of the levels before it. A folder stands for the
 # modules in it.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "_version"),
+    ("errors", "spec", "_version", "budget"),
     ("suggest", "files", "progress", "batches"),  # helpers that know errors alone
     ("ops", "quantizers"),
-    ("observers", "search"),
+    ("observers", "search", "allocate"),
     ("graph", "verify", "serialize", "rewrite", "affine_fold"),
     ("policy", "policies", "policy_file", "capture", "calibrate", "reconstruct"),
-    ("product_rows", "samples"),
+    ("product_rows", "samples", "sensitivity"),
+    ("bit_widths",),
     ("passes",),
     ("report",),
     ("model",),

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     # timm, torchvision and onnxruntime take seconds to import, which --help need not wait for.
-    from fxquant.cli import commands, demo
+    from fxquant.cli import commands, demo, widths
 
     runs = {
         "compile": commands.run_compile,
@@ -51,5 +51,6 @@ def _run(options: argparse.Namespace) -> int:
         "doctor": commands.run_doctor,
         "policies": commands.run_policies,
         "demo": demo.run_demo,
+        "pareto": widths.run_pareto,
     }
     return runs[options.command](options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant._version import __version__
+from fxquant.budget import Cost, Method
 
 _MODEL_HELP = "timm/NAME, torchvision/NAME, NAME (timm first), glyph_vit or glyph_swin"
 _DATA_HELP = "folder of images, or `demo` for the built-in glyph images"
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fxquant {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_compile, _add_eval, _add_doctor, _add_policies, _add_demo):
+    for add in (_add_compile, _add_eval, _add_doctor, _add_pareto, _add_policies, _add_demo):
         add(commands, common)
     return parser
 
@@ -64,6 +65,7 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
         "--policy", default="w8a8", help="preset (see `fxquant policies`) or YAML file (w8a8)"
     )
     _add_widths(parser)
+    _add_budget(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="for the choice of images, and random weights (0)"
     )
@@ -107,6 +109,19 @@ def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     _add_preprocessing(parser)
 
 
+def _add_pareto(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "pareto",
+        parents=[common],
+        help="loss against cost, by the sensitivities of a model compiled with a budget",
+    )
+    parser.add_argument("path", type=Path, metavar="DIR", help="folder from compile")
+    parser.add_argument(
+        "--cost", choices=[str(cost) for cost in Cost], default="mean_bits", help="(mean_bits)"
+    )
+    parser.add_argument("--steps", type=_count, default=25, help="budgets in even steps (25)")
+
+
 def _add_policies(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("policies", parents=[common], help="list or print the presets")
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one as YAML")
@@ -128,6 +143,20 @@ def _add_widths(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{kind}-bits", type=_count, metavar="N", help=f"width of the preset's {of} (8)"
         )
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "mixed precision", "each edge gets a width so that the loss is least within a budget"
+    )
+    for cost, of in (
+        (Cost.MEAN_BITS, "mean width of all weights and activations"),
+        (Cost.WEIGHT_BYTES, "bytes of all weights"),
+        (Cost.BITOPS, "multiplications times both widths, for one image"),
+    ):
+        option = f"--{cost.replace('_', '-')}"
+        group.add_argument(option, type=float, metavar="X", help=f"at most X: {of}")
+    group.add_argument("--allocate", choices=[str(method) for method in Method], help="(exact)")
 
 
 def _add_preprocessing(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ from fxquant.cli.preprocess import (
     plain_preprocessing,
     read_preprocessing,
 )
+from fxquant.cli.widths import with_budget
 from fxquant.compiler import compile
 from fxquant.errors import DataError, FileFormatError, ModelError, OutputError, PolicyError
 from fxquant.files import write_text, write_together
@@ -55,7 +56,7 @@ def run_compile(options: Namespace) -> int:
     from fxquant.backends.onnx_qdq.target import resolve_target
 
     # All that can be wrong is looked at before the work starts.
-    source, policy = find_model(options.model), _policy(options)
+    source, policy = find_model(options.model), with_budget(_policy(options), options)
     resolve_target(options.target)
     check_writable(options.out)
     arguments = dict(options.model_arg)
@@ -68,9 +69,11 @@ def run_compile(options: Namespace) -> int:
     torch.manual_seed(options.seed)
     model = build_model(source, weights, arguments)
     images = _read_images(loader, options.images)
-    compiled = compile(model, images, policy, progress=True)
+    compiled = compile(model, images, policy, cache=options.out, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
+    if compiled.report.allocation is not None:
+        print(compiled.report.allocation.summary())
     print_left_float(compiled.report)
     print(export)
     print(f"wrote {', '.join(_FILES)} in {options.out}")

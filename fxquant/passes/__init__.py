@@ -1,5 +1,6 @@
 """The passes of the compiler, one file each; `CONTRIBUTING.md` says how to write one."""
 
+from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.assign_specs import AssignSpecs
 from fxquant.passes.base import Pass, PassResult, Skip, run_passes
 from fxquant.passes.correct_bias import CorrectBias
@@ -19,6 +20,7 @@ from fxquant.passes.split_projections import SplitProjections
 from fxquant.passes.to_linear import ToLinear
 
 __all__ = [
+    "AllocateBits",
     "AssignSpecs",
     "CorrectBias",
     "DropNoOps",

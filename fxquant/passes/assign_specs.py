@@ -1,7 +1,8 @@
 """Annotates edges from the rules of a policy.
 
 Before: stage FLOAT
-After:  stage ANNOTATED; ``node.meta["quant"]`` maps arguments to their TensorSpec
+After:  stage ANNOTATED; ``node.meta["quant"]`` maps arguments to their TensorSpec,
+        ``node.meta["pinned"]`` holds those whose rule is pinned
 
 The first matching rule decides. What stays float is reported with the reason, and so is a rule
 that never comes first.
@@ -73,6 +74,7 @@ class AssignSpecs:
         # For each rule, the rules that decided the edges it matches.
         deciders: dict[int, set[int]] = {}
         chosen: dict[fx.Node, dict[Arg, TensorSpec]] = {}
+        pinned: dict[fx.Node, frozenset[Arg]] = {}
         skips = [
             Skip(node.name, UNSUPPORTED[node.target])
             for node in gm.graph.nodes
@@ -89,6 +91,8 @@ class AssignSpecs:
                 skips.append(Skip(edge.name, reason))
             if spec is not None:
                 chosen.setdefault(edge.node, {})[edge.arg] = spec
+                if self.rules[hits[0]].pinned:
+                    pinned[edge.node] = pinned.get(edge.node, frozenset()) | {edge.arg}
         self._check_used(gm, set(deciders))
         skips += [
             Skip(
@@ -100,6 +104,7 @@ class AssignSpecs:
         ]
         for node, specs in chosen.items():
             node.meta["quant"] = specs
+            node.meta["pinned"] = pinned.get(node, frozenset())
         return PassResult(sum(map(len, chosen.values())), tuple(skips))
 
     def _decide(

@@ -22,8 +22,13 @@ from fxquant.spec import Arg, Stage, TensorSpec
 
 @dataclass(frozen=True)
 class InsertObservers:
-    """See the module's text."""
+    """See the module's text.
 
+    Attributes:
+        histograms: keep a histogram of every edge, so that it can be fitted at any width.
+    """
+
+    histograms: bool = False
     requires: ClassVar[Stage] = Stage.ANNOTATED
     ensures: ClassVar[Stage] = Stage.OBSERVED
 
@@ -37,7 +42,9 @@ class InsertObservers:
                 continue
             key = (edge.source, spec, edge.scale_axis)
             if key not in shared:
-                observer = make_observer(spec, axis=edge.scale_axis, where=edge.name)
+                observer = make_observer(
+                    spec, axis=edge.scale_axis, where=edge.name, histogram=self.histograms
+                )
                 gm.add_submodule(f"quant.{edge.name}", observer)
                 with gm.graph.inserting_before(edge.node):
                     call = gm.graph.call_module(f"quant.{edge.name}", (edge.source,))

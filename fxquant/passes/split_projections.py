@@ -3,6 +3,8 @@
 Before: ``q, k, v = unbind(permute(reshape(linear(x, W), …)))``
 After:  ``q = permute(reshape(linear(x, W[rows of q])))``, likewise k and v
 
+``meta["packed"]`` of the new products is the name of the parameter that they were cut from.
+
 Each of q, k and v then has a weight of its own to be quantized, and a backend can write its codes
 straight from the product. Which rows a branch takes is not read off the operations: the moves are
 run on a tensor of output-channel numbers, so that every packing (ViT's, LeViT's per-head one, that
@@ -137,6 +139,8 @@ def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
         if bias is not None:
             parts.append(add_constant(gm, bias[rows], f"{linear.name}_bias", like=linear))
         product = call(aten.linear.default, source, *parts)
+        # A projection packed in a part of another belongs to the whole.
+        product.meta["packed"] = linear.meta.get("packed", str(linear.args[1].target))  # type: ignore[union-attr]
         lead = sorted(axis for axis in branch.axes if axis != -1)
         sizes: list[Any] = []
         for axis in lead:

@@ -87,13 +87,31 @@ def mse_range(
     return low * limit, high * limit
 
 
+def value_range(values: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """As :func:`mse_range`, of few values themselves instead of their histogram.
+
+    Args:
+        values: ``(C, n)``.
+        spec: bit-width and symmetry of the quantizer.
+    """
+    rows = max(1, _BUDGET // (len(GRID) * values.shape[1]))
+    found = [
+        _shrink(part, torch.ones((), device=part.device), *torch.aminmax(part, dim=1), spec)
+        for part in torch.split(values, rows)
+    ]
+    low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+    return low, high
+
+
 def _shrink(
     centres: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, spec: TensorSpec
 ) -> tuple[Tensor, Tensor]:
     """The search itself, for as many rows as the memory budget allows."""
     # Candidates run along a new first axis: (G, C).
     shares = torch.tensor(GRID, device=lo.device).unsqueeze(1)
-    for shrink_lo, shrink_hi in ((True, True), (True, False), (False, True)):
+    # Of a symmetric grid only the longer end counts.
+    alone = () if spec.symmetric else ((True, False), (False, True))
+    for shrink_lo, shrink_hi in ((True, True), *alone):
         lows = lo * shares if shrink_lo else lo.expand(len(GRID), -1)
         highs = hi * shares if shrink_hi else hi.expand(len(GRID), -1)
         best = _error(centres, weights, lows, highs, spec).argmin(0, keepdim=True)

@@ -1,0 +1,86 @@
+"""Bit-widths on the command line: a budget for ``compile``, and the sweep of ``pareto``."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+from fxquant.allocate.plan import Point, sweep, sweep_csv
+from fxquant.budget import Allocation, Budget, Cost
+from fxquant.errors import PolicyError
+from fxquant.files import write_together, write_utf8
+from fxquant.model import load
+from fxquant.policy import Policy
+
+CSV_FILE, PLOT_FILE = "pareto.csv", "pareto.png"
+_STYLES = {"uniform": "s", "greedy": "o-", "exact": ".-"}
+
+
+def with_budget(policy: Policy, options: Namespace) -> Policy:
+    """The policy with the budget asked for on the command line, if any, instead of its own.
+
+    Raises:
+        PolicyError: the budget is malformed, or a method is given without one.
+    """
+    limits = {cost: getattr(options, cost, None) for cost in Cost}
+    given = {str(cost): limit for cost, limit in limits.items() if limit is not None}
+    own = policy.allocation
+    if not given and own is None:
+        if options.allocate is not None:
+            raise PolicyError(
+                "--allocate chooses how a budget is met, and there is none: give --mean-bits, "
+                "--weight-bytes or --bitops"
+            )
+        return policy
+    if given:
+        budget, name = Budget(**given), f"{policy.name}_mixed"
+        own = Allocation(budget=budget) if own is None else dataclasses.replace(own, budget=budget)
+        policy = dataclasses.replace(policy, name=name)
+    assert own is not None
+    if options.allocate is not None:
+        own = dataclasses.replace(own, method=options.allocate)
+    return dataclasses.replace(policy, allocation=own)
+
+
+def run_pareto(options: Namespace) -> int:
+    """``fxquant pareto``: loss against cost, from the sensitivities that a compilation kept."""
+    outcome = load(options.path).report.allocation
+    if outcome is None:
+        raise PolicyError(
+            f"{options.path} was compiled without a budget, so it has no sensitivities: compile "
+            "with --mean-bits, --weight-bytes or --bitops"
+        )
+    cost = Cost(options.cost)
+    points = sweep(outcome.problem, cost, options.steps)
+    text = sweep_csv(points)
+    write_together(
+        {
+            options.path / CSV_FILE: lambda path: write_utf8(path, text),
+            options.path / PLOT_FILE: partial(_plot, points, cost),
+        }
+    )
+    for point in points:
+        if point.method == "uniform":
+            near = [p for p in points if p.plan.costs[cost] <= point.plan.costs[cost]]
+            best = {m: min(p.plan.loss for p in near if p.method == m) for m in _STYLES}
+            shown = ", ".join(f"{method} {loss:.3g}" for method, loss in best.items())
+            print(f"{cost} {point.plan.costs[cost]:,.6g}: predicted loss {shown}")
+    print(f"wrote {CSV_FILE}, {PLOT_FILE} in {options.path}")
+    return 0
+
+
+def _plot(points: list[Point], cost: Cost, path: Path) -> None:
+    """Loss against cost, a line a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), layout="tight")
+    axes = figure.subplots()
+    for method, style in _STYLES.items():
+        own = [point.plan for point in points if point.method == method]
+        costs, losses = [plan.costs[cost] for plan in own], [plan.loss for plan in own]
+        axes.plot(costs, losses, style, label=method)
+    axes.set(xlabel=cost.replace("_", " "), ylabel="predicted loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120, format="png")

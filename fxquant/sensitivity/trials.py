@@ -1,0 +1,61 @@
+"""Quantizers of any width for the edges of an observed graph, from what its observers saw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph import Edge, get_parameter, submodule
+from fxquant.observers import Observer, make_observer
+from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.search.histogram import value_range
+from fxquant.sensitivity.groups import EdgeGroup
+from fxquant.spec import ObserverKind
+
+
+class Trials:
+    """Trial quantizers, each fitted once.
+
+    Args:
+        gm: in stage OBSERVED, its observers with histograms, having seen data.
+        least_squares: fit by least squared error, as a stand-in for a search of scales that
+            would take too long at every width; else as each edge's spec says.
+    """
+
+    def __init__(self, gm: fx.GraphModule, *, least_squares: bool) -> None:
+        self._gm, self._least_squares = gm, least_squares
+        self._fitted: dict[tuple[str, int], Quantizer] = {}
+
+    @torch.no_grad()
+    def quantizer(self, edge: Edge, bits: int) -> Quantizer:
+        """The quantizer of an edge at a width."""
+        key = f"{edge.source.target} {edge.spec}", bits
+        if key not in self._fitted:
+            self._fitted[key] = self._fit(edge, bits)
+        return self._fitted[key]
+
+    @torch.no_grad()
+    def weights(self, group: EdgeGroup, bits: int) -> dict[fx.Node, Tensor]:
+        """The quantized weight of each product that reads a group of weights."""
+        parameters = {node: get_parameter(self._gm, node) for node in group.sources}
+        return {e.node: self.quantizer(e, bits)(parameters[e.source]) for e in group.edges}
+
+    def _fit(self, edge: Edge, bits: int) -> Quantizer:
+        assert edge.spec is not None
+        spec = replace(edge.spec, bits=bits)
+        if self._least_squares:
+            spec = replace(spec, observer=ObserverKind.MSE)
+        observer = submodule(self._gm, edge.source)
+        if isinstance(observer, Observer):
+            return observer.fit(spec)
+        weight, axis = get_parameter(self._gm, edge.source), edge.scale_axis
+        if not self._least_squares:
+            observer = make_observer(spec, axis=axis, where=edge.name)
+            observer(weight)
+            return observer.fit()
+        low, high = value_range(weight.flatten(1) if axis == 0 else weight.reshape(1, -1), spec)
+        if axis is None:
+            low, high = low.reshape(()), high.reshape(())
+        return UniformQuantizer.from_range(low, high, spec, axis)

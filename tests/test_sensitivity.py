@@ -1,0 +1,221 @@
+"""Losses of groups at widths: measured, estimated, kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxquant import testing
+from fxquant.allocate.outcome import rank_correlation
+from fxquant.capture import capture
+from fxquant.compiler import CANONICAL
+from fxquant.errors import CalibrationError, NonFiniteError
+from fxquant.graph import quantized_edges
+from fxquant.passes import AllocateBits, AssignSpecs, Freeze, InsertObservers, run_passes
+from fxquant.policy import Rule
+from fxquant.sensitivity.cache import fingerprint
+from fxquant.sensitivity.estimated import Estimates
+from fxquant.sensitivity.measured import OutputDistance
+from fxquant.sensitivity.pick import Picked
+from fxquant.spec import (
+    Arg,
+    GradientLoss,
+    Granularity,
+    Metric,
+    ObserverKind,
+    ScaleSearch,
+    TensorSpec,
+)
+from fxquant.testing import images, seeded, tokens
+from tests.sensitive import EIGHT, ROWS, RULES, TWIN, Classifier, Patches, Setup
+
+
+@pytest.fixture(scope="module")
+def setup() -> Setup:
+    return Setup(Classifier(), tokens(64))
+
+
+# Measured
+
+
+def test_losses_fall_with_the_width_and_vanish_where_it_is_wide() -> None:
+    gaussian = tuple(rule for rule in RULES if rule.spec is not TWIN)
+    setup = Setup(Classifier(), tokens(64), gaussian)
+    for name, losses in setup.measured((2, 4, 8, 16)).items():
+        assert losses[0] > 4 * losses[1] > 16 * losses[2], name
+        assert losses[3] < 1e-6 < losses[0], name
+
+
+def test_a_loss_is_that_of_the_frozen_network_with_one_group_quantized(setup: Setup) -> None:
+    """Started from cached values or not, the same numbers come out."""
+    plain = seeded(Classifier())(setup.x).detach()
+    distance = OutputDistance(plain, GradientLoss.SAMPLED)
+    measured = setup.measured((3,))
+    for name in (
+        "block_attn_qkv__input",
+        "block_attn_matmul__rhs",
+        "block_fc2__input",
+        "head__weight",
+    ):
+        losses = measured[name]
+        gm = capture(seeded(Classifier()), setup.x)
+        run_passes(gm, (*CANONICAL, AssignSpecs(RULES)))
+        group = next(g for g in setup.layout.groups if g.name == name)
+        kept = {edge.name for edge in group.edges}
+        for edge in list(quantized_edges(gm)):
+            specs = dict(edge.node.meta["quant"])
+            spec = specs.pop(edge.arg)
+            if edge.name in kept:
+                specs[edge.arg] = TensorSpec(
+                    scheme=spec.scheme,
+                    symmetric=spec.symmetric,
+                    granularity=spec.granularity,
+                    observer=ObserverKind.MSE,
+                )
+            edge.node.meta["quant"] = specs
+        run_passes(gm, [InsertObservers()])
+        gm(setup.x)
+        run_passes(gm, [AllocateBits(dict.fromkeys(kept, 3)), Freeze()])
+        # Weights are fitted on their values here, by Freeze on a histogram of them.
+        expected = distance(gm(setup.x))
+        assert losses[0] == pytest.approx(expected, rel=0.3 if group.is_weight else 1e-4), name
+
+
+def test_measuring_leaves_the_graph_and_its_observers_as_they_are(setup: Setup) -> None:
+    before = fingerprint(setup.gm, setup.x)
+    code = setup.gm.code
+    setup.measured((4,))
+    assert fingerprint(setup.gm, setup.x) == before and setup.gm.code == code
+
+
+def test_groups_together_at_sixteen_bits_are_the_float_network() -> None:
+    setup = Setup(Classifier(), tokens(64), tuple(r for r in RULES if r.spec is not TWIN))
+    network, groups = setup.network(), setup.layout.groups
+    wide = network.together(groups, [16] * len(groups))
+    assert wide < 1e-6 < network.together(groups, [3] * len(groups))
+    one = [16] * len(groups)
+    one[0] = 3
+    assert network.together(groups, one) == pytest.approx(
+        setup.measured((3,))[groups[0].name][0], rel=1e-2
+    )
+
+
+def test_outputs_that_are_no_logits_are_compared_by_squares() -> None:
+    one, two = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    assert OutputDistance(one, GradientLoss.SAMPLED)(two) == 6  # 12 values an image, half of each
+    logits = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    moved = logits + 5  # the same probabilities
+    assert OutputDistance(logits, GradientLoss.MARGIN)(moved) < 1e-12
+    assert OutputDistance(logits, GradientLoss.GAUSSIAN)(moved) == pytest.approx(25)
+    shares = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    expected = 0.5 * torch.tensor([2, 2 / 3]).log().sum()
+    assert OutputDistance(shares[0], GradientLoss.MARGIN)(shares[1]) == pytest.approx(expected)
+    both = {"logits": logits, "boxes": one, "kept": torch.tensor([1, 2])}
+    found = OutputDistance(both, GradientLoss.MARGIN)({**both, "logits": moved, "boxes": two})
+    assert found == pytest.approx(6)
+
+
+def test_a_model_without_float_outputs_has_no_loss() -> None:
+    with pytest.raises(CalibrationError, match="take the argmax out of the model"):
+        OutputDistance(torch.tensor([1, 2]), GradientLoss.MARGIN)
+
+
+def test_outputs_that_are_not_finite_name_the_group() -> None:
+    class Inverse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(testing.DIM, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = 1 / self.two(self.one(x).mean(1))
+            return logits
+
+    model = Inverse()
+    setup = Setup(model, tokens(64), (Rule(path="two", arg=Arg.INPUT, spec=EIGHT),))
+    with torch.no_grad():
+        setup.gm.get_parameter("two.bias").zero_()
+        setup.gm.get_parameter("two.weight").copy_(torch.eye(3))  # what rounds to 0 ends infinite
+    with pytest.raises(NonFiniteError, match=r"two__input at 2 bits .*pinned: true"):
+        setup.measured((2,))
+
+
+# Estimated
+
+
+def test_estimates_rank_groups_as_measurements_do(setup: Setup) -> None:
+    widths = (3, 4, 5, 6, 8)
+    measured, estimated = setup.measured(widths), setup.estimated(widths)
+    pairs = [
+        (one, two)
+        for name, losses in measured.items()
+        for one, two in zip(losses, estimated[name] or [], strict=True)
+    ]
+    assert len(pairs) == 5 * len(setup.layout.groups)
+    ranks = rank_correlation([one for one, _ in pairs], [two for _, two in pairs])
+    assert ranks is not None and ranks > 0.9
+    # The sampled gradient is that of the same divergence, so that sizes agree as well.
+    ratios = torch.tensor([two / one for one, two in pairs])
+    assert 1 / 3 < float(ratios.median()) < 3
+
+
+@pytest.mark.parametrize("metric", [Metric.FISHER, Metric.HESSIAN])
+def test_estimates_do_not_depend_on_how_many_rows_are_sampled(metric: Metric) -> None:
+    few, all_rows = (
+        Setup(
+            Classifier(),
+            tokens(256),
+            search=ScaleSearch(metric=metric, loss=GradientLoss.SAMPLED, rows=rows),
+        ).estimated((4,))
+        for rows in (320, 1 << 14)
+    )
+    for name, losses in all_rows.items():
+        assert losses is not None
+        assert few[name] == pytest.approx(losses, rel=0.5), name
+
+
+def test_scales_along_the_channels_of_a_convolution_are_estimated() -> None:
+    channels = TensorSpec(granularity=Granularity.CHANNEL)
+    rules = (Rule(arg=Arg.WEIGHT, spec=ROWS), Rule(spec=channels))
+    setup = Setup(Patches(), images(64, 8), rules)
+    measured, estimated = setup.measured((3,)), setup.estimated((3,))
+    for name in ("conv__input", "conv__weight", "head__input", "head__weight"):
+        found = estimated[name]
+        assert found is not None and found[0] == pytest.approx(measured[name][0], rel=0.8), name
+
+
+def test_a_group_whose_products_were_not_sampled_has_no_estimate(setup: Setup) -> None:
+    samples = {name: s for name, s in setup.samples.items() if name != "block_fc1"}
+    estimates = Estimates(setup.gm, setup.trials, samples, Metric.FISHER, setup.seen)
+    by_name = {group.name: estimates.losses(group, (4,)) for group in setup.layout.groups}
+    assert by_name["block_fc1__input"] is None and by_name["block_fc2__input"] is not None
+
+
+# Images
+
+
+def batches(count: int) -> Iterator[tuple[Tensor, None]]:
+    for start in range(0, count, 3):
+        yield torch.arange(start, min(start + 3, count)).float().view(-1, 1), None
+
+
+def test_the_choice_of_images_is_uniform_and_repeatable() -> None:
+    counts = torch.zeros(10)
+    for seed in range(400):
+        picked = Picked(4, seed)
+        assert sum(len(images) for images, _ in picked.watch(batches(10))) == 10
+        chosen = picked.images.flatten().long()
+        assert len(set(chosen.tolist())) == 4 and chosen.tolist() == sorted(chosen.tolist())
+        counts[chosen] += 1
+    assert float((counts / 400 - 0.4).abs().max()) < 0.1
+    again = Picked(4, 399)
+    list(again.watch(batches(10)))
+    assert torch.equal(again.images.flatten().long(), chosen)
+
+
+def test_fewer_images_than_wanted_are_all_taken() -> None:
+    picked = Picked(8, 0)
+    list(picked.watch(batches(5)))
+    assert picked.images.flatten().tolist() == [0, 1, 2, 3, 4]
