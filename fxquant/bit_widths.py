@@ -55,7 +55,7 @@ def choose_widths(
     seen: int,
     policy: Policy,
     *,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, int], Outcome]:
     """A width for each edge that is not pinned, within the policy's budget.
@@ -95,7 +95,7 @@ def choose_widths(
         plan = allocate(problem, options.budget, options.method)
         return _result(layout, problem, plan, options, 0, None, None)
     images = picked.images.to(device_of(gm))
-    losses = _Losses(gm, layout, trials, images, policy, cache)
+    losses = _Losses(gm, layout, trials, images, policy, None if cache is None else Path(cache))
     try:
         alone = losses.alone(options.widths, progress)
         problem = _problem(layout, options, alone)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.affine_fold import Site, find_sites
 from fxquant.capture import device_of
 from fxquant.errors import BatchError, PassError
+from fxquant.fold_sites import Site, norm_sites
 from fxquant.graph import module_path, operand, stage
 from fxquant.observers import MinMaxObserver
 from fxquant.spec import Granularity, Stage, TensorSpec
@@ -58,7 +58,7 @@ def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tupl
     """
     if stage(gm) is not Stage.FLOAT:
         raise PassError(f"norm_ranges takes stage FLOAT, got {stage(gm).name}")
-    sites = [site for _, site in find_sites(gm) if isinstance(site, Site)]
+    sites = [site for _, site in norm_sites(gm) if isinstance(site, Site)]
     recorder = _Recorder(gm, sites)
     if sites:
         _run(gm, recorder.run, batches)
@@ -91,9 +91,9 @@ class _Recorder(fx.Interpreter):
         self._watched: dict[fx.Node, MinMaxObserver] = {}
         spec = TensorSpec(granularity=Granularity.CHANNEL)
         for site in sites:
-            where = module_path(site.norm) or site.norm.name
+            where = module_path(site.source) or site.source.name
             observer = MinMaxObserver(spec, axis=-1, where=where)
-            self.observers[site.norm.name] = observer
+            self.observers[site.source.name] = observer
             self._watched |= {operand(linear, 0): observer for linear in site.linears}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fxquant.passes import (
     Reparameterize,
     ScaleAfterMatmul,
     SearchScales,
+    SmoothWithBias,
     SplitAttention,
     SplitProjections,
     ToLinear,
@@ -46,6 +47,7 @@ from fxquant.progress import track, working
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
 from fxquant.samples import Loss, sample_products
 from fxquant.search.output import ProductSample
+from fxquant.smoothing_sites import choose_smoothing
 from fxquant.spec import GRADIENT_METRICS
 
 # Each pass relies on those before it: attention and einsum must be open before products are sorted,
@@ -113,23 +115,27 @@ def compile(
         ranges = norm_ranges(gm, track(images, label="ranges", total=len(images), enabled=progress))
         results |= run_passes(gm, (Reparameterize(ranges),))
         clock.lap("reparameterize")
-    # Every width is fitted from the same histograms.
-    observers = InsertObservers(histograms=recipe.allocation is not None)
-    results |= run_passes(gm, (AssignSpecs(recipe.rules), observers))
-    picked = picker(gm, recipe.allocation)
-    batches = track(images.with_labels(), label="calibrate", total=len(images), enabled=progress)
-    batches = picked.watch(batches)
+    results |= run_passes(gm, (AssignSpecs(recipe.rules),))
     samples: dict[str, ProductSample] = {}
-    if recipe.samples is None:
+    if recipe.smooth and recipe.samples is not None:
+        batches = _shown(images, "sample", progress)
+        choices = choose_smoothing(gm, batches, recipe.samples, loss, progress=progress)
+        results |= run_passes(gm, (SmoothWithBias(choices),))
+        samples = choices.samples
+        clock.lap("smooth")
+    # Every width is fitted from the same histograms.
+    results |= run_passes(gm, (InsertObservers(histograms=recipe.allocation is not None),))
+    picked = picker(gm, recipe.allocation)
+    batches = picked.watch(_shown(images, "calibrate", progress))
+    if recipe.samples is None or samples:
         seen = calibrate(gm, (batch for batch, _ in batches))
     else:
         samples, seen = sample_products(gm, batches, recipe.samples, loss)
     clock.lap("calibrate")
     outcome: Outcome | None = None
     if recipe.allocation is not None:
-        folder = None if cache is None else Path(cache)
         widths, outcome = choose_widths(
-            gm, picked, samples, seen, recipe, cache=folder, progress=progress
+            gm, picked, samples, seen, recipe, cache=cache, progress=progress
         )
         results |= run_passes(gm, (AllocateBits(widths),))
         clock.lap("allocate")
@@ -154,6 +160,12 @@ def _check_loss(recipe: Policy, loss: Loss | None) -> None:
             f"loss was given, and policy {recipe.name!r} takes no gradient: give it a search whose "
             f"metric is {' or '.join(GRADIENT_METRICS)}, or leave loss out"
         )
+
+
+def _shown(
+    images: CalibrationImages, label: str, progress: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    return track(images.with_labels(), label=label, total=len(images), enabled=progress)
 
 
 class _Clock:
@@ -239,6 +251,11 @@ def _report(
         quantized_bytes=after,
         seconds=clock.seconds,
         changes={name: result.changed for name, result in results.items()},
+        gains=tuple(
+            (name, gain.site, gain.choice, gain.ratio)
+            for name, result in results.items()
+            for gain in result.gains
+        ),
         notes=(
             *(("capture", path, HOOKS_NOTE) for path in gm.meta["hooked"]),
             *(

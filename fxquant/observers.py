@@ -135,7 +135,7 @@ class SoftmaxObserver(MinMaxObserver):
             self.peak = peak if self.peak is None else torch.minimum(self.peak, peak)
         return super().forward(x)
 
-    def _fit_range(self) -> tuple[Tensor, Tensor]:
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         lo, hi = self.range()
         assert self.peak is not None
         return torch.maximum(lo, self.peak - _NEGLIGIBLE), hi

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
+from fxquant.budget import Allocation, Budget, Method
 from fxquant.errors import PolicyError, UnknownPresetError
 from fxquant.policy import Policy, Rule
 from fxquant.spec import (
@@ -202,12 +204,54 @@ def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Ru
     )
 
 
+def mptq_vit(
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    *,
+    image_bits: int = 8,
+    budget: Budget | None = None,
+    full: bool = False,
+) -> Policy:
+    """MPTQ-ViT: SQ-b, OPT-m and mixed precision (arXiv 2401.14895).
+
+    :func:`ptq4vit`, its channels smoothed first where the loss falls, the region ratio of twin
+    quantizers searched with their scale, uniform ones among the candidates.
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of activations; queries, keys and values symmetric per head, all others
+            per tensor.
+        image_bits: width of the images that the first layer takes.
+        budget: greedy mixed precision within it: each edge but the image gets a width of 3 to 8
+            bits of its own (:class:`fxquant.Allocation`), in the place of ``weight_bits`` and
+            ``act_bits``.
+        full: also quantize what norms, softmax, GELU and additions read, to 8 bits
+            (:func:`elementwise_rules`).
+
+    Raises:
+        BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
+            not take.
+    """
+    base = ptq4vit(weight_bits, act_bits, image_bits=image_bits, search=ScaleSearch(opt_m=True))
+    widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
+    return replace(
+        base,
+        name=f"mptq_vit_{widths}{'_full' if full else ''}",
+        description="MPTQ-ViT: smoothed channels (SQ-b), searched region ratios (OPT-m)"
+        + ("" if budget is None else ", greedy mixed precision"),
+        rules=(*(elementwise_rules() if full else ()), *base.rules),
+        smooth=True,
+        allocation=None if budget is None else Allocation(budget=budget, method=Method.GREEDY),
+    )
+
+
 PRESETS: dict[str, Callable[..., Policy]] = {
     "w8a8": w8a8,
     "w8a8_full": w8a8_full,
     "minmax": minmax,
     "base_ptq": base_ptq,
     "ptq4vit": ptq4vit,
+    "mptq_vit": mptq_vit,
 }
 
 

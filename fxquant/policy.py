@@ -98,6 +98,8 @@ class Policy:
             observers fitted them.
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
             its weights and those of the linears it feeds (arXiv 2212.08254).
+        smooth: shift and scale channels behind norms and of attention values so that products lose
+            least, folded into the weights around them (SQ-b, arXiv 2401.14895).
         bias_correction: take the mean output error of the rounded weights out of the biases
             (arXiv 2111.12293, section 5.3).
         allocation: which width each edge gets, within a budget; None leaves the rules' widths.
@@ -108,6 +110,7 @@ class Policy:
     description: str = ""
     search: ScaleSearch | None = None
     reparameterize: bool = False
+    smooth: bool = False
     bias_correction: bool = False
     allocation: Allocation | None = None
 
@@ -124,6 +127,7 @@ class Policy:
                 f"allocation must be an Allocation or None, got {self.allocation!r:.80}"
             )
         check_flag(self, "reparameterize")
+        check_flag(self, "smooth")
         check_flag(self, "bias_correction")
         if not isinstance(self.name, str) or not isinstance(self.description, str):
             raise PolicyError(
@@ -148,7 +152,7 @@ class Policy:
             self.search is None or self.search.metric not in GRADIENT_METRICS
         ):
             return replace(self.search or ScaleSearch(), metric=Metric.FISHER)
-        if self.search is None and self.bias_correction:
+        if self.search is None and (self.bias_correction or self.smooth):
             return ScaleSearch(metric=Metric.MSE)  # rows without gradients
         return self.search
 

@@ -144,6 +144,8 @@ class Report:
         seconds: phase -> wall time.
         changes: pass -> number of sites changed.
         notes: (pass, site, reason) for each site that a pass left alone.
+        gains: (pass, site, choice, ratio) where a pass chose by comparing: the error with the
+            choice over the error that the pass compares with (its module's text).
         allocation: how widths were chosen; None where the policy's rules have them.
     """
 
@@ -156,6 +158,7 @@ class Report:
     seconds: dict[str, float]
     changes: dict[str, int] = field(default_factory=dict)
     notes: tuple[tuple[str, str, str], ...] = ()
+    gains: tuple[tuple[str, str, str, float], ...] = ()
     allocation: Outcome | None = None
 
     @property
@@ -206,6 +209,7 @@ class Report:
                 "plan": plan,
                 "sqnr": sqnr,
                 "notes": notes,
+                "gains": tuple(tuple(gain) for gain in values.get("gains", ())),
                 "allocation": None if allocation is None else Outcome.from_dict(allocation),
             }
         )
@@ -229,6 +233,8 @@ class Report:
         for entry in self.plan:
             if entry.reason:
                 console.print(f"{entry.edge}: {entry.reason}", soft_wrap=True)
+        for name, site, choice, ratio in self.gains:
+            console.print(f"{name}: {site}: {choice}, error x {ratio:.2f}", soft_wrap=True)
         printed = {entry.edge for entry in self.plan}
         for name, site, reason in self.notes:
             if site not in printed:

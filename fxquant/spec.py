@@ -237,6 +237,8 @@ class ScaleSearch:
         memory_bytes: bound of what is kept of the float model between batches (besides, the
             activations of four images at a time); rows are fewer where it is tight.
         seed: of the choice of rows, sampled labels and noise.
+        opt_m: search the region ratio of twin quantizers with their scale, uniform grids among
+            the candidates (MPTQ-ViT, arXiv 2401.14895); False keeps the hand-set rule.
     """
 
     metric: Metric = Metric.FISHER
@@ -249,6 +251,7 @@ class ScaleSearch:
     rows: int = 512
     memory_bytes: int = 1 << 30
     seed: int = 0
+    opt_m: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -259,6 +262,7 @@ class ScaleSearch:
         """
         parse_field(self, "metric", Metric)
         parse_field(self, "loss", GradientLoss)
+        check_flag(self, "opt_m")
         least = {"rounds": 1, "candidates": 2, "stride": 1, "rows": 1, "memory_bytes": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)

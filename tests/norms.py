@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxquant.affine_fold import Site, find_sites
+from fxquant.fold_sites import Site, norm_sites
 from fxquant.testing import DIM
 
 Read = Callable[["Norm", Tensor], object]
@@ -36,7 +36,7 @@ def padded(m: Norm, y: Tensor) -> Tensor:
 
 
 def site_of(gm: fx.GraphModule) -> Site:
-    ((_, site),) = find_sites(gm)
+    ((_, site),) = norm_sites(gm)
     assert isinstance(site, Site), site
     return site
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxquant.affine_fold import find_sites, fold
+from fxquant.affine_fold import fold
 from fxquant.calibrate import norm_ranges
 from fxquant.capture import capture
 from fxquant.errors import BatchError, CalibrationError, NonFiniteError, PassError
+from fxquant.fold_sites import norm_sites
 from fxquant.spec import Stage
 from fxquant.testing import DIM, TOKENS, assert_same_function, seeded, tokens
 from tests.norms import Norm, Read, both, linear_inputs, padded, site_of
@@ -135,12 +136,12 @@ def test_a_fold_that_is_not_exact_is_refused(
     read: Read, norm: nn.Module | None, reason: str
 ) -> None:
     gm = capture(seeded(Norm(read, norm)), tokens())
-    assert reason in {site for _, site in find_sites(gm)}
+    assert reason in {site for _, site in norm_sites(gm)}
 
 
 def test_a_norm_that_feeds_no_linear_is_no_site() -> None:
     gm = capture(seeded(Norm(lambda m, y: y + m.one(y.sin()).sum())), tokens())
-    assert list(find_sites(gm)) == []
+    assert list(norm_sites(gm)) == []
 
 
 # Ranges

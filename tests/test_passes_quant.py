@@ -28,6 +28,7 @@ from fxquant.passes import (
 )
 from fxquant.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
+from fxquant.smoothing_sites import Choices
 from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, ScaleSearch, Stage, TensorSpec
 from fxquant.testing import (
     DIM,
@@ -202,6 +203,7 @@ OPTIONS = {
     "AllocateBits": [{}],
     "AssignSpecs": [(Rule(spec=EIGHT),)],
     "Reparameterize": [{}],
+    "SmoothWithBias": [Choices({}, {}, {})],
     "SearchScales": ({}, ScaleSearch()),
     "CorrectBias": ({},),
 }
@@ -213,7 +215,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 17
+    assert len(PASSES) == 18
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxquant import testing
-from fxquant.affine_fold import Site, find_sites
 from fxquant.calibrate import norm_ranges
 from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
+from fxquant.fold_sites import Site, norm_sites
 from fxquant.graph import get_parameter
 from fxquant.passes import PassResult, Reparameterize, run_passes
 from fxquant.quantizers import UniformQuantizer
@@ -176,7 +176,7 @@ def test_swin_with_shifted_windows(swin: nn.Module) -> None:
     gm, result = reparameterized(swin, images(2, 32), changed=4)
     assert result.skips == ()  # the norms before the blocks and the head feed no linear
     assert "roll" in op_names(gm)
-    assert all(site.shiftable for _, site in find_sites(gm) if isinstance(site, Site))
+    assert all(site.shiftable for _, site in norm_sites(gm) if isinstance(site, Site))
 
 
 def test_swin_whose_windows_are_padded_is_scaled_there() -> None:
@@ -185,7 +185,7 @@ def test_swin_whose_windows_are_padded_is_scaled_there() -> None:
         "swin_tiny_patch4_window7_224", embed_dim=16, num_classes=5, **options
     ).eval()
     gm, _ = reparameterized(model, images(2, 24), changed=4)
-    sites = [site for _, site in find_sites(gm) if isinstance(site, Site)]
+    sites = [site for _, site in norm_sites(gm) if isinstance(site, Site)]
     assert [site.shiftable for site in sites] == [False, True, False, True]
 
 
@@ -205,6 +205,6 @@ def test_families_keep_their_function(family: Family) -> None:
     x = images(2, family.image[-1])
     gm = capture(model, x)
     run_passes(gm, CANONICAL)
-    sites = [norm for norm, site in find_sites(gm) if isinstance(site, Site)]
+    sites = [norm for norm, site in norm_sites(gm) if isinstance(site, Site)]
     assert reparameterize(gm, x).changed == len(sites)
     assert_same_function(gm, model, x, 1e-5)

@@ -14,11 +14,11 @@ from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.graph import quantized_edges
+from fxquant.network_loss import OutputDistance
 from fxquant.passes import AllocateBits, AssignSpecs, Freeze, InsertObservers, run_passes
 from fxquant.policy import Rule
 from fxquant.sensitivity.cache import fingerprint
 from fxquant.sensitivity.estimated import Estimates
-from fxquant.sensitivity.measured import OutputDistance
 from fxquant.sensitivity.pick import Picked
 from fxquant.spec import (
     Arg,

@@ -21,10 +21,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("suggest", "files", "progress", "batches"),  # helpers that know errors alone
     ("ops", "quantizers"),
     ("observers", "search", "allocate"),
-    ("graph", "verify", "serialize", "rewrite", "affine_fold"),
+    ("graph", "verify", "serialize", "rewrite", "fold_sites", "affine_fold", "network_loss"),
     ("policy", "policies", "policy_file", "capture", "calibrate", "reconstruct"),
     ("product_rows", "samples", "sensitivity"),
-    ("bit_widths",),
+    ("bit_widths", "smoothing_sites"),
     ("passes",),
     ("report",),
     ("model",),

@@ -15,6 +15,7 @@ from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.reparameterize import Reparameterize
 from fxquant.passes.scale_after_matmul import ScaleAfterMatmul
 from fxquant.passes.search_scales import SearchScales
+from fxquant.passes.smooth_with_bias import SmoothWithBias
 from fxquant.passes.split_attention import SplitAttention
 from fxquant.passes.split_projections import SplitProjections
 from fxquant.passes.to_linear import ToLinear
@@ -37,6 +38,7 @@ __all__ = [
     "ScaleAfterMatmul",
     "SearchScales",
     "Skip",
+    "SmoothWithBias",
     "SplitAttention",
     "SplitProjections",
     "ToLinear",

@@ -33,16 +33,33 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """What a pass chose at a site among several things, and what that gained.
+
+    Attributes:
+        site: edge or node name.
+        choice: in words.
+        ratio: error with the choice over error with what it is compared to, which the pass states.
+    """
+
+    site: str
+    choice: str
+    ratio: float
+
+
+@dataclass(frozen=True)
 class PassResult:
     """What a pass did.
 
     Attributes:
         changed: number of sites rewritten or annotated.
         skips: the sites it refused, with reasons.
+        gains: what its choices gained, of a pass that compares.
     """
 
     changed: int
     skips: tuple[Skip, ...] = ()
+    gains: tuple[Gain, ...] = ()
 
 
 class Pass(Protocol):

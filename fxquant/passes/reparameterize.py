@@ -26,7 +26,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.affine_fold import find_sites, fold
+from fxquant.affine_fold import fold
+from fxquant.fold_sites import norm_sites
 from fxquant.passes.base import PassResult, Skip
 from fxquant.spec import Stage
 
@@ -55,7 +56,7 @@ class Reparameterize:
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Folds at every site whose channels differ in their ranges."""
         changed, skips = 0, []
-        for norm, site in list(find_sites(gm)):
+        for norm, site in list(norm_sites(gm)):
             if isinstance(site, str):
                 skips.append(Skip(norm.name, f"the norm stays: {site}"))
             elif norm.name not in self.ranges:

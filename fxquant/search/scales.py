@@ -7,6 +7,7 @@ with many candidates at once, and gives the fitted quantizer in the end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer, affine_parameters
 from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit
-from fxquant.search.output import Operand, along_units, candidate_losses
+from fxquant.search.output import Operand, Quantize, along_units, candidate_losses
 from fxquant.search.twin import twin_candidates
 from fxquant.spec import ScaleSearch, TensorSpec
 
@@ -163,9 +164,7 @@ class SearchedTwin(Searched):
 
     def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
         """See the base class."""
-
-        def quantize(values: Tensor, candidates: Tensor, axis: int) -> Tensor:
-            return torch.stack([self._candidates[i](values) for i in candidates.tolist()], axis)
+        quantize = stacked(self._candidates)
 
         def evaluate(candidates: Tensor) -> Tensor:
             return candidate_losses(consumers, candidates, quantize, search.metric, Unit.TENSOR)
@@ -180,3 +179,12 @@ class SearchedTwin(Searched):
     def quantizer(self) -> TwinUniformQuantizer:
         """See the base class."""
         return self._candidates[int(self._chosen)]
+
+
+def stacked(quantizers: Sequence[Quantizer]) -> Quantize:
+    """Quantizes with those of ``quantizers`` that the candidates ``(G,)`` number."""
+
+    def quantize(values: Tensor, candidates: Tensor, axis: int) -> Tensor:
+        return torch.stack([quantizers[i](values) for i in candidates.tolist()], axis)
+
+    return quantize

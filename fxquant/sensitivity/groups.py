@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,9 +51,10 @@ class Layout:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
         found: dict[tuple[str, ...], list[Edge]] = {}
-        pinned = {e.source for e in annotated_edges(gm) if _pinned(e) and e.arg is not Arg.WEIGHT}
+        operands = list(_operands(gm))
+        pinned = {e.source for e in operands if _pinned(e) and e.arg is not Arg.WEIGHT}
         fixed: dict[tuple[str, ...], list[Edge]] = {}
-        for edge in annotated_edges(gm):
+        for edge in operands:
             if edge.source in pinned or _pinned(edge):
                 fixed.setdefault((str(edge.source.target),), []).append(edge)
             else:
@@ -97,7 +99,7 @@ class Layout:
         """Products of two quantized operands."""
         names = {edge.name: group.name for group in self.groups for edge in group.edges}
         sides: dict[fx.Node, list[str | int]] = {}
-        for edge in annotated_edges(self._gm):
+        for edge in _operands(self._gm):
             sides.setdefault(edge.node, []).append(names.get(edge.name, _bits(edge)))
         return tuple(
             Product(macs=self.macs(node), left=both[0], right=both[1])
@@ -123,6 +125,11 @@ class Layout:
         return widths * sum(
             sum(count for place, count in macs.items() if place >= start) for start in starts
         )
+
+
+def _operands(gm: fx.GraphModule) -> Iterator[Edge]:
+    """Annotated operands of products; what stands between products keeps the width of its rule."""
+    return (edge for edge in annotated_edges(gm) if op_kind(edge.node) is not None)
 
 
 def _pinned(edge: Edge) -> bool:

@@ -1,0 +1,49 @@
+"""SQ-b: SmoothQuant with a bias (MPTQ-ViT, arXiv 2401.14895).
+
+Before: ``W y + b``, y from a norm, or values V averaged by attention
+After:  ``W' y' + b'`` with ``y' = (y - mu) / eps``, ``W' = W diag(eps)``, ``b' = b + W mu``
+
+The map that makes ``y'`` is folded into the norm or into the linear that gives V, so that the
+function is unchanged and nothing is added to the run time (:mod:`fxquant.affine_fold`). Gains are
+losses of the network with the site's products quantized, over those without the map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.affine_fold import fold
+from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.smoothing_sites import Choices
+from fxquant.spec import Stage
+
+
+@dataclass(frozen=True)
+class SmoothWithBias:
+    """See the module's text.
+
+    Attributes:
+        choices: what to fold where (``smoothing_sites.choose_smoothing`` on this graph).
+    """
+
+    choices: Choices = field(repr=False)
+    requires: ClassVar[Stage] = Stage.ANNOTATED
+    ensures: ClassVar[Stage] = Stage.ANNOTATED
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Folds."""
+        for choice in self.choices.folds.values():
+            fold(gm, choice.site, choice.smoothing.divide, choice.smoothing.shift)
+        gm.graph.eliminate_dead_code()
+        gm.delete_all_unused_submodules()
+        skips = tuple(Skip(name, reason) for name, reason in self.choices.refused.items())
+        gains = tuple(
+            Gain(name, choice.smoothing.name, choice.gain)
+            for name, choice in self.choices.folds.items()
+        )
+        return PassResult(len(self.choices.folds), skips, gains)
