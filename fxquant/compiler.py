@@ -118,8 +118,8 @@ def compile(
     results |= run_passes(gm, (AssignSpecs(recipe.rules),))
     samples: dict[str, ProductSample] = {}
     if recipe.smooth and recipe.samples is not None:
-        batches = _shown(images, "sample", progress)
-        choices = choose_smoothing(gm, batches, recipe.samples, loss, progress=progress)
+        shown = _shown(images, "sample", progress)
+        choices = choose_smoothing(gm, shown, recipe.samples, loss, progress=progress)
         results |= run_passes(gm, (SmoothWithBias(choices),))
         samples = choices.samples
         clock.lap("smooth")
@@ -139,8 +139,7 @@ def compile(
         )
         results |= run_passes(gm, (AllocateBits(widths),))
         clock.lap("allocate")
-    with working("fit quantizers", enabled=progress):
-        results |= run_passes(gm, (Freeze(),))
+    results |= run_passes(gm, (Freeze(),))
     clock.lap("fit")
     if recipe.search is not None:
         results |= run_passes(gm, (SearchScales(samples, recipe.search, progress),))
