@@ -8,7 +8,8 @@ compares by squared error weighted by gradients; ``+ twin`` is the base with twi
 ``+ both`` the preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by
 row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does. ``+
 Hessian, symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
-``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone).
+``OPT-m`` searches the ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels
+as well. ``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone).
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
 and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,
@@ -83,6 +84,8 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ both": whole,
         "+ both, RepQ": replace(whole, reparameterize=True),
         "+ both, row by row": replace(whole, search=by_row),
+        "+ both, OPT-m": replace(whole, search=replace(whole.search, opt_m=True)),
+        "MPTQ-ViT": policies.mptq_vit(bits, bits),
     }
     if bits == 8:
         return {**steps, "w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
@@ -98,6 +101,7 @@ def mixed(bits: int) -> dict[str, Policy]:
         "+ Hessian, mixed": replace(uniform, allocation=exact),
         "+ Hessian, mixed greedily": replace(uniform, allocation=greedy),
         "+ both, mixed": replace(whole, allocation=exact),
+        "MPTQ-ViT, mixed": policies.mptq_vit(budget=budget),
     }
 
 

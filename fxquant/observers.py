@@ -212,7 +212,8 @@ def make_observer(
         spec: the quantizer wanted.
         axis: axis of the observed tensor that gets a scale each; None for per tensor.
         where: edge name, for messages.
-        histogram: keep one in any case, so that :meth:`Observer.fit` takes any spec.
+        histogram: keep one in any case, so that :meth:`Observer.fit` takes any spec; but not of
+            what a softmax reads, whose range is no matter of the width.
     """
     if spec.observer is ObserverKind.MINMAX and not histogram:
         return MinMaxObserver(spec, axis=axis, where=where)

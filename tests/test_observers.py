@@ -54,7 +54,7 @@ def test_the_fit_does_not_depend_on_batches(
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ObserverKind.SOFTMAX])
 @given(stream=streams(), bits=st.integers(2, 8))
 def test_one_histogram_fits_every_spec(
     kind: ObserverKind, scheme: Scheme, stream: list[Tensor], bits: int
@@ -259,10 +259,10 @@ def test_one_scale_a_row(
 def test_what_a_softmax_takes_to_zero_is_not_covered() -> None:
     spec = TensorSpec(observer=ObserverKind.SOFTMAX)
     scores = torch.tensor([[3.0, 1.0, -100.0], [-2.0, -3.0, -104.0]])
-    lo, hi = observed(spec, scores[:1], scores[1:])._fit_range()
+    lo, hi = observed(spec, scores[:1], scores[1:])._fit_range(spec)
     assert (float(lo), float(hi)) == (-14.0, 3.0)
     quantizer = observed(spec, scores).fit()
     shares, exact = quantizer(scores).softmax(-1), scores.softmax(-1)
     assert float((shares - exact).abs().max()) < 0.01
     near = torch.tensor([[3.0, 1.0, -5.0]])  # nothing is cut off where there is no mask
-    assert float(observed(spec, near)._fit_range()[0]) == -5.0
+    assert float(observed(spec, near)._fit_range(spec)[0]) == -5.0

@@ -17,8 +17,6 @@ from fxquant import Policy, Rule, TensorSpec, policies
 from fxquant.affine_fold import fold
 from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
-from fxquant.demo.glyphs import GlyphDataset
-from fxquant.demo.models import build
 from fxquant.fold_sites import Site, linear_sites, norm_sites
 from fxquant.passes import AssignSpecs, SmoothWithBias, run_passes
 from fxquant.samples import sample_products
@@ -201,9 +199,8 @@ def divergence(policy: Policy, model: nn.Module, images: Tensor, calib: Tensor) 
 
 @pytest.mark.slow
 def test_outlying_channels_are_smoothed_away() -> None:
-    data = GlyphDataset("calib", 48)
-    images = torch.stack([data[i][0] for i in range(48)])
-    model, plain = outlying(build("glyph_vit"), 40.0), policies.ptq4vit(6, 6, twin=False)
+    images = torch.randn(48, *FAMILIES[0].image)
+    model, plain = outlying(FAMILIES[0].model(), 40.0), policies.ptq4vit(6, 6, twin=False)
     losses = [
         divergence(policy, model, images[32:], images[:32])
         for policy in (plain, replace(plain, smooth=True))
