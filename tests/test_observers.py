@@ -18,6 +18,8 @@ from fxquant.search.histogram import value_range
 from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
 
 KINDS = list(ObserverKind)
+# One kind is for what a softmax reads, and leaves most of other values out.
+ANY_VALUES = [kind for kind in KINDS if kind is not ObserverKind.SOFTMAX]
 
 
 def observed(spec: TensorSpec, *batches: Tensor, axis: int | None = None) -> Observer:
@@ -54,7 +56,7 @@ def test_the_fit_does_not_depend_on_batches(
 
 
 @pytest.mark.parametrize("scheme", Scheme)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not ObserverKind.SOFTMAX])
+@pytest.mark.parametrize("kind", ANY_VALUES)
 @given(stream=streams(), bits=st.integers(2, 8))
 def test_one_histogram_fits_every_spec(
     kind: ObserverKind, scheme: Scheme, stream: list[Tensor], bits: int
@@ -185,7 +187,7 @@ def test_twins_by_mse_are_never_worse_than_by_min_max(
 ) -> None:
     x = source(torch.randn(20, 50, generator=torch.Generator().manual_seed(seed)) * spread)
     errors = {}
-    for kind in KINDS:
+    for kind in ANY_VALUES:
         spec = TensorSpec(bits=bits, scheme=Scheme.TWIN_UNIFORM, observer=kind, percentile=99.0)
         quantizer = observed(spec, *x.split(5)).fit()
         errors[kind] = float((quantizer(x) - x).square().mean()) ** 0.5
