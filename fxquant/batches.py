@@ -78,6 +78,12 @@ def _describe(batch: Any) -> str:
     return type(batch).__name__
 
 
+_ONCE = (
+    "this policy reads the calibration data more than once, and calib_loader can be read only "
+    "once; pass a list or a DataLoader instead of a generator"
+)
+
+
 class CalibrationImages:
     """The images of a loader, one batch at a time, checked; never more than two in memory.
 
@@ -86,13 +92,15 @@ class CalibrationImages:
 
     Args:
         loader: any iterable of batches (see :func:`split_batch`).
+        twice: it will be read more than once.
 
     Raises:
-        BatchError: the loader is a bare tensor or not iterable, or its first batch is unusable.
+        BatchError: the loader is a bare tensor or not iterable, or can be read only once and is to
+            be read twice, or its first batch is unusable.
         EmptyLoaderError: the loader yields nothing.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], *, twice: bool = False) -> None:
         if isinstance(loader, Tensor) and loader.ndim >= 4:
             loader = [loader]
         if isinstance(loader, Tensor | str | bytes | Mapping) or not isinstance(loader, Iterable):
@@ -103,6 +111,8 @@ class CalibrationImages:
         self._loader = loader
         self._iterator = iter(loader)
         self._rereadable = self._iterator is not loader
+        if twice and not self._rereadable:
+            raise BatchError(_ONCE)
         try:
             batch = next(self._iterator)
         except StopIteration as end:
@@ -139,10 +149,7 @@ class CalibrationImages:
         elif self._rereadable:
             rest = iter(self._loader)
         else:
-            raise BatchError(
-                "this policy reads the calibration data more than once, and calib_loader can be "
-                "read only once; pass a list or a DataLoader instead of a generator"
-            )
+            raise BatchError(_ONCE)
         for batch in rest:
             yield self._checked(batch, self.first)
 

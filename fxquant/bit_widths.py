@@ -54,7 +54,6 @@ def choose_widths(
     samples: dict[str, ProductSample],
     seen: int,
     policy: Policy,
-    *,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, int], Outcome]:

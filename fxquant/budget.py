@@ -51,8 +51,9 @@ class Sensitivity(StrEnum):
 class Budget:
     """Upper bounds; all that are given must hold.
 
-    Every quantized edge counts, pinned ones at their fixed width; edges left float do not, and
-    nor do biases and scales. A value that several edges read through one quantizer counts once.
+    Every quantized operand of a product counts, pinned ones at their fixed width; edges left float
+    do not, nor do biases, scales and what stands between products (norms, additions). A value that
+    several edges read through one quantizer counts once.
 
     Attributes:
         weight_bytes: sum over weights of values times bits, over 8.
@@ -91,7 +92,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """Choice of a width for every quantized edge whose rule is not pinned.
+    """Choice of a width for every quantized operand of a product whose rule is not pinned.
 
     Attributes:
         budget: what the widths may cost.

@@ -47,7 +47,7 @@ from fxquant.progress import track, working
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
 from fxquant.samples import Loss, sample_products
 from fxquant.search.output import ProductSample
-from fxquant.smoothing_sites import choose_smoothing
+from fxquant.smoothing_sites import Choices, choose_smoothing
 from fxquant.spec import GRADIENT_METRICS
 
 # Each pass relies on those before it: attention and einsum must be open before products are sorted,
@@ -84,11 +84,13 @@ def compile(
     Args:
         model: in eval mode, taking one float image tensor ``(B, C, H, W)``; not changed.
         calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
-            DataLoader of these. 32 images are usual.
+            DataLoader of these; 32 images are usual. No generator for a policy that smooths or
+            reparameterizes, which reads them twice.
         policy: preset name, Policy, dict, or path of a YAML file.
         loss: of the model's outputs and the labels (None where there are none) of up to four
             images, one number, summed over the images; its gradient weighs errors instead of that
-            of the loss which the policy's search names.
+            of the loss which the search names. What smoothing and allocation measure stays the
+            divergence from the float outputs.
         cache: folder for the losses that a policy with an allocation measures; an interrupted
             search with the same folder goes on where it stopped.
         progress: show the progress of long steps on stderr.
@@ -105,7 +107,7 @@ def compile(
     recipe = resolve(policy)
     _check_loss(recipe, loss)
     check_model(model)
-    images = CalibrationImages(calib_loader)
+    images = CalibrationImages(calib_loader, twice=recipe.smooth or recipe.reparameterize)
     clock = _Clock()
     with working("capture", enabled=progress):
         gm = capture(model, images.first)
@@ -117,9 +119,8 @@ def compile(
         clock.lap("reparameterize")
     results |= run_passes(gm, (AssignSpecs(recipe.rules),))
     samples: dict[str, ProductSample] = {}
-    if recipe.smooth and recipe.samples is not None:
-        shown = _shown(images, "sample", progress)
-        choices = choose_smoothing(gm, shown, recipe.samples, loss, progress=progress)
+    if recipe.smooth:
+        choices = _choose_smoothing(gm, images, recipe, loss, progress)
         results |= run_passes(gm, (SmoothWithBias(choices),))
         samples = choices.samples
         clock.lap("smooth")
@@ -134,9 +135,7 @@ def compile(
     clock.lap("calibrate")
     outcome: Outcome | None = None
     if recipe.allocation is not None:
-        widths, outcome = choose_widths(
-            gm, picked, samples, seen, recipe, cache=cache, progress=progress
-        )
+        widths, outcome = choose_widths(gm, picked, samples, seen, recipe, cache, progress)
         results |= run_passes(gm, (AllocateBits(widths),))
         clock.lap("allocate")
     results |= run_passes(gm, (Freeze(),))
@@ -165,6 +164,14 @@ def _shown(
     images: CalibrationImages, label: str, progress: bool
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     return track(images.with_labels(), label=label, total=len(images), enabled=progress)
+
+
+def _choose_smoothing(
+    gm: fx.GraphModule, images: CalibrationImages, recipe: Policy, loss: Loss | None, progress: bool
+) -> Choices:
+    assert recipe.samples is not None
+    batches = _shown(images, "sample", progress)
+    return choose_smoothing(gm, batches, recipe.samples, loss, progress=progress)
 
 
 class _Clock:
@@ -251,7 +258,7 @@ def _report(
         seconds=clock.seconds,
         changes={name: result.changed for name, result in results.items()},
         gains=tuple(
-            (name, gain.site, gain.choice, gain.ratio)
+            (name, gain.site, gain.choice, gain.measure, gain.ratio)
             for name, result in results.items()
             for gain in result.gains
         ),

@@ -44,10 +44,15 @@ class OutputDistance:
 
     def _of(self, reference: Tensor, output: Tensor) -> float:
         one, two = reference.double(), output.double()
+        # What the model masks with infinity is masked in both.
         if self._loss is GradientLoss.GAUSSIAN or one.ndim != 2 or one.shape[1] < 2:
-            return float((one - two).square().sum() / 2 / len(one))
+            return float(_gap(one, two).square().sum() / 2 / len(one))
         one, two = one.log_softmax(1), two.log_softmax(1)
-        return max(float((one.exp() * (one - two)).sum() / len(one)), 0.0)
+        return max(float((one.exp() * _gap(one, two)).sum() / len(one)), 0.0)
+
+
+def _gap(one: Tensor, two: Tensor) -> Tensor:
+    return torch.where(one == two, 0.0, one - two)
 
 
 def _float_outputs(outputs: Any) -> list[Tensor]:

@@ -222,9 +222,9 @@ def mptq_vit(
         act_bits: width of activations; queries, keys and values symmetric per head, all others
             per tensor.
         image_bits: width of the images that the first layer takes.
-        budget: greedy mixed precision within it: each edge but the image gets a width of 3 to 8
-            bits of its own (:class:`fxquant.Allocation`), in the place of ``weight_bits`` and
-            ``act_bits``.
+        budget: greedy mixed precision within it: each operand of a product but the image gets a
+            width of 3 to 8 bits of its own (:class:`fxquant.Allocation`); at ``weight_bits`` and
+            ``act_bits`` it is then decided what to smooth.
         full: also quantize what norms, softmax, GELU and additions read, to 8 bits
             (:func:`elementwise_rules`).
 

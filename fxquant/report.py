@@ -144,8 +144,8 @@ class Report:
         seconds: phase -> wall time.
         changes: pass -> number of sites changed.
         notes: (pass, site, reason) for each site that a pass left alone.
-        gains: (pass, site, choice, ratio) where a pass chose by comparing: the error with the
-            choice over the error that the pass compares with (its module's text).
+        gains: (pass, site, choice, measure, ratio) where a pass chose by comparing: the measure
+            with the choice over that without.
         allocation: how widths were chosen; None where the policy's rules have them.
     """
 
@@ -158,7 +158,7 @@ class Report:
     seconds: dict[str, float]
     changes: dict[str, int] = field(default_factory=dict)
     notes: tuple[tuple[str, str, str], ...] = ()
-    gains: tuple[tuple[str, str, str, float], ...] = ()
+    gains: tuple[tuple[str, str, str, str, float], ...] = ()
     allocation: Outcome | None = None
 
     @property
@@ -233,8 +233,9 @@ class Report:
         for entry in self.plan:
             if entry.reason:
                 console.print(f"{entry.edge}: {entry.reason}", soft_wrap=True)
-        for name, site, choice, ratio in self.gains:
-            console.print(f"{name}: {site}: {choice}, error x {ratio:.2f}", soft_wrap=True)
+        for name, site, choice, measure, ratio in self.gains:
+            line = f"{name}: {site}: {choice}: {measure} x {ratio:.2f}"
+            console.print(line, soft_wrap=True)
         printed = {entry.edge for entry in self.plan}
         for name, site, reason in self.notes:
             if site not in printed:

@@ -86,16 +86,17 @@ def choose_smoothing(
         found.sort(key=lambda item: min(network.place[node] for node in _nodes(item[0])))
         for site, readings in track(found, label="smooth", total=len(found), enabled=progress):
             choice = _choose(network, site, readings, search.metric)
-            if choice.gain > _GAIN:
-                reason = "not smoothed: the loss would not fall beyond what is chance"
-                refused[site.source.name] = reason
-            else:
+            if choice is not None and choice.gain <= _GAIN:
                 folds[site.source.name] = choice
+            else:
+                refused[site.source.name] = "not smoothed: the loss would not fall by half"
         return Choices(folds, refused, _moved(samples, folds.values()))
 
 
-def _choose(network: NetworkLoss, site: Site, readings: list[Reading], metric: Metric) -> Choice:
-    """The finalist of least loss."""
+def _choose(
+    network: NetworkLoss, site: Site, readings: list[Reading], metric: Metric
+) -> Choice | None:
+    """The finalist of least loss, None for no change."""
     tried = finalists(readings, metric, shiftable=site.shiftable)
     losses = []
     for smoothing in tried:
@@ -103,7 +104,7 @@ def _choose(network: NetworkLoss, site: Site, readings: list[Reading], metric: M
         instead = dict(zip(_nodes(site), trial.instead, strict=True))
         losses.append(network.changed(instead))
     best = losses.index(min(losses))
-    return Choice(site, tried[best], losses[best] / max(losses[0], 1e-30))
+    return Choice(site, tried[best], losses[best] / losses[0]) if best else None
 
 
 def _sites(
@@ -139,7 +140,7 @@ def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[Reading]
             return f"the input of {node} stays float"
         wanted = Granularity.TENSOR if left else Granularity.HEAD
         if spec.scheme is not Scheme.UNIFORM or spec.granularity is not wanted:
-            return f"{node} reads it neither by one uniform quantizer nor by one a head"
+            return f"the quantizer of what {node} reads is not uniform with a scale a {wanted}"
         if sample is None or (not left and sample.heads * sample.columns != channels):
             return f"no rows of {node} were sampled in a form that shows its channels"
         found.append(Reading(sample, spec, specs.get(Arg.WEIGHT), left))

@@ -241,7 +241,7 @@ def test_a_loaded_model_lowers_the_same(tmp_path) -> None:  # type: ignore[no-un
 def test_other_policies_are_lowered_as_before() -> None:
     qm = compiled(policies.w8a8())
     lowered = qm.lower("integer")
-    assert lowered.meta["float_because"] == "its policy quantizes products alone"
+    assert lowered.meta["float_because"] == "nothing between its products is quantized"
     assert any(isinstance(module, IntLinear) for module in lowered.modules())
     assert not any(isinstance(module, FromCodes) for module in lowered.modules())
 

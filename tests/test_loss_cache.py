@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,13 @@ def test_the_fingerprint_follows_everything_a_loss_depends_on() -> None:
         weights.gm.get_parameter("head.bias")[0] += 1e-6
     statistics = made(Classifier(), tokens(16))
     symmetric = made(Classifier(), tokens(8), (*RULES[:3], Rule(spec=TensorSpec(symmetric=True))))
+    pinned = made(Classifier(), tokens(8), (replace(RULES[0], pinned=True), *RULES[1:]))
     others = {
+        fingerprint(pinned.gm, base.x, 0),
         fingerprint(weights.gm, weights.x, 0),
         fingerprint(statistics.gm, base.x, 0),
         fingerprint(symmetric.gm, base.x, 0),
         fingerprint(base.gm, base.x[:4], 0),
         fingerprint(base.gm, base.x, 1),
     }
-    assert len(others) == 5 and key not in others
+    assert len(others) == 6 and key not in others

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import fxquant
 from fxquant import TensorSpec, policies
-from fxquant.policy_file import policy_from_dict, policy_to_dict
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
 from fxquant.search.metrics import Unit
 from fxquant.search.output import Operand, ProductSample, candidate_losses
@@ -91,7 +90,7 @@ def test_what_is_chosen_is_annotated_reported_and_exported(tmp_path: Path) -> No
     model, batch = seeded(Block()), tokens(8)
     policy = policies.ptq4vit(4, 4, search=ScaleSearch(rows=64, opt_m=True, candidates=20))
     compiled = fxquant.compile(model, [batch], policy)
-    gains = {site: (choice, ratio) for _, site, choice, ratio in compiled.report.gains}
+    gains = {site: (choice, ratio) for _, site, choice, _, ratio in compiled.report.gains}
     twins = {e.edge: e for e in compiled.plan if e.fed_by in ("softmax", "gelu")}
     assert gains.keys() == twins.keys()
     for name, (choice, ratio) in gains.items():
@@ -107,11 +106,3 @@ def test_what_is_chosen_is_annotated_reported_and_exported(tmp_path: Path) -> No
     again = fxquant.load(f"{tmp_path}/saved")
     assert again.report.gains == compiled.report.gains
     torch.testing.assert_close(again(batch), compiled(batch))
-
-
-def test_mptq_vit_is_a_policy_that_files_hold() -> None:
-    policy = policies.mptq_vit(4, 6, budget=fxquant.Budget(mean_bits=5), full=True)
-    assert policy_from_dict(policy_to_dict(policy)) == policy
-    assert policy.smooth
-    assert policy.search is not None
-    assert policy.search.opt_m

@@ -39,11 +39,13 @@ class Gain:
     Attributes:
         site: edge or node name.
         choice: in words.
-        ratio: error with the choice over error with what it is compared to, which the pass states.
+        measure: what the ratio is of, and compared to what, in words.
+        ratio: with the choice over without.
     """
 
     site: str
     choice: str
+    measure: str
     ratio: float
 
 

@@ -30,6 +30,7 @@ from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
 from fxquant.spec import GRADIENT_METRICS, Arg, Granularity, OpKind, ScaleSearch, Stage, TensorSpec
 
 _LEFT = (Arg.INPUT, Arg.LHS)
+_MEASURE = "output error of the hand-set rule"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class _Work:
     def gains(self) -> tuple[Gain, ...]:
         """Of each searched region ratio."""
         return tuple(
-            Gain(self._readers[name][0].name, searched.choice, searched.gain)
+            Gain(self._readers[name][0].name, searched.choice, _MEASURE, searched.gain)
             for name, searched in self.searched.items()
             if isinstance(searched, SearchedRatio)
         )

@@ -43,7 +43,7 @@ class SmoothWithBias:
         gm.delete_all_unused_submodules()
         skips = tuple(Skip(name, reason) for name, reason in self.choices.refused.items())
         gains = tuple(
-            Gain(name, choice.smoothing.name, choice.gain)
+            Gain(name, choice.smoothing.name, "loss of the network", choice.gain)
             for name, choice in self.choices.folds.items()
         )
         return PassResult(len(self.choices.folds), skips, gains)

@@ -37,7 +37,9 @@ def fingerprint(gm: fx.GraphModule, images: Tensor, *settings: object) -> str:
     for node in gm.graph.nodes:
         digest.update(f"{node.name} {node.target} {node.args} {node.kwargs}\n".encode())
     for edge in quantized_edges(gm):
-        digest.update(f"{edge.name} {edge.spec}\n".encode())
+        meta = edge.node.meta
+        groups = sorted(meta.get("pinned", ())), meta.get("packed")
+        digest.update(f"{edge.name} {edge.spec} {groups}\n".encode())
     for name, tensor in _tensors(gm):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -53,6 +53,8 @@ class Layout:
         found: dict[tuple[str, ...], list[Edge]] = {}
         operands = list(_operands(gm))
         pinned = {e.source for e in operands if _pinned(e) and e.arg is not Arg.WEIGHT}
+        # An observer that an addition or a norm reads as well stays at the width of the rules.
+        pinned |= {e.source for e in annotated_edges(gm) if op_kind(e.node) is None}
         fixed: dict[tuple[str, ...], list[Edge]] = {}
         for edge in operands:
             if edge.source in pinned or _pinned(edge):

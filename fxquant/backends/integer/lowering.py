@@ -91,7 +91,7 @@ def _integer_only(
 ) -> tuple[fx.GraphModule | None, str]:
     """The integer-only form; or None, and why not."""
     if not asked and all(edge.kind.is_product for edge in quantized_edges(gm)):
-        return None, "its policy quantizes products alone"
+        return None, "nothing between its products is quantized"
     try:
         lowered = build_integer_only(gm, affine_matmul if float_products else affine_whole)
     except LoweringError as error:
