@@ -87,7 +87,8 @@ def choose_widths(
     # What cannot be met is said before the long work.
     unknown = [(0.0,) * len(options.widths)] * len(layout.groups)
     _problem(layout, options, unknown).bounds(options.budget)
-    trials = Trials(gm, least_squares=policy.search is not None)
+    opt_m = policy.search is not None and policy.search.opt_m
+    trials = Trials(gm, least_squares=policy.search is not None, opt_m=opt_m)
     estimates = _estimate(layout, Estimates(gm, trials, samples, search.metric, seen), options)
     if options.sensitivity is Sensitivity.ESTIMATED:
         problem = _problem(layout, options, _needed(layout, estimates))
@@ -129,7 +130,8 @@ class _Losses:
         self._network: Callable[[], Network] = lambda: Network(gm, trials, images, loss)
         self._running: Network | None = None
         self._groups = layout.groups
-        key = fingerprint(gm, images, loss, policy.search is not None, torch.get_num_threads())
+        fitted = policy.search is not None, policy.search is not None and policy.search.opt_m
+        key = fingerprint(gm, images, loss, *fitted, torch.get_num_threads())
         about = {"policy": policy.name, "images": len(images), "loss": str(loss)}
         self._cache = LossCache(cache, key, about)
 

@@ -6,6 +6,7 @@ Memory is bounded by the number of scales, never by the number of images seen.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.search.histogram import GRID, bin_centres, mse_range, percentile_range
-from fxquant.search.twin import least_twin_error, twin_candidates
+from fxquant.search.twin import Q, least_error, twin_candidates
 from fxquant.spec import ObserverKind, Scheme, TensorSpec
 
 # Power of two, so that a doubled range merges whole pairs of bins.
@@ -179,11 +180,15 @@ class HistogramObserver(Observer):
     def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
         if spec.observer is not ObserverKind.MSE:
             return super()._fit_twin(lo, hi, spec)
-        assert self.counts is not None and self.limit is not None
-        ends = lo.reshape(1), hi.reshape(1)
-        centres = bin_centres(self.counts, self.limit, *ends)[0]
         candidates = twin_candidates(float(lo), float(hi), spec, GRID)
-        return least_twin_error(centres, self.counts[0], candidates).to(lo.device)
+        return self.best([candidate.to(lo.device) for candidate in candidates])
+
+    def best(self, candidates: Sequence[Q]) -> Q:
+        """The quantizer, for the whole tensor, of least squared error on the histogram."""
+        assert self.counts is not None and self.limit is not None
+        lo, hi = (end.reshape(1) for end in self.range())
+        centres = bin_centres(self.counts, self.limit, lo, hi)[0]
+        return least_error(centres, self.counts[0], candidates)
 
 
 def _halve_resolution(counts: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,3 +269,17 @@ def test_what_a_softmax_takes_to_zero_is_not_covered() -> None:
     assert float((shares - exact).abs().max()) < 0.01
     near = torch.tensor([[3.0, 1.0, -5.0]])  # nothing is cut off where there is no mask
     assert float(observed(spec, near)._fit_range(spec)[0]) == -5.0
+
+
+@given(seed=st.integers(0, 99), bits=st.integers(2, 6))
+def test_the_best_of_two_kinds_is_that_of_least_squared_error(seed: int, bits: int) -> None:
+    x = torch.nn.functional.gelu(
+        2 * torch.randn(4000, generator=torch.Generator().manual_seed(seed))
+    )
+    spec = TensorSpec(bits=bits, observer=ObserverKind.MSE)
+    observer = observed(spec, x)
+    assert isinstance(observer, HistogramObserver)
+    both = [observer.fit(), observer.fit(replace(spec, scheme=Scheme.TWIN_UNIFORM))]
+    errors = [float((quantizer(x) - x).square().mean()) for quantizer in both]
+    chosen = both.index(observer.best(both))
+    assert errors[chosen] <= 1.02 * min(errors)  # a histogram is not the data

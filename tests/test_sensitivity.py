@@ -13,13 +13,15 @@ from fxquant.allocate.outcome import rank_correlation
 from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.graph import quantized_edges
+from fxquant.graph import fed_by, quantized_edges
 from fxquant.network_loss import OutputDistance
 from fxquant.passes import AllocateBits, AssignSpecs, Freeze, InsertObservers, run_passes
 from fxquant.policy import Rule
+from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
 from fxquant.sensitivity.cache import fingerprint
 from fxquant.sensitivity.estimated import Estimates
 from fxquant.sensitivity.pick import Picked
+from fxquant.sensitivity.trials import Trials
 from fxquant.spec import (
     Arg,
     GradientLoss,
@@ -219,3 +221,16 @@ def test_fewer_images_than_wanted_are_all_taken() -> None:
     picked = Picked(8, 0)
     list(picked.watch(batches(5)))
     assert picked.images.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_uniform_grid_stands_in_for_twins_where_the_ratio_is_searched(setup: Setup) -> None:
+    (edge,) = (e for g in setup.layout.groups for e in g.edges if fed_by(e) == "gelu")
+    kinds = {
+        opt_m: [
+            type(Trials(setup.gm, least_squares=True, opt_m=opt_m).quantizer(edge, bits))
+            for bits in (2, 3, 4)
+        ]
+        for opt_m in (False, True)
+    }
+    assert set(kinds[False]) == {TwinUniformQuantizer}
+    assert UniformQuantizer in kinds[True]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fxquant.quantizers import TwinUniformQuantizer, covering_shift
+from fxquant.quantizers import Quantizer, TwinUniformQuantizer, covering_shift
 from fxquant.spec import MAX_SHIFT, TensorSpec
+
+Q = TypeVar("Q", bound=Quantizer)
 
 
 def twin_candidates(
@@ -50,9 +53,7 @@ def _twin(coarse: float, shift: int, spec: TensorSpec, *, two_sided: bool) -> Tw
     return TwinUniformQuantizer(scale, shift=shift, bits=spec.bits, two_sided=two_sided)
 
 
-def least_twin_error(
-    values: Tensor, counts: Tensor, candidates: list[TwinUniformQuantizer]
-) -> TwinUniformQuantizer:
+def least_error(values: Tensor, counts: Tensor, candidates: Sequence[Q]) -> Q:
     """The candidate of least squared error on a histogram.
 
     Args:

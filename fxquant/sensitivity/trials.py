@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph import Edge, get_parameter, submodule
-from fxquant.observers import Observer, make_observer
+from fxquant.observers import HistogramObserver, Observer, make_observer
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.search.histogram import value_range
 from fxquant.sensitivity.groups import EdgeGroup
-from fxquant.spec import ObserverKind
+from fxquant.spec import ObserverKind, Scheme
 
 
 class Trials:
@@ -22,10 +22,11 @@ class Trials:
         gm: in stage OBSERVED, its observers with histograms, having seen data.
         least_squares: fit by least squared error, as a stand-in for a search of scales that
             would take too long at every width; else as each edge's spec says.
+        opt_m: a uniform quantizer may stand in for a twin one, as in a search of the region ratio.
     """
 
-    def __init__(self, gm: fx.GraphModule, *, least_squares: bool) -> None:
-        self._gm, self._least_squares = gm, least_squares
+    def __init__(self, gm: fx.GraphModule, *, least_squares: bool, opt_m: bool = False) -> None:
+        self._gm, self._least_squares, self._opt_m = gm, least_squares, opt_m
         self._fitted: dict[tuple[str, int], Quantizer] = {}
 
     @torch.no_grad()
@@ -48,6 +49,10 @@ class Trials:
         if self._least_squares:
             spec = replace(spec, observer=ObserverKind.MSE)
         observer = submodule(self._gm, edge.source)
+        twin = spec.scheme is Scheme.TWIN_UNIFORM
+        if self._opt_m and twin and isinstance(observer, HistogramObserver):
+            uniform = replace(spec, scheme=Scheme.UNIFORM, max_shift=None)
+            return observer.best([observer.fit(spec), observer.fit(uniform)])
         if isinstance(observer, Observer):
             return observer.fit(spec)
         weight, axis = get_parameter(self._gm, edge.source), edge.scale_axis
