@@ -14,6 +14,7 @@ from fxquant.allocate.problem import Group, Problem
 from fxquant.budget import Allocation, Sensitivity
 from fxquant.capture import device_of
 from fxquant.errors import CalibrationError, PolicyError
+from fxquant.pick import Picked
 from fxquant.policy import Policy
 from fxquant.progress import track
 from fxquant.search.output import ProductSample
@@ -21,7 +22,6 @@ from fxquant.sensitivity.cache import LossCache, fingerprint
 from fxquant.sensitivity.estimated import Estimates
 from fxquant.sensitivity.groups import EdgeGroup, Layout
 from fxquant.sensitivity.measured import Network
-from fxquant.sensitivity.pick import Picked
 from fxquant.sensitivity.trials import Trials
 from fxquant.spec import GradientLoss
 

@@ -18,6 +18,7 @@ from fxquant.calibrate import calibrate, norm_ranges
 from fxquant.capture import capture, check_model, device_of
 from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError, PolicyError
 from fxquant.model import CompiledModel
+from fxquant.network_loss import float_outputs
 from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
@@ -220,13 +221,12 @@ def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
         BatchError: the model does not take the images.
     """
     try:
-        leaves = torch.utils._pytree.tree_leaves(gm(images))
+        return float_outputs(gm(images))
     except (RuntimeError, TypeError) as error:
         raise BatchError(
             f"the model does not take images of shape {tuple(images.shape)} and type "
             f"{images.dtype} ({error})"
         ) from error
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _difference(old: Tensor, new: Tensor) -> float:

@@ -30,7 +30,7 @@ class OutputDistance:
     """
 
     def __init__(self, reference: Any, loss: GradientLoss) -> None:
-        self._reference, self._loss = _float_outputs(reference), loss
+        self._reference, self._loss = float_outputs(reference), loss
         if not self._reference:
             raise CalibrationError(
                 "no output of the model is a float tensor, so no loss can be measured: take the "
@@ -39,23 +39,29 @@ class OutputDistance:
 
     def __call__(self, outputs: Any) -> float:
         """The distance of outputs of the same images."""
-        found = _float_outputs(outputs)
+        found = float_outputs(outputs)
         return sum(self._of(a, b) for a, b in zip(self._reference, found, strict=True))
 
     def _of(self, reference: Tensor, output: Tensor) -> float:
         one, two = reference.double(), output.double()
         # What the model masks with infinity is masked in both.
-        if self._loss is GradientLoss.GAUSSIAN or one.ndim != 2 or one.shape[1] < 2:
+        if self._loss is GradientLoss.GAUSSIAN or not is_logits(one):
             return float(_gap(one, two).square().sum() / 2 / len(one))
         one, two = one.log_softmax(1), two.log_softmax(1)
         return max(float((one.exp() * _gap(one, two)).sum() / len(one)), 0.0)
+
+
+def is_logits(output: Tensor) -> bool:
+    """Whether an output counts as logits, ``(B, C)``."""
+    return output.ndim == 2 and output.shape[1] > 1
 
 
 def _gap(one: Tensor, two: Tensor) -> Tensor:
     return torch.where(one == two, 0.0, one - two)
 
 
-def _float_outputs(outputs: Any) -> list[Tensor]:
+def float_outputs(outputs: Any) -> list[Tensor]:
+    """The float tensors among a model's outputs."""
     leaves = pytree.tree_leaves(outputs)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from fxquant.calibrate import explained
 from fxquant.capture import device_of
 from fxquant.errors import CalibrationError
 from fxquant.graph import constant, op_kind, operand
+from fxquant.network_loss import float_outputs, is_logits
 from fxquant.product_rows import ProductRows, rows_of
 from fxquant.search.output import ProductSample
 from fxquant.spec import GRADIENT_METRICS, GradientLoss, ScaleSearch
@@ -159,8 +159,7 @@ class _Loss:
         self._generator = torch.Generator().manual_seed(search.seed)
 
     def __call__(self, outputs: Any, labels: Tensor | None) -> Tensor:
-        leaves = pytree.tree_leaves(outputs)
-        found = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        found = [x for x in float_outputs(outputs) if x.requires_grad]
         if not found:
             raise CalibrationError(
                 "no output of the model has a gradient, which the search's metric needs: choose "
@@ -170,8 +169,7 @@ class _Loss:
 
     def _of(self, output: Tensor) -> Tensor:
         """Logits are ``(B, C)``; any other output gets the Gaussian loss."""
-        logits = output.ndim == 2 and output.shape[1] > 1
-        if self._kind is GradientLoss.GAUSSIAN or not logits:
+        if self._kind is GradientLoss.GAUSSIAN or not is_logits(output):
             noise = torch.randn(output.shape, generator=self._generator).to(self._device)
             # The gradient of 0.5 |O - (O + noise)|^2 with the target held fixed.
             return -(output * noise).sum()

@@ -12,11 +12,11 @@ from fxquant.capture import device_of
 from fxquant.fold_sites import Site, linear_sites, norm_sites
 from fxquant.graph import aten
 from fxquant.network_loss import NetworkLoss
+from fxquant.pick import Picked
 from fxquant.progress import track
 from fxquant.samples import Loss, sample_products
 from fxquant.search.output import ProductSample
 from fxquant.search.smoothing import Reading, Smoothing, Trial, finalists, moved
-from fxquant.sensitivity.pick import Picked
 from fxquant.spec import Arg, Granularity, Metric, ScaleSearch, Scheme, TensorSpec
 
 # Of the loss without. What finalists are tried with is rougher than the search of scales to follow,

@@ -16,11 +16,11 @@ from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.graph import fed_by, quantized_edges
 from fxquant.network_loss import OutputDistance
 from fxquant.passes import AllocateBits, AssignSpecs, Freeze, InsertObservers, run_passes
+from fxquant.pick import Picked
 from fxquant.policy import Rule
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
 from fxquant.sensitivity.cache import fingerprint
 from fxquant.sensitivity.estimated import Estimates
-from fxquant.sensitivity.pick import Picked
 from fxquant.sensitivity.trials import Trials
 from fxquant.spec import (
     Arg,

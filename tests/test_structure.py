@@ -18,7 +18,7 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 # modules in it.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "_version", "budget"),
-    ("suggest", "files", "progress", "batches"),  # helpers that know errors alone
+    ("suggest", "files", "progress", "batches", "pick"),  # helpers that know errors alone
     ("ops", "quantizers"),
     ("observers", "search", "allocate"),
     ("graph", "verify", "serialize", "rewrite", "fold_sites", "affine_fold", "network_loss"),
