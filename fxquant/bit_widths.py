@@ -130,8 +130,7 @@ class _Losses:
         self._network: Callable[[], Network] = lambda: Network(gm, trials, images, loss)
         self._running: Network | None = None
         self._groups = layout.groups
-        fitted = policy.search is not None, policy.search is not None and policy.search.opt_m
-        key = fingerprint(gm, images, loss, *fitted, torch.get_num_threads())
+        key = fingerprint(gm, images, loss, *trials.settings, torch.get_num_threads())
         about = {"policy": policy.name, "images": len(images), "loss": str(loss)}
         self._cache = LossCache(cache, key, about)
 

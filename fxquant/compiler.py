@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def compile(
         results |= run_passes(gm, (CorrectBias(samples),))
     results |= run_passes(gm, (QuantizeBias(),))
     clock.lap("fit")
-    report = replace(_report(gm, recipe, results, images.first, seen, clock), allocation=outcome)
+    report = _report(gm, recipe, results, images.first, seen, clock, outcome)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
 
@@ -243,6 +242,7 @@ def _report(
     images: Tensor,
     seen: int,
     clock: _Clock,
+    outcome: Outcome | None,
 ) -> Report:
     reasons = {skip.site: skip.reason for skip in results["AssignSpecs"].skips}
     before, after = weight_bytes(gm)
@@ -256,6 +256,7 @@ def _report(
         float_bytes=before,
         quantized_bytes=after,
         seconds=clock.seconds,
+        allocation=outcome,
         changes={name: result.changed for name, result in results.items()},
         gains=tuple(
             (name, gain.site, gain.choice, gain.measure, gain.ratio)

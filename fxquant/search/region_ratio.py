@@ -11,21 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.quantizers import (
-    Quantizer,
-    TwinUniformQuantizer,
-    UniformQuantizer,
-    affine_parameters,
-    covering_shift,
-)
-from fxquant.search.grid import best_index
+from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.search.metrics import Unit
 from fxquant.search.output import Operand, candidate_losses
-from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform, stacked
-from fxquant.spec import MAX_SHIFT, ScaleSearch, TensorSpec
-
-# Shifts beyond the one that just covers the negative values: each halves what is covered of them.
-_BEYOND = 2
+from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform, best_of, stacked
+from fxquant.search.twin import ratio_candidates
+from fxquant.spec import ScaleSearch, TensorSpec
 
 
 class SearchedRatio(Searched):
@@ -51,15 +42,14 @@ class SearchedRatio(Searched):
         values: Tensor,
     ) -> None:
         lo, hi = values.aminmax()
+        shares = torch.linspace(search.low, search.high, search.candidates).tolist()
         self._rule = SearchedTwin(fitted, spec, search, values)
         self._steps = search.candidates
-        self._twins = _grid(
-            float(lo), float(hi), spec, search, two_sided=fitted.two_sided, device=values.device
-        )
+        twins = ratio_candidates(float(lo), float(hi), spec, shares, two_sided=fitted.two_sided)
+        self._twins = [twin.to(values.device) for twin in twins]
         self._at = torch.zeros((), dtype=torch.long, device=values.device)
         plain = TensorSpec(bits=spec.bits)
-        scale, zero_point = affine_parameters(lo, hi, plain)
-        uniform = UniformQuantizer(scale, zero_point, bits=spec.bits, signed=False, axis=None)
+        uniform = UniformQuantizer.from_range(lo, hi, plain, None)
         self._uniform = SearchedUniform(uniform, plain, Unit.TENSOR, (), search)
         self._chosen: Quantizer = fitted
         self.gain = 1.0
@@ -70,12 +60,8 @@ class SearchedRatio(Searched):
         self._uniform.improve(consumers, search, turn)
         first = 0 if turn == 0 else int(self._at) // self._steps * self._steps
         part = self._twins[first:] if turn == 0 else self._twins[first : first + self._steps]
-
-        def evaluate(candidates: Tensor) -> Tensor:
-            quantize = stacked(part)
-            return candidate_losses(consumers, candidates, quantize, search.metric, Unit.TENSOR)
-
-        self._at = first + best_index(evaluate, len(part), self._at - first, search.stride)
+        at = best_of(part, consumers, search.metric, self._at - first, search.stride)
+        self._at = first + at
         found: list[Quantizer] = [
             self._rule.quantizer(),
             self._twins[int(self._at)],
@@ -106,29 +92,3 @@ class SearchedRatio(Searched):
     def quantizer(self) -> Quantizer:
         """See the base class."""
         return self._chosen
-
-
-def _grid(
-    lo: float,
-    hi: float,
-    spec: TensorSpec,
-    search: ScaleSearch,
-    *,
-    two_sided: bool,
-    device: torch.device,
-) -> list[TwinUniformQuantizer]:
-    """Twin quantizers, all steps of the least shift first."""
-    levels = 1 << (spec.bits - 1)
-    largest = MAX_SHIFT if spec.max_shift is None else spec.max_shift
-    full = hi / (levels - 1) or 1.0
-    if two_sided:
-        full = max(full, -lo / levels)
-        largest = min(largest, covering_shift(full, max(-lo, full / 2**MAX_SHIFT), spec) + _BEYOND)
-    shares = torch.linspace(search.low, search.high, search.candidates).tolist()
-    return [
-        TwinUniformQuantizer(
-            torch.tensor(full * share / 2**shift), shift=shift, bits=spec.bits, two_sided=two_sided
-        ).to(device)
-        for shift in range(0 if two_sided else 1, largest + 1)
-        for share in shares
-    ]

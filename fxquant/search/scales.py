@@ -17,7 +17,7 @@ from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit
 from fxquant.search.output import Operand, Quantize, along_units, candidate_losses
 from fxquant.search.twin import twin_candidates
-from fxquant.spec import ScaleSearch, TensorSpec
+from fxquant.spec import Metric, ScaleSearch, TensorSpec
 
 
 class Searched(ABC):
@@ -164,12 +164,8 @@ class SearchedTwin(Searched):
 
     def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
         """See the base class."""
-        quantize = stacked(self._candidates)
-
-        def evaluate(candidates: Tensor) -> Tensor:
-            return candidate_losses(consumers, candidates, quantize, search.metric, Unit.TENSOR)
-
-        self._chosen = best_index(evaluate, len(self._candidates), self._chosen, self._stride)
+        found = self._candidates
+        self._chosen = best_of(found, consumers, search.metric, self._chosen, self._stride)
 
     def apply(self, values: Tensor, *, left: bool) -> Tensor:
         """See the base class."""
@@ -179,6 +175,22 @@ class SearchedTwin(Searched):
     def quantizer(self) -> TwinUniformQuantizer:
         """See the base class."""
         return self._candidates[int(self._chosen)]
+
+
+def best_of(
+    quantizers: Sequence[Quantizer],
+    consumers: list[Operand],
+    metric: Metric,
+    current: Tensor,
+    stride: int,
+) -> Tensor:
+    """Position of the quantizer, one for the whole tensor, of least loss: :func:`best_index`."""
+    quantize = stacked(quantizers)
+
+    def evaluate(candidates: Tensor) -> Tensor:
+        return candidate_losses(consumers, candidates, quantize, metric, Unit.TENSOR)
+
+    return best_index(evaluate, len(quantizers), current, stride)
 
 
 def stacked(quantizers: Sequence[Quantizer]) -> Quantize:

@@ -54,7 +54,7 @@ class Layout:
         operands = list(_operands(gm))
         pinned = {e.source for e in operands if _pinned(e) and e.arg is not Arg.WEIGHT}
         # An observer that an addition or a norm reads as well stays at the width of the rules.
-        pinned |= {e.source for e in annotated_edges(gm) if op_kind(e.node) is None}
+        pinned |= {e.source for e in annotated_edges(gm) if not e.kind.is_product}
         fixed: dict[tuple[str, ...], list[Edge]] = {}
         for edge in operands:
             if edge.source in pinned or _pinned(edge):
@@ -131,7 +131,7 @@ class Layout:
 
 def _operands(gm: fx.GraphModule) -> Iterator[Edge]:
     """Annotated operands of products; what stands between products keeps the width of its rule."""
-    return (edge for edge in annotated_edges(gm) if op_kind(edge.node) is not None)
+    return (edge for edge in annotated_edges(gm) if edge.kind.is_product)
 
 
 def _pinned(edge: Edge) -> bool:

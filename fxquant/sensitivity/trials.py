@@ -23,10 +23,14 @@ class Trials:
         least_squares: fit by least squared error, as a stand-in for a search of scales that
             would take too long at every width; else as each edge's spec says.
         opt_m: a uniform quantizer may stand in for a twin one, as in a search of the region ratio.
+
+    Attributes:
+        settings: the two.
     """
 
     def __init__(self, gm: fx.GraphModule, *, least_squares: bool, opt_m: bool = False) -> None:
         self._gm, self._least_squares, self._opt_m = gm, least_squares, opt_m
+        self.settings = least_squares, opt_m
         self._fitted: dict[tuple[str, int], Quantizer] = {}
 
     @torch.no_grad()
