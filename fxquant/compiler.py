@@ -21,6 +21,7 @@ from fxquant.network_loss import float_outputs
 from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
+    Compensate,
     CorrectBias,
     DropNoOps,
     FoldBatchNorm,
@@ -32,6 +33,7 @@ from fxquant.passes import (
     Pass,
     PassResult,
     QuantizeBias,
+    Reconstruct,
     Reparameterize,
     ScaleAfterMatmul,
     SearchScales,
@@ -47,6 +49,7 @@ from fxquant.progress import track, working
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
 from fxquant.samples import Loss, sample_products
 from fxquant.search.output import ProductSample
+from fxquant.side_by_side import SideBySide, all_images
 from fxquant.smoothing_sites import Choices, choose_smoothing
 from fxquant.spec import GRADIENT_METRICS
 
@@ -84,15 +87,16 @@ def compile(
     Args:
         model: in eval mode, taking one float image tensor ``(B, C, H, W)``; not changed.
         calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
-            DataLoader of these; 32 images are usual. No generator for a policy that smooths or
-            reparameterizes, which reads them twice.
+            DataLoader of these; 32 images are usual. No generator for a policy that smooths,
+            reparameterizes, compensates or reconstructs, which reads them twice.
         policy: preset name, Policy, dict, or path of a YAML file.
         loss: of the model's outputs and the labels (None where there are none) of up to four
             images, one number, summed over the images; its gradient weighs errors instead of that
             of the loss which the search names. What smoothing and allocation measure stays the
             divergence from the float outputs.
-        cache: folder for the losses that a policy with an allocation measures; an interrupted
-            search with the same folder goes on where it stopped.
+        cache: folder for the losses that a policy with an allocation measures and the blocks that
+            one with a reconstruction trains; an interrupted run with the same folder goes on
+            where it stopped.
         progress: show the progress of long steps on stderr.
 
     Returns:
@@ -107,7 +111,8 @@ def compile(
     recipe = resolve(policy)
     _check_loss(recipe, loss)
     check_model(model)
-    images = CalibrationImages(calib_loader, twice=recipe.smooth or recipe.reparameterize)
+    twice = recipe.smooth or recipe.reparameterize or recipe.recovers
+    images = CalibrationImages(calib_loader, twice=twice)
     clock = _Clock()
     with working("capture", enabled=progress):
         gm = capture(model, images.first)
@@ -143,12 +148,38 @@ def compile(
     if recipe.search is not None:
         results |= run_passes(gm, (SearchScales(samples, recipe.search, progress),))
         clock.lap("search")
-    if recipe.bias_correction:
-        results |= run_passes(gm, (CorrectBias(samples),))
+    results |= _recover(gm, images, recipe, samples, cache, clock, progress)
     results |= run_passes(gm, (QuantizeBias(),))
     clock.lap("fit")
     report = _report(gm, recipe, results, images.first, seen, clock, outcome)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
+
+
+def _recover(
+    gm: fx.GraphModule,
+    images: CalibrationImages,
+    recipe: Policy,
+    samples: Mapping[str, ProductSample],
+    cache: str | Path | None,
+    clock: _Clock,
+    progress: bool,
+) -> dict[str, PassResult]:
+    """What is done to weights and biases once scales are fixed."""
+    results: dict[str, PassResult] = {}
+    sides: SideBySide | None = None
+    if recipe.recovers:  # with the weights and biases as they are before all this
+        sides = SideBySide(gm, all_images(images), progress=progress)
+    if recipe.bias_correction:
+        results |= run_passes(gm, (CorrectBias(samples),))
+        clock.lap("fit")
+    if sides is not None and recipe.compensation is not None:
+        results |= run_passes(gm, (Compensate(sides, recipe.compensation),))
+        clock.lap("compensate")
+    if sides is not None and recipe.reconstruction is not None:
+        folder = None if cache is None else Path(cache)
+        results |= run_passes(gm, (Reconstruct(sides, recipe.reconstruction, folder),))
+        clock.lap("reconstruct")
+    return results
 
 
 def _check_loss(recipe: Policy, loss: Loss | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fxquant.budget import Allocation
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
+from fxquant.recovery import Compensation, Reconstruction
 from fxquant.spec import (
     GRADIENT_METRICS,
     Arg,
@@ -20,6 +21,12 @@ from fxquant.spec import (
 )
 
 _CHANGED = " (changed)"
+_PARTS = {
+    "search": ScaleSearch,
+    "allocation": Allocation,
+    "compensation": Compensation,
+    "reconstruction": Reconstruction,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,8 @@ class Policy:
         bias_correction: take the mean output error of the rounded weights out of the biases
             (arXiv 2111.12293, section 5.3).
         allocation: which width each edge gets, within a budget; None leaves the rules' widths.
+        compensation: weights that make up for quantization in closed form; None keeps them.
+        reconstruction: training of blocks against the float ones, after that; None trains nothing.
     """
 
     name: str
@@ -113,6 +122,8 @@ class Policy:
     smooth: bool = False
     bias_correction: bool = False
     allocation: Allocation | None = None
+    compensation: Compensation | None = None
+    reconstruction: Reconstruction | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -120,12 +131,10 @@ class Policy:
         Raises:
             PolicyError: there is no rule, or a value has the wrong type.
         """
-        if self.search is not None and not isinstance(self.search, ScaleSearch):
-            raise PolicyError(f"search must be a ScaleSearch or None, got {self.search!r:.80}")
-        if self.allocation is not None and not isinstance(self.allocation, Allocation):
-            raise PolicyError(
-                f"allocation must be an Allocation or None, got {self.allocation!r:.80}"
-            )
+        for name, kind in _PARTS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise PolicyError(f"{name} must be {kind.__name__} or None, got {value!r:.80}")
         check_flag(self, "reparameterize")
         check_flag(self, "smooth")
         check_flag(self, "bias_correction")
@@ -141,6 +150,11 @@ class Policy:
                 raise PolicyError(f"rule {i + 1} must be a Rule, got {rule!r:.80}")
         if not self.rules:
             raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
+
+    @property
+    def recovers(self) -> bool:
+        """Whether anything is done to weights once scales are fixed, which takes images again."""
+        return self.compensation is not None or self.reconstruction is not None
 
     @property
     def samples(self) -> ScaleSearch | None:

@@ -15,6 +15,7 @@ from fxquant.budget import Allocation, Budget, Method, Sensitivity
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.files import write_text
 from fxquant.policy import Policy, Rule
+from fxquant.recovery import BlockLoss, Compensation, Reconstruction, WeightTraining
 from fxquant.spec import (
     Arg,
     GradientLoss,
@@ -38,6 +39,15 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "loss": GradientLoss,
     "method": Method,
     "sensitivity": Sensitivity,
+    "weights": WeightTraining,
+    "block_loss": BlockLoss,
+    "gradient": GradientLoss,
+}
+# Parts of a policy that hold plain values alone.
+_PARTS = {
+    "search": ScaleSearch,
+    "compensation": Compensation,
+    "reconstruction": Reconstruction,
 }
 # Where in a file a value stands: its keys and positions from the root, e.g. ("rules", 0, "op").
 Location = tuple[str | int, ...]
@@ -116,6 +126,10 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
         if "widths" in changed:
             changed["widths"] = list(changed["widths"])
         values["allocation"] = {"budget": budget, **changed}
+    for name in ("compensation", "reconstruction"):
+        part = getattr(policy, name)
+        if part is not None:
+            values[name] = _changed(part, type(part)())
     return {**values, "rules": [_rule_to_dict(rule) for rule in policy.rules]}
 
 
@@ -175,9 +189,10 @@ def _policy(values: Any, where: Callable[[Location], str]) -> Policy:
     if not isinstance(rules, list):
         raise PolicyError(f"{where(('rules',))}: rules must be a list")
     given["rules"] = tuple(_rule(rule, ("rules", i), where) for i, rule in enumerate(rules))
-    if given.get("search") is not None:
-        search = _mapping(given["search"], ScaleSearch, ("search",), where)
-        given["search"] = _build(ScaleSearch, search, ("search",), where)
+    for name, kind in _PARTS.items():
+        if given.get(name) is not None:
+            part = _mapping(given[name], kind, (name,), where)
+            given[name] = _build(kind, part, (name,), where)
     if given.get("allocation") is not None:
         given["allocation"] = _allocation(given["allocation"], where)
     return _build(Policy, {"name": "custom", **given}, (), where)  # type: ignore[no-any-return]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from fxquant.graph import arguments, op_kind, operand
+from fxquant.patches import patches
 from fxquant.search.output import ProductSample
 from fxquant.spec import GRADIENT_METRICS, Metric, OpKind
 
@@ -205,11 +205,8 @@ class ConvRows(LinearRows):
     def __init__(
         self, node: fx.Node, weight: Tensor, generator: torch.Generator, metric: Metric
     ) -> None:
-        given = arguments(node)
-        super().__init__(weight, int(given["groups"]), generator, metric)
-        self._axes = weight.ndim - 2
-        self._stride, self._dilation = given["stride"], given["dilation"]
-        self._padding = given["padding"]
+        super().__init__(weight, int(arguments(node)["groups"]), generator, metric)
+        self._node = node
 
     def _energies(self, gradient: Tensor) -> Tensor:
         return gradient.square().sum(1).flatten()
@@ -218,29 +215,8 @@ class ConvRows(LinearRows):
         self, lhs: Tensor, rhs: Tensor, gradient: Tensor, index: Tensor
     ) -> dict[str, Tensor]:
         at = torch.unravel_index(index, (gradient.shape[0], *gradient.shape[2:]))
-        return {"lhs": self._patches(lhs)[at], "gradient": gradient.movedim(1, -1)[at]}
-
-    def _patches(self, x: Tensor) -> Tensor:
-        """``(B, *spatial', C, *kernel)``, a view but for the padding."""
-        kernel = self._weight.shape[2:]
-        for axis, taps in enumerate(kernel):
-            span = self._dilation[axis % len(self._dilation)] * (taps - 1)
-            before, after = self._pads(axis, span)
-            # Spatial axes still to come and taps already opened stand behind this one.
-            amounts = [0, 0] * (self._axes - 1) + [before, after]
-            x = functional.pad(x, amounts) if before or after else x
-            stride = self._stride[axis % len(self._stride)]
-            x = x.unfold(2 + axis, span + 1, stride)
-            x = x[..., :: self._dilation[axis % len(self._dilation)]]
-        return x.movedim(1, 1 + self._axes)
-
-    def _pads(self, axis: int, span: int) -> tuple[int, int]:
-        if self._padding == "same":
-            return span // 2, span - span // 2
-        if self._padding == "valid":
-            return 0, 0
-        amount = int(self._padding[axis % len(self._padding)])
-        return amount, amount
+        rows = patches(lhs, self._node, self._weight.shape)
+        return {"lhs": rows[at], "gradient": gradient.movedim(1, -1)[at]}
 
 
 class MatmulRows(ProductRows):

@@ -42,6 +42,25 @@ def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) ->
     return node
 
 
+def replace_constant(
+    gm: fx.GraphModule, reader: fx.Node, old: fx.Node, value: Tensor, name: str
+) -> None:
+    """Gives one reader of a constant another one; further readers keep theirs.
+
+    Args:
+        gm: the graph.
+        reader: a node that takes ``old``.
+        old: a ``get_attr`` node; erased where nothing else reads it.
+        value: the new constant.
+        name: wanted name of it; made unique.
+    """
+    with gm.graph.inserting_before(reader):
+        new = add_constant(gm, value, name, like=reader)
+    reader.replace_input_with(old, new)
+    if not old.users:
+        gm.graph.erase_node(old)
+
+
 def emit(
     gm: fx.GraphModule, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any
 ) -> fx.Node:

@@ -61,7 +61,7 @@ def sample_products(
     wants_gradient = search.metric in GRADIENT_METRICS
     device, generator = device_of(gm), torch.Generator().manual_seed(search.seed)
     sites = _sites(gm, search, generator)
-    loss = loss or _Loss(search, device)
+    loss = loss or OutputLoss(search.loss, search.seed, device)
     seen = 0
     for images, labels in batches:
         count = math.ceil(len(images) / _PART)
@@ -151,14 +151,25 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-class _Loss:
-    """The loss that a search names, summed over images."""
+class OutputLoss:
+    """A loss of the outputs of the float model alone, summed over images.
 
-    def __init__(self, search: ScaleSearch, device: torch.device) -> None:
-        self._kind, self._device = search.loss, device
-        self._generator = torch.Generator().manual_seed(search.seed)
+    Args:
+        kind: which.
+        seed: of sampled labels and noise.
+        device: of the outputs.
+    """
 
-    def __call__(self, outputs: Any, labels: Tensor | None) -> Tensor:
+    def __init__(self, kind: GradientLoss, seed: int, device: torch.device) -> None:
+        self._kind, self._device = kind, device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, outputs: Any, labels: Tensor | None = None) -> Tensor:
+        """The loss, ``()``.
+
+        Raises:
+            CalibrationError: no output has a gradient.
+        """
         found = [x for x in float_outputs(outputs) if x.requires_grad]
         if not found:
             raise CalibrationError(

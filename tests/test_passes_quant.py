@@ -28,6 +28,7 @@ from fxquant.passes import (
 )
 from fxquant.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
+from fxquant.recovery import Compensation, Reconstruction
 from fxquant.smoothing_sites import Choices
 from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, ScaleSearch, Stage, TensorSpec
 from fxquant.testing import (
@@ -206,6 +207,8 @@ OPTIONS = {
     "SmoothWithBias": [Choices({}, {}, {})],
     "SearchScales": ({}, ScaleSearch()),
     "CorrectBias": ({},),
+    "Compensate": (None, Compensation()),
+    "Reconstruct": (None, Reconstruction()),
 }
 PASSES: list[Callable[[], Pass]] = [
     lambda name=name: getattr(passes, name)(*OPTIONS.get(name, ()))
@@ -215,7 +218,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 18
+    assert len(PASSES) == 20
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

@@ -17,14 +17,23 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 # A module may import those of its own level and of the levels before it. A folder stands for the
 # modules in it.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "_version", "budget"),
+    ("errors", "spec", "_version", "budget", "recovery"),
     ("suggest", "files", "progress", "batches", "pick"),  # helpers that know errors alone
     ("ops", "quantizers"),
     ("observers", "search", "allocate"),
-    ("graph", "verify", "serialize", "rewrite", "fold_sites", "affine_fold", "network_loss"),
-    ("policy", "policies", "policy_file", "capture", "calibrate", "reconstruct"),
-    ("product_rows", "samples", "sensitivity"),
-    ("bit_widths", "smoothing_sites"),
+    (
+        "graph",
+        "verify",
+        "serialize",
+        "rewrite",
+        "fold_sites",
+        "affine_fold",
+        "network_loss",
+        "blocks",
+    ),
+    ("policy", "policies", "policy_file", "capture", "calibrate"),
+    ("product_rows", "samples", "sensitivity", "side_by_side"),
+    ("bit_widths", "smoothing_sites", "reconstruction"),
     ("passes",),
     ("report",),
     ("model",),

@@ -3,6 +3,7 @@
 from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.assign_specs import AssignSpecs
 from fxquant.passes.base import Pass, PassResult, Skip, run_passes
+from fxquant.passes.compensate import Compensate
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.drop_noops import DropNoOps
 from fxquant.passes.fold_batch_norm import FoldBatchNorm
@@ -12,6 +13,7 @@ from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.name_nodes import NameNodes
 from fxquant.passes.open_einsum import OpenEinsum
 from fxquant.passes.quantize_bias import QuantizeBias
+from fxquant.passes.reconstruct import Reconstruct
 from fxquant.passes.reparameterize import Reparameterize
 from fxquant.passes.scale_after_matmul import ScaleAfterMatmul
 from fxquant.passes.search_scales import SearchScales
@@ -23,6 +25,7 @@ from fxquant.passes.to_linear import ToLinear
 __all__ = [
     "AllocateBits",
     "AssignSpecs",
+    "Compensate",
     "CorrectBias",
     "DropNoOps",
     "FoldBatchNorm",
@@ -34,6 +37,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "QuantizeBias",
+    "Reconstruct",
     "Reparameterize",
     "ScaleAfterMatmul",
     "SearchScales",

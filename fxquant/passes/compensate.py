@@ -1,0 +1,207 @@
+"""Weights that make up for quantization in closed form.
+
+Before: ``y^ = linear(q(x^), q(W), b)`` with ``x^`` from the quantized layers before it
+After:  ``y^ = linear(q(x^), q(W'), b')``, W' first the ridge solution that brings ``W' q(x^)``
+        nearest to the float ``y`` (arXiv 2407.06794), then rounded column by column, each column
+        making up for those before it (arXiv 2210.17323); ``b' = E[y] - q(W') E[q(x^)]``
+
+Layer after layer, so that each sees what the compensated ones before it give. The mean is taken out
+of both sides, and given back by the bias; a product without one gets one. Gains are the mean
+squared error of the product's output over that with the weight as it was, both with the best bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.blocks import waves
+from fxquant.graph import arguments, get_parameter, op_kind, operand, submodule
+from fxquant.ops import fake_quantize
+from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.patches import patches
+from fxquant.quantizers import UniformQuantizer
+from fxquant.recovery import Compensation
+from fxquant.rewrite import add_constant, replace_constant
+from fxquant.search.rounding import Moments, ridge_update, round_weight
+from fxquant.side_by_side import SideBySide, Station
+from fxquant.spec import OpKind, Stage
+
+_DONE = "compensated"
+_MEASURE = "squared output error of the weights rounded to nearest"
+# Parts of the images of which each is once left out when the ridge is chosen.
+_FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Compensate:
+    """See the module's text.
+
+    Attributes:
+        sides: the float network and the images.
+        options: what is done.
+    """
+
+    sides: SideBySide = field(repr=False)
+    options: Compensation
+    requires: ClassVar[Stage] = Stage.FROZEN
+    ensures: ClassVar[Stage] = Stage.FROZEN
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Compensates every linear and convolution that has a quantized weight of its own."""
+        gains: list[Gain] = []
+        skips: list[Skip] = []
+        wanted: dict[fx.Node, UniformQuantizer] = {}
+        for node in gm.graph.nodes:
+            if op_kind(node) in (OpKind.LINEAR, OpKind.CONV) and _DONE not in node.meta:
+                found = _coder(gm, node)
+                if isinstance(found, str):
+                    skips.append(Skip(node.name, found))
+                else:
+                    wanted[node] = found
+        if wanted:
+            for station in self.sides.walk(gm, "compensate", self.options.memory_bytes):
+                for wave in waves(station.block.nodes, set(wanted)):
+                    for node, moments in _collect(station, wave, self.options.ridge).items():
+                        gains.append(_improve(gm, node, wanted[node], moments, self.options))
+        return PassResult(len(gains), tuple(skips), tuple(gains))
+
+
+def _coder(gm: fx.GraphModule, node: fx.Node) -> UniformQuantizer | str:
+    """The quantizer of a product's weight, or why it is not compensated."""
+    coder = submodule(gm, operand(node, 1))
+    if not isinstance(coder, UniformQuantizer):
+        return "not compensated: the weight is not quantized uniformly"
+    weight = operand(operand(node, 1), 0)
+    if weight.op != "get_attr" or len(operand(node, 1).users) > 1 or _readers(gm, weight) > 1:
+        return "not compensated: several products share the weight"
+    if len(node.args) > 2 and isinstance(node.args[2], fx.Node) and node.args[2].op != "get_attr":
+        return "not compensated: its bias is computed at run time"
+    if op_kind(node) is OpKind.CONV and int(arguments(node)["groups"]) > 1:
+        return "not compensated: a grouped convolution has few weights to make up with"
+    return coder
+
+
+def _readers(gm: fx.GraphModule, weight: fx.Node) -> int:
+    """Nodes that read the same parameter, by whatever get_attr node."""
+    same = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == weight.target]
+    return sum(len(node.users) for node in same)
+
+
+class _Statistics:
+    """Moments of one product, of all images and, where the ridge is chosen by them, of parts."""
+
+    def __init__(self, node: fx.Node, weight: Tensor, folds: int) -> None:
+        self._node, self._weight = node, weight
+        size = weight[0].numel(), len(weight), weight.device
+        self.whole = Moments(*size)
+        self.parts = [Moments(*size) for _ in range(folds)]
+        self._target: Tensor | None = None
+
+    def see_exact(self, args: tuple[Any, ...], result: Tensor) -> None:
+        """Takes what the float product gives."""
+        self._target = result
+
+    def see_quantized(self, chunk: int) -> Callable[[tuple[Any, ...], Any], None]:
+        """Takes what the quantized product reads, of a chunk of images."""
+
+        def take(args: tuple[Any, ...], _: Any) -> None:
+            assert self._target is not None
+            if op_kind(self._node) is OpKind.CONV:
+                x = patches(args[0], self._node, self._weight.shape).flatten(-self._weight.ndim + 1)
+                y = self._target.movedim(1, -1)
+            else:
+                x, y = args[0], self._target
+            rows = x.flatten(0, -2).float(), y.flatten(0, -2).float()
+            self.whole.add(*rows)
+            if self.parts:
+                self.parts[chunk % len(self.parts)].add(*rows)
+
+        return take
+
+
+def _collect(station: Station, wave: list[fx.Node], ridge: bool) -> dict[fx.Node, _Statistics]:
+    """Statistics of products none of which reads another's output."""
+    chunks = list(station.chunks())
+    folds = min(_FOLDS, len(chunks)) if ridge and len(chunks) > 1 else 0
+    gm = station.student.module
+    assert isinstance(gm, fx.GraphModule)
+    found = {
+        node: _Statistics(node, get_parameter(gm, operand(operand(node, 1), 0)), folds)
+        for node in wave
+    }
+    for number, chunk in enumerate(chunks):
+        station.teacher.run_block(
+            station.block,
+            station.exact.get(chunk, station.device),
+            watch={node.name: its.see_exact for node, its in found.items()},
+            until=wave[-1].name,
+        )
+        station.student.run_block(
+            station.block,
+            station.given.get(chunk, station.device),
+            watch={node.name: its.see_quantized(number) for node, its in found.items()},
+            until=wave[-1].name,
+        )
+    return found
+
+
+def _improve(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    coder: UniformQuantizer,
+    moments: _Statistics,
+    options: Compensation,
+) -> Gain:
+    """Gives a product its new weight and bias."""
+    source = operand(operand(node, 1), 0)
+    weight = get_parameter(gm, source)
+    flat, whole = weight.detach().flatten(1), moments.whole
+    scale, zero = coder.scale, coder.zero_point
+
+    def quantize(values: Tensor) -> Tensor:
+        axis = None if coder.axis is None else 0
+        values = fake_quantize(values, scale, zero, coder.qmin, coder.qmax, axis)
+        return values
+
+    nearest, choice, wanted = quantize(flat), [], flat.double()
+    if options.ridge and moments.parts:
+        wanted, left = ridge_update(flat, moments.parts, whole)
+        if left < 1:
+            choice.append(f"ridge, {left:.2f} of the error on images left out")
+    values = latent = wanted.float()
+    if options.by_columns:
+        rounded = round_weight(wanted, whole.covariance, quantize, options.damping)
+        latent, values = rounded.latent.float(), rounded.values.float()
+        choice.append("rounding by columns")
+    else:
+        values = quantize(latent)
+    before, after = whole.error(nearest), whole.error(values)
+    _replace(
+        gm,
+        node,
+        source,
+        latent.reshape(weight.shape),
+        whole.mean_y - values.double() @ whole.mean_x,
+    )
+    node.meta[_DONE] = True
+    ratio = after / before if before > 0 else 1.0
+    return Gain(node.name, ", ".join(choice) or "bias", _MEASURE, ratio)
+
+
+def _replace(
+    gm: fx.GraphModule, node: fx.Node, source: fx.Node, weight: Tensor, bias: Tensor
+) -> None:
+    replace_constant(gm, operand(node, 1), source, weight, f"{node.name}_weight")
+    old = node.args[2] if len(node.args) > 2 else None
+    if isinstance(old, fx.Node):
+        replace_constant(gm, node, old, bias.to(weight.dtype), f"{node.name}_bias")
+        return
+    with gm.graph.inserting_before(node):
+        new = add_constant(gm, bias.to(weight.dtype), f"{node.name}_bias", like=node)
+    node.args = (*node.args[:2], new, *node.args[3:])

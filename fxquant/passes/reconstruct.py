@@ -1,0 +1,131 @@
+"""Trains blocks to give what the float ones give (BRECQ, arXiv 2102.05426; AIQViT, 2502.04628).
+
+Before: a block ``B_q`` of quantized products, scales fixed
+After:  the same block, with the roundings, scales, biases or low-rank factors that make
+        ``|B_q(x^) - B(x)|`` least, x^ from the blocks reconstructed before it
+
+Low-rank factors are added to the weight before it is rounded, so nothing is left of them in the
+graph. A block whose loss does not fall stays as it was. Gains are losses of all images after over
+before.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.blocks import find_blocks
+from fxquant.graph import operand
+from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.reconstruction.block_trainer import Changes, TrainedBlock, train_block
+from fxquant.reconstruction.checkpoint import Checkpoints
+from fxquant.reconstruction.losses import (
+    Importance,
+    criterion,
+    measure_features,
+    measure_importance,
+)
+from fxquant.recovery import BlockLoss, Reconstruction
+from fxquant.rewrite import replace_constant
+from fxquant.side_by_side import Shelf, SideBySide, Station
+from fxquant.spec import Stage
+
+_DONE = "reconstructed"
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """See the module's text.
+
+    Attributes:
+        sides: the float network and the images.
+        options: what is trained, and how.
+        cache: folder for what is trained so far; an interrupted run with the same folder goes on
+            where it stopped. None keeps nothing.
+    """
+
+    sides: SideBySide = field(repr=False)
+    options: Reconstruction
+    cache: Path | None = None
+    requires: ClassVar[Stage] = Stage.FROZEN
+    ensures: ClassVar[Stage] = Stage.FROZEN
+
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Reconstructs every block.
+
+        Raises:
+            OutputError: the cache cannot be written.
+            FileFormatError: the cache is damaged.
+        """
+        if _DONE in gm.meta:
+            return PassResult(0)
+        gains: list[Gain] = []
+        skips: list[Skip] = []
+        kept = Checkpoints(self.cache, gm, self.sides.images, repr(self.options))
+        importance: Importance = {}
+        if self.options.block_loss is BlockLoss.FISHER:
+            teacher, blocks = self.sides.teacher(), find_blocks(gm)
+            importance = measure_importance(teacher, blocks, self.sides.images, self.options)
+        with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
+            walk = self.sides.walk(gm, "reconstruct", self.options.memory_bytes)
+            features = Shelf(len(self.sides.images), Path(folder), self.options.memory_bytes // 8)
+            for number, station in enumerate(walk):
+                options = replace(self.options, seed=self.options.seed + number)
+                torch.manual_seed(options.seed)
+                self._reach(station, number, features)
+                changes, before, after = kept.get(number) or self._train(
+                    gm, station, options, importance, features
+                )
+                kept.put(number, changes, before, after)
+                if changes is None:
+                    skips.append(Skip(station.block.name, "left as it was: its loss did not fall"))
+                    continue
+                apply_changes(gm, changes)
+                gains.append(
+                    Gain(
+                        station.block.name,
+                        options.weights,
+                        f"{options.block_loss} loss",
+                        after / before,
+                    )
+                )
+            features.close()
+        gm.meta[_DONE] = True
+        return PassResult(len(gains), tuple(skips), tuple(gains))
+
+    def _reach(self, station: Station, number: int, features: Shelf) -> None:
+        if number == 0 and self.options.block_loss is BlockLoss.FEATURE and station.rest:
+            measure_features(station, features, station.rest[-1].products[-1].name)
+
+    def _train(
+        self,
+        gm: fx.GraphModule,
+        station: Station,
+        options: Reconstruction,
+        importance: Importance,
+        features: Shelf,
+    ) -> tuple[Changes | None, float, float]:
+        generator = torch.Generator().manual_seed(options.seed)
+        block = TrainedBlock(gm, station, options, generator).to(station.device)
+        last = station.rest[-1].products[-1].name if station.rest else ""
+        loss = criterion(options, importance, station, (features, last))
+        before, after = train_block(block, station, loss, options)
+        return (block.changes() if after < before else None), before, after
+
+
+def apply_changes(gm: fx.GraphModule, changes: Changes) -> None:
+    """Puts what was trained into the graph."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for name, quantizer in changes.quantizers.items():
+        gm.set_submodule(str(nodes[name].target), quantizer)
+    for name, weight in changes.weights.items():
+        call = nodes[name]
+        replace_constant(gm, call, operand(call, 0), weight, f"{name}_trained")
+    for name, bias in changes.biases.items():
+        node = nodes[name]
+        replace_constant(gm, node, operand(node, 2), bias, f"{name}_bias")

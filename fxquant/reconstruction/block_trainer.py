@@ -1,0 +1,244 @@
+"""Trains one block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.graph import (
+    Edge,
+    get_parameter,
+    op_kind,
+    operand,
+    quantized_edges,
+    submodule,
+)
+from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.reconstruction.activations import TrainedQuantizer, trained
+from fxquant.reconstruction.curriculum import Curriculum
+from fxquant.reconstruction.losses import Criterion
+from fxquant.reconstruction.weights import TrainedWeight, make_weight
+from fxquant.recovery import Reconstruction, WeightTraining
+from fxquant.side_by_side import Station, Values, tensors_of
+from fxquant.spec import Arg, OpKind
+
+# The regularizer of roundings beside a loss that starts at one.
+_PUSH = 1.0
+# How often a curriculum sorts the images anew.
+_SORTS = 8
+# Largest norm of the gradient of a step, of a loss that starts at one.
+_CLIP = 10.0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What training made of a block.
+
+    Attributes:
+        quantizers: by name of the calling node.
+        weights: before rounding, by name of the node that reads them.
+        biases: by name of the product.
+    """
+
+    quantizers: Mapping[str, Quantizer]
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+
+
+class TrainedBlock(nn.Module):
+    """The trained parts of a block.
+
+    Args:
+        gm: the quantized graph.
+        station: the block.
+        options: what is trained.
+        generator: draws first values.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        station: Station,
+        options: Reconstruction,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.quantizers, self.weights = nn.ModuleDict(), nn.ModuleDict()
+        self.biases = nn.ParameterDict()
+        self._station, self._bf16 = station, options.bf16
+        own = set(station.block.nodes)
+        for edge in quantized_edges(gm):
+            if edge.node in own:
+                self._add_edge(gm, edge, options, generator)
+        if options.biases:
+            for node, bias in _biases(gm, own):
+                self.biases[node.name] = nn.Parameter(bias.detach().clone())
+        self._bias_nodes = {
+            operand(node, 2).name: node.name for node in own if node.name in self.biases
+        }
+
+    def _add_edge(
+        self,
+        gm: fx.GraphModule,
+        edge: Edge,
+        options: Reconstruction,
+        generator: torch.Generator,
+    ) -> None:
+        call, name = edge.source, edge.source.name
+        quantizer = submodule(gm, call)
+        if edge.arg is Arg.WEIGHT:
+            if not isinstance(quantizer, UniformQuantizer) or len(call.users) > 1:
+                return
+            weight = get_parameter(gm, operand(call, 0)).detach()
+            if options.weights is not WeightTraining.NONE:
+                most = max(1, min(weight.flatten(1).shape) // 2)
+                self.weights[name] = make_weight(
+                    options.weights,
+                    weight,
+                    quantizer,
+                    scales=options.scales,
+                    rank=min(options.rank, most),
+                    generator=generator,
+                )
+            return
+        assert isinstance(quantizer, Quantizer)
+        form = trained(quantizer, options.drop)
+        if form is not None and name not in self.quantizers:
+            form.requires_grad_(options.scales)
+            self.quantizers[name] = form
+
+    def forward(self, values: Values) -> Values:
+        """The block's outputs by name, with gradients."""
+        station = self._station
+        overrides: dict[str, Callable[..., Any]] = {}
+        for name, quantizer in self.quantizers.items():
+            overrides[name] = quantizer
+        for name, weight in self.weights.items():
+            overrides[name] = _ignoring(weight)
+        for name, node in self._bias_nodes.items():
+            overrides[name] = _ignoring(partial(self.biases.__getitem__, node))
+        with torch.autocast(station.device.type, torch.bfloat16, enabled=self._bf16):
+            found = station.student.run_block(station.block, values, overrides=overrides)
+        return {name: value.float() for name, value in tensors_of(found).items()}
+
+    def groups(self, options: Reconstruction) -> list[dict[str, Any]]:
+        """Parameters with their learning rates; those of biases follow the scales."""
+        rates: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                slow = name.endswith(("log_scale", "offset")) or name.startswith("biases")
+                rate = options.scale_rate if slow else options.weight_rate
+                rates.setdefault(rate, []).append(parameter)
+        return [{"params": group, "lr": rate} for rate, group in rates.items()]
+
+    def regularizer(self, progress: float) -> Tensor | None:
+        """The mean of those of its weights; None where there is none."""
+        found = [w.regularizer(progress) for w in self.weights.values()]  # type: ignore[operator]
+        terms = [term for term in found if term is not None]
+        return torch.stack(terms).mean() if terms else None
+
+    @torch.no_grad()
+    def changes(self) -> Changes:
+        """What it has become."""
+        quantizers: dict[str, Quantizer] = {}
+        weights: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            assert isinstance(weight, TrainedWeight)
+            weights[name], quantizers[name] = weight.fitted()
+        for name, form in self.quantizers.items():
+            assert isinstance(form, TrainedQuantizer)
+            quantizers[name] = form.fitted()
+        biases = {name: bias.detach().clone() for name, bias in self.biases.items()}
+        return Changes(quantizers, weights, biases)
+
+
+def _ignoring(call: Callable[[], Tensor]) -> Callable[..., Tensor]:
+    return lambda *_: call()
+
+
+def _biases(gm: fx.GraphModule, own: set[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
+    """Those of products in the block that nothing else reads."""
+    for node in own:
+        if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or len(node.args) < 3:
+            continue
+        bias = node.args[2]
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
+            yield node, get_parameter(gm, bias)
+
+
+def train_block(
+    block: TrainedBlock, station: Station, criterion: Criterion, options: Reconstruction
+) -> tuple[float, float]:
+    """Trains a block.
+
+    Args:
+        block: its trained parts; changed.
+        station: its data.
+        criterion: its loss.
+        options: steps and rates.
+
+    Returns:
+        The mean loss of all images before and after, without drops.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    plan = Curriculum(
+        station.count, options.batch, options.iterations, options.curriculum, generator
+    )
+    first = image_losses(block, station, criterion)
+    before = float(first.mean())
+    groups = block.groups(options)
+    if not groups or before == 0:
+        return before, before
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.iterations))
+    )
+    parameters = [p for group in groups for p in group["params"]]
+    for step in range(options.iterations):
+        if plan.sorts and step % max(1, options.iterations // _SORTS) == 0:
+            plan.sort(image_losses(block, station, criterion) if step else first)
+        index = plan.draw(step)
+        block.train()
+        with torch.enable_grad():
+            loss = _step_loss(block, station, criterion, index, options.drop) / before
+            push = block.regularizer(step / options.iterations)
+            total = loss if push is None else loss + _PUSH * push
+            optimizer.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, _CLIP)
+        optimizer.step()
+        schedule.step()
+    return before, float(image_losses(block, station, criterion).mean())
+
+
+def _step_loss(
+    block: TrainedBlock, station: Station, criterion: Criterion, index: Tensor, drop: float
+) -> Tensor:
+    given = station.given.get(index, station.device)
+    if drop:  # what comes in is left unquantized for as large a share as what is computed
+        exact = station.exact.get(index, station.device)
+        given = {
+            name: torch.where(torch.rand_like(value) < drop, exact[name], value)
+            for name, value in given.items()
+        }
+    return criterion(block(given), station.target.get(index, station.device), index).mean()
+
+
+@torch.no_grad()
+def image_losses(block: TrainedBlock, station: Station, criterion: Criterion) -> Tensor:
+    """The loss of each image, ``(n,)``, without drops."""
+    block.eval()
+    found = []
+    for chunk in station.chunks():
+        given, target = (
+            shelf.get(chunk, station.device) for shelf in (station.given, station.target)
+        )
+        index = torch.arange(chunk.start, chunk.stop)
+        found.append(criterion(block(given), target, index))
+    return torch.cat(found)

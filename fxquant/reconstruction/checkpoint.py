@@ -1,0 +1,122 @@
+"""Trained blocks on disk, so that an interrupted reconstruction goes on with the same numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from fxquant.errors import FileFormatError, OutputError
+from fxquant.files import write_whole
+from fxquant.quantizers import Quantizer, from_config
+from fxquant.reconstruction.block_trainer import Changes
+from fxquant.sensitivity.cache import fingerprint
+
+Trained = tuple[Changes | None, float, float]
+
+
+class Checkpoints:
+    """One file for each block that is done.
+
+    Args:
+        folder: where they are; None keeps nothing.
+        gm: the graph before the first block is changed.
+        images: it is trained on.
+        settings: options of the training, as text.
+    """
+
+    def __init__(
+        self, folder: Path | None, gm: fx.GraphModule, images: Tensor, settings: str
+    ) -> None:
+        self._folder: Path | None = None
+        if folder is not None:
+            configs = [q.config() for _, q in gm.named_modules() if isinstance(q, Quantizer)]
+            name = fingerprint(gm, images, settings, configs)[:16]
+            self._folder = folder / f"reconstruction-{name}"
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._not_written(error) from error
+
+    def _not_written(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot write {self._folder}: {error.strerror or error}. Choose a writable folder "
+            "with enough free space; the blocks trained so far are kept in it"
+        )
+
+    def _path(self, number: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"block-{number}.safetensors"
+
+    def get(self, number: int) -> Trained | None:
+        """What a block became: None if it is not there.
+
+        Raises:
+            FileFormatError: the file is damaged.
+        """
+        path = self._path(number)
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["fxquant"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return self._read(about, tensors)
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+            raise FileFormatError(
+                f"{path} is damaged ({error}): delete it to train its block anew"
+            ) from error
+
+    @staticmethod
+    def _read(about: dict[str, object], tensors: dict[str, Tensor]) -> Trained:
+        before, after = float(str(about["before"])), float(str(about["after"]))
+        if not about["changed"]:
+            return None, before, after
+        parts: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}, "state": {}}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            parts[kind][name] = tensor
+        quantizers = {}
+        configs = about["quantizers"]
+        assert isinstance(configs, dict)
+        for name, config in configs.items():
+            quantizers[name] = from_config(config)
+            own = {
+                k.rpartition("/")[2]: t
+                for k, t in parts["state"].items()
+                if k.rpartition("/")[0] == name
+            }
+            quantizers[name].load_state_dict(own)
+        return Changes(quantizers, parts["weight"], parts["bias"]), before, after
+
+    def put(self, number: int, changes: Changes | None, before: float, after: float) -> None:
+        """Keeps what a block became, its tensors bit for bit.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path = self._path(number)
+        if path is None or path.exists():
+            return
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, object] = {
+            "before": repr(before),
+            "after": repr(after),
+            "changed": changes is not None,
+        }
+        if changes is not None:
+            tensors |= {f"weight/{name}": value for name, value in changes.weights.items()}
+            tensors |= {f"bias/{name}": value for name, value in changes.biases.items()}
+            for name, quantizer in changes.quantizers.items():
+                state = quantizer.state_dict()
+                tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
+            about["quantizers"] = {n: q.config() for n, q in changes.quantizers.items()}
+        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        try:
+            write_whole(
+                path, lambda to: save_file(whole, to, metadata={"fxquant": json.dumps(about)})
+            )
+        except OSError as error:
+            raise self._not_written(error) from error

@@ -1,0 +1,161 @@
+"""How far a quantized block's output is from the float one, image by image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from fxquant.blocks import Block
+from fxquant.capture import device_of
+from fxquant.network_loss import is_logits
+from fxquant.recovery import BlockLoss, Reconstruction
+from fxquant.samples import OutputLoss
+from fxquant.side_by_side import BlockRunner, Shelf, Station, Values, tensors_of
+
+# Images in one backward pass of the whole network.
+_PART = 4
+
+# By name of a value at a cut, weights that broadcast against it.
+Importance = dict[str, Tensor]
+
+
+class Criterion(ABC):
+    """The loss of one block."""
+
+    @abstractmethod
+    def __call__(self, found: Values, target: Values, index: Tensor) -> Tensor:
+        """Losses ``(B,)`` of images.
+
+        Args:
+            found: the quantized block's outputs.
+            target: the float block's.
+            index: numbers of the images.
+        """
+
+
+class SquaredError(Criterion):
+    """Squared error, weighed where weights are given; logits by their divergence instead.
+
+    Args:
+        importance: weights by name of the value; none weigh alike.
+        divergence: compare logits by KL(float || quantized).
+    """
+
+    def __init__(self, importance: Importance, *, divergence: bool) -> None:
+        self._importance, self._divergence = importance, divergence
+
+    def __call__(self, found: Values, target: Values, index: Tensor) -> Tensor:
+        """See the base class."""
+        return torch.stack([self._of(name, found[name], y) for name, y in target.items()]).sum(0)
+
+    def _of(self, name: str, found: Tensor, target: Tensor) -> Tensor:
+        if self._divergence and is_logits(target):
+            one, two = target.log_softmax(1), found.log_softmax(1)
+            return kl_div(two, one, log_target=True, reduction="none").sum(1)
+        error = (found - target).square()
+        weights = self._importance.get(name)
+        if weights is not None:
+            error = error * weights
+        return error.flatten(1).mean(1)
+
+
+class Feature(Criterion):
+    """Twice the block's squared error and that of the last product's input (METHODS 4.1).
+
+    Args:
+        station: the block; the float rest of the network follows it.
+        features: what the last product of the float network reads, of all images.
+        name: of that product.
+    """
+
+    def __init__(self, station: Station, features: Shelf, name: str) -> None:
+        self._station, self._features, self._name = station, features, name
+        self._block = SquaredError({}, divergence=False)
+        self._sizes: tuple[float, float] | None = None
+
+    def __call__(self, found: Values, target: Values, index: Tensor) -> Tensor:
+        """See the base class."""
+        near = self._block(found, target, index)
+        want = self._features.get(index, self._station.device)[self._name]
+        far = (last_input(self._station, found, self._name) - want).square().flatten(1).mean(1)
+        if self._sizes is None:
+            self._sizes = float(near.detach().mean()), float(far.detach().mean())
+        one, two = (max(size, 1e-12) for size in self._sizes)
+        return 2 * near / one + far / two
+
+
+def last_input(station: Station, values: Values, name: str) -> Tensor:
+    """What a product behind a block reads in the float network, from the block's outputs."""
+    seen: list[Tensor] = []
+    for block in station.rest:
+        watch = {name: lambda args, _: seen.append(args[0])}
+        values = station.teacher.run_block(block, values, watch=watch)
+    return seen[0]
+
+
+def criterion(
+    options: Reconstruction, importance: Importance, station: Station, features: tuple[Shelf, str]
+) -> Criterion:
+    """The loss that the options name, for one block; the last is compared by its outputs."""
+    if options.block_loss is BlockLoss.FEATURE and station.rest:
+        return Feature(station, *features)
+    divergence = options.block_loss is not BlockLoss.MSE and not station.rest
+    return SquaredError(importance, divergence=divergence)
+
+
+def measure_importance(
+    teacher: BlockRunner, blocks: tuple[Block, ...], images: Tensor, options: Reconstruction
+) -> Importance:
+    """Squared gradients of a loss of the outputs by the values at each cut, a mean over images.
+
+    Of the mean, the product of its averages along each axis is kept, scaled to a mean of one:
+    which tokens and which channels count, with far fewer numbers to learn from few images.
+
+    Args:
+        teacher: runs the float network.
+        blocks: all.
+        images: ``(n, …)``, on the graph's device part by part.
+        options: which loss.
+    """
+    device = device_of(teacher.graph_module)
+    loss = OutputLoss(options.gradient, options.seed, device)
+    sums: Importance = {}
+    for part in torch.split(images, _PART):
+        with torch.enable_grad():
+            cuts: Values = {}
+            values: Values = {blocks[0].inputs[0].name: part.to(device)}
+            for block in blocks:
+                values = teacher.run_block(block, values)
+                if block is not blocks[-1]:
+                    # A cut of its own: the loss is then asked for its gradient there.
+                    values = {k: v.detach() if not cuts else v for k, v in values.items()}
+                    for value in values.values():
+                        value.requires_grad_().retain_grad()
+                    cuts |= values
+            loss(values).backward()  # type: ignore[no-untyped-call]
+        for name, value in cuts.items():
+            if value.grad is not None:
+                sums[name] = sums.get(name, 0) + value.grad.square().sum(0)
+    return {name: _separable(total) for name, total in sums.items() if bool(total.any())}
+
+
+def _separable(total: Tensor) -> Tensor:
+    """The product of the means along each axis, of mean one."""
+    out = torch.ones_like(total)
+    for axis in range(total.ndim):
+        others = [other for other in range(total.ndim) if other != axis]
+        out = out * (total.mean(others, keepdim=True) if others else total)
+    return out / out.mean().clamp(min=1e-30)
+
+
+def measure_features(station: Station, shelf: Shelf, name: str) -> None:
+    """Keeps what the last product of the float network reads, from the first block on."""
+    with torch.no_grad():
+        for chunk in station.chunks():
+            values = station.teacher.run_block(
+                station.block, station.exact.get(chunk, station.device)
+            )
+            shelf.put(chunk.start, {name: last_input(station, tensors_of(values), name)})

@@ -1,0 +1,156 @@
+"""How accuracy is won back once scales are fixed. Frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fxquant.errors import PolicyError
+from fxquant.spec import GradientLoss, check_flag, parse_field
+
+
+class WeightTraining(StrEnum):
+    """What of a weight is trained.
+
+    ``straight_through``: every value, the gradient passing the rounding; ``adaround``: whether a
+    value is rounded up or down (arXiv 2004.10568); ``low_rank``: two thin factors added to the
+    weight before it is rounded (AIQViT, arXiv 2502.04628, eq. 9); ``none``: nothing.
+    """
+
+    STRAIGHT_THROUGH = "straight_through"
+    ADAROUND = "adaround"
+    LOW_RANK = "low_rank"
+    NONE = "none"
+
+
+class BlockLoss(StrEnum):
+    """How far a quantized block's output is from the float one.
+
+    ``mse``: squared error; ``fisher``: weighed by the squared gradient of a loss of the network's
+    outputs (BRECQ, arXiv 2102.05426, eq. 10), averaged over the images; ``feature``: squared error
+    of the block, doubled, and of the last product's input, which the float rest of the network
+    computes from the block's output, each as a share of its first value (METHODS 4.1).
+    """
+
+    MSE = "mse"
+    FISHER = "fisher"
+    FEATURE = "feature"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensation:
+    """Weights that make up for quantization in closed form, layer after layer, no training.
+
+    Attributes:
+        by_columns: round column after column, later ones making up for the errors of earlier ones
+            (GPTQ, arXiv 2210.17323); else to nearest.
+        ridge: first move weights to where the outputs of the quantized inputs come nearest to the
+            float outputs (ERQ, arXiv 2407.06794, eq. 10), as far as that holds on images left out.
+        damping: share of the mean variance of the inputs that is added to each.
+        memory_bytes: budget for the values that are held between blocks; more go to files.
+    """
+
+    by_columns: bool = True
+    ridge: bool = True
+    damping: float = 0.01
+    memory_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            PolicyError: a flag is no boolean, or a number is none, or out of its range.
+        """
+        check_flag(self, "by_columns")
+        check_flag(self, "ridge")
+        check_number(self, "damping", 1e-6, 1.0)
+        check_whole(self, "memory_bytes", 1)
+        if not (self.by_columns or self.ridge):
+            raise PolicyError("compensation does nothing: turn on by_columns, ridge or both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Training of each block against the float one, inputs from the quantized blocks before it.
+
+    Attributes:
+        weights: what of them is trained.
+        scales: train the scales and zero points of activations and the scales of weights.
+        biases: train the biases of products.
+        block_loss: what is minimised.
+        gradient: the loss of the outputs whose gradient weighs errors, for ``fisher``.
+        iterations: steps for each block.
+        batch: images of a step.
+        weight_rate: first learning rate of weights, in steps of their quantizer.
+        scale_rate: first learning rate of logarithms of scales, and of zero points as shares of
+            the code range. Both rates fall to zero along a cosine.
+        drop: share of the activations left unquantized in a step (QDrop, arXiv 2203.05740).
+        curriculum: share of the images, those of smallest loss, that the first step draws from;
+            it grows to 1 (AIQViT, section 3.3). 1 draws from all.
+        rank: of low-rank factors, at most half of what the weight can have.
+        memory_bytes: budget for the values that are held between blocks; more go to files.
+        bf16: compute products of blocks in bfloat16.
+        seed: of images, drops and first factors.
+    """
+
+    weights: WeightTraining = WeightTraining.STRAIGHT_THROUGH
+    scales: bool = True
+    biases: bool = True
+    block_loss: BlockLoss = BlockLoss.FISHER
+    gradient: GradientLoss = GradientLoss.MARGIN
+    iterations: int = 500
+    batch: int = 32
+    weight_rate: float = 2e-3
+    scale_rate: float = 1e-3
+    drop: float = 0.5
+    curriculum: float = 1.0
+    rank: int = 16
+    memory_bytes: int = 2 << 30
+    bf16: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UnknownKeyError: rounding, loss or gradient is unknown.
+            PolicyError: a number is none, or out of its range, or nothing is trained.
+        """
+        parse_field(self, "weights", WeightTraining)
+        parse_field(self, "block_loss", BlockLoss)
+        parse_field(self, "gradient", GradientLoss)
+        check_flag(self, "scales")
+        check_flag(self, "biases")
+        check_flag(self, "bf16")
+        for name in ("iterations", "batch", "rank", "memory_bytes"):
+            check_whole(self, name, 1)
+        check_whole(self, "seed", 0)
+        check_number(self, "weight_rate", 1e-7, 1.0)
+        check_number(self, "scale_rate", 1e-7, 1.0)
+        check_number(self, "drop", 0.0, 0.95)
+        check_number(self, "curriculum", 0.01, 1.0)
+        if self.weights is WeightTraining.NONE and not (self.scales or self.biases):
+            raise PolicyError("reconstruction trains nothing: turn on weights, scales or biases")
+
+
+def check_number(item: object, name: str, least: float, most: float) -> None:
+    """Checks that a field is a number within bounds.
+
+    Raises:
+        PolicyError: it is not.
+    """
+    value = getattr(item, name)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= most:
+        raise PolicyError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
+
+
+def check_whole(item: object, name: str, least: int) -> None:
+    """Checks that a field is a whole number, at least so large.
+
+    Raises:
+        PolicyError: it is not.
+    """
+    value = getattr(item, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PolicyError(f"{name} must be a whole number >= {least}, got {value!r}")
