@@ -19,7 +19,7 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "_version", "budget"),
     ("suggest", "files", "progress", "batches", "pick"),  # helpers that know errors alone
-    ("ops", "quantizers"),
+    ("ops", "log_ops", "quantizers"),
     ("observers", "search", "allocate"),
     ("graph", "verify", "serialize", "rewrite", "fold_sites", "affine_fold", "network_loss"),
     ("policy", "policies", "policy_file", "capture", "calibrate", "reconstruct"),
@@ -35,6 +35,7 @@ BACKENDS_MAY_USE = {
     "errors",
     "spec",
     "ops",
+    "log_ops",
     "quantizers",
     "graph",
     "rewrite",
