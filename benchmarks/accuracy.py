@@ -9,7 +9,9 @@ compares by squared error weighted by gradients; ``+ twin`` is the base with twi
 row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does. ``+
 Hessian, symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
 ``OPT-m`` searches the ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels
-as well. ``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone).
+as well. ``+ both, uniform``, ``focusing`` (arXiv 2502.04628), ``log2`` and ``AdaLog`` (arXiv
+2407.12951) have other quantizers behind softmax. ``mixed`` gives each edge a width of its own, of
+the same mean (at 4 and 5 bits alone).
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
 and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,
@@ -44,7 +46,7 @@ from fxquant.budget import Method
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
 from fxquant.progress import track
-from fxquant.spec import GradientLoss, Metric
+from fxquant.spec import GradientLoss, Metric, Scheme
 
 WIDTHS = (8, 6, 5, 4, 3)
 # At these the same mean of mixed widths is measured as well.
@@ -86,10 +88,27 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ both, row by row": replace(whole, search=by_row),
         "+ both, OPT-m": replace(whole, search=replace(whole.search, opt_m=True)),
         "MPTQ-ViT": policies.mptq_vit(bits, bits),
+        **attention(whole, bits),
     }
     if bits == 8:
         return {**steps, "w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
     return {**steps, **mixed(bits)} if bits in MIXED_WIDTHS else steps
+
+
+def attention(base: Policy, bits: int) -> dict[str, Policy]:
+    """Other quantizers than twins behind softmax, all else as it is."""
+    schemes = {
+        "uniform": Scheme.UNIFORM,
+        "focusing": Scheme.DYNAMIC_FOCUSING,
+        "log2": Scheme.LOG2,
+        "AdaLog": Scheme.ADALOG,
+    }
+    return {
+        f"+ both, {name}": base.with_rules(
+            Rule(fed_by="softmax", spec=TensorSpec(bits=bits, scheme=scheme))
+        )
+        for name, scheme in schemes.items()
+    }
 
 
 def mixed(bits: int) -> dict[str, Policy]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.search.from_zero import fitted_from_zero, from_zero_candidates
 from fxquant.search.histogram import GRID, bin_centres, mse_range, percentile_range
 from fxquant.search.twin import Q, least_error, twin_candidates
 from fxquant.spec import ObserverKind, Scheme, TensorSpec
@@ -74,12 +75,26 @@ class Observer(nn.Module, ABC):
         lo, hi = self._fit_range(spec)
         if spec.scheme is Scheme.TWIN_UNIFORM:
             return self._fit_twin(lo.reshape(()), hi.reshape(()), spec)
+        if spec.scheme.from_zero:
+            self._check_from_zero(spec)
+            return self._fit_from_zero(hi.reshape(()), spec)
         if self.axis is None:
             lo, hi = lo.reshape(()), hi.reshape(())
         return UniformQuantizer.from_range(lo, hi, spec, self.axis)
 
     def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
         return TwinUniformQuantizer.from_range(lo, hi, spec)
+
+    def _fit_from_zero(self, top: Tensor, spec: TensorSpec) -> Quantizer:
+        return fitted_from_zero(float(top), spec).to(top.device)
+
+    def _check_from_zero(self, spec: TensorSpec) -> None:
+        least = float(self.range()[0].min())
+        if least < 0:
+            raise CalibrationError(
+                f"{self.where}: scheme {spec.scheme} is for values from zero up, such as softmax "
+                f"gives, got {least:.3g}; add `fed_by: softmax` to the rule, or use scheme uniform"
+            )
 
     def _rows(self, x: Tensor) -> Tensor:
         """``x`` as ``(C, n)``, one row a scale."""
@@ -173,7 +188,7 @@ class HistogramObserver(Observer):
         assert self.counts is not None and self.limit is not None
         if spec.observer is ObserverKind.PERCENTILE:
             return percentile_range(self.counts, self.limit, lo, hi, spec.percentile)
-        if spec.observer is ObserverKind.MINMAX or spec.scheme is Scheme.TWIN_UNIFORM:
+        if spec.observer is ObserverKind.MINMAX or spec.scheme is not Scheme.UNIFORM:
             return lo, hi
         return mse_range(self.counts, self.limit, lo, hi, spec)
 
@@ -182,6 +197,17 @@ class HistogramObserver(Observer):
             return super()._fit_twin(lo, hi, spec)
         candidates = twin_candidates(float(lo), float(hi), spec, GRID)
         return self.best([candidate.to(lo.device) for candidate in candidates])
+
+    def _fit_from_zero(self, top: Tensor, spec: TensorSpec) -> Quantizer:
+        if spec.observer is not ObserverKind.MSE:
+            return super()._fit_from_zero(top, spec)
+        return self.best(
+            [
+                candidate.to(top.device)
+                for row in from_zero_candidates(float(top), spec, GRID)
+                for candidate in row
+            ]
+        )
 
     def best(self, candidates: Sequence[Q]) -> Q:
         """The quantizer, for the whole tensor, of least squared error on the histogram."""

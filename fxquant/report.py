@@ -245,9 +245,15 @@ class Report:
 
 
 def _kind(spec: TensorSpec) -> str:
-    if spec.scheme is Scheme.TWIN_UNIFORM:
-        return "twin"
-    return "sym" if spec.symmetric else "asym"
+    match spec.scheme:
+        case Scheme.UNIFORM:
+            return "sym" if spec.symmetric else "asym"
+        case Scheme.TWIN_UNIFORM:
+            return "twin"
+        case Scheme.DYNAMIC_FOCUSING:
+            return "focus"
+        case _:
+            return str(spec.scheme)
 
 
 def spec_from_dict(values: dict[str, Any]) -> TensorSpec:

@@ -54,10 +54,21 @@ class Arg(StrEnum):
 
 
 class Scheme(StrEnum):
-    """Families of quantizers."""
+    """Families of quantizers.
+
+    The last three are for values from zero up that a linear or matmul reads, such as softmax gives.
+    """
 
     UNIFORM = "uniform"
     TWIN_UNIFORM = "twin_uniform"
+    DYNAMIC_FOCUSING = "dynamic_focusing"
+    LOG2 = "log2"
+    ADALOG = "adalog"
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether it has no codes for values below zero."""
+        return self not in (Scheme.UNIFORM, Scheme.TWIN_UNIFORM)
 
 
 class Granularity(StrEnum):
@@ -192,23 +203,27 @@ class TensorSpec:
             raise PolicyError(f"percentile must be a number, got {self.percentile!r}")
         if not 50 < self.percentile <= 100:
             raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
-        self._check_twin()
+        self._check_shift()
+        if self.scheme is not Scheme.UNIFORM:
+            self._check_byte_scheme()
 
-    def _check_twin(self) -> None:
+    def _check_shift(self) -> None:
         shift = self.max_shift
-        if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int)):
+        if shift is None:
+            return
+        if isinstance(shift, bool) or not isinstance(shift, int):
             raise PolicyError(f"max_shift must be a whole number or null, got {shift!r}")
         if self.scheme is not Scheme.TWIN_UNIFORM:
-            if shift is not None:
-                raise PolicyError("max_shift belongs to scheme twin_uniform alone")
-            return
-        if shift is not None and not 1 <= shift <= MAX_SHIFT:
+            raise PolicyError("max_shift belongs to scheme twin_uniform alone")
+        if not 1 <= shift <= MAX_SHIFT:
             raise PolicyError(f"max_shift must be in 1..{MAX_SHIFT}, got {shift}")
+
+    def _check_byte_scheme(self) -> None:
         if self.bits > 8:
-            raise BitWidthError(f"scheme twin_uniform takes 2 to 8 bits, got {self.bits}")
+            raise BitWidthError(f"scheme {self.scheme} takes 2 to 8 bits, got {self.bits}")
         if self.symmetric or self.granularity is not Granularity.TENSOR:
             raise PolicyError(
-                "scheme twin_uniform is neither symmetric nor finer than per tensor: leave out "
+                f"scheme {self.scheme} is neither symmetric nor finer than per tensor: leave out "
                 "`symmetric` and `granularity`"
             )
 

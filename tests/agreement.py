@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from fxquant import CompiledModel
 from fxquant.graph import quantized_edges, submodule
 from fxquant.ops import twin_threshold
-from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import (
+    DynamicFocusingQuantizer,
+    LogQuantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+)
 from fxquant.spec import Arg
 from tests.ties import Coded, from_tie, places
 
@@ -158,6 +163,9 @@ def _codes(quantizer: Coded, items: list[Exported], x: Tensor) -> Tensor:
         items: its QuantizeLinears.
         x: its input, which tells the region where either side has a value in float.
     """
+    assert not isinstance(quantizer, LogQuantizer), "none is exported"
+    if isinstance(quantizer, DynamicFocusingQuantizer):
+        return items[0].values.div(quantizer.scale).round() - quantizer.start
     if isinstance(quantizer, UniformQuantizer):
         codes = items[0].codes - _storage_shift(items[0], quantizer)
         return torch.from_numpy(codes).to(x.dtype)

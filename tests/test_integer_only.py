@@ -17,8 +17,8 @@ from fxquant.backends.integer.modules import FromCodes, IntLinear
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build as shipped
 from fxquant.errors import LoweringError
-from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
-from fxquant.spec import Arg, Granularity, OpKind, Scheme
+from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme
+from tests.ties import Coded
 
 # Farther from a tie than this, in steps of 8 bits, no code may differ. Accumulators and multipliers
 # are exact to 2^-20 of a value, the float32 arithmetic of the simulation to a little less.
@@ -109,7 +109,7 @@ def assert_same_codes(qm: CompiledModel, lowered: fx.GraphModule, x: Tensor) -> 
     handles = [
         module.register_forward_hook(force(name))
         for name, module in qm.graph_module.named_modules()
-        if isinstance(module, UniformQuantizer | TwinUniformQuantizer)
+        if isinstance(module, Coded)
     ]
     try:
         with torch.no_grad():
@@ -133,6 +133,11 @@ def twins() -> Policy:
     return policies.w8a8(full=True).with_rules(*rules)
 
 
+def softmax(scheme: str) -> Policy:
+    spec = TensorSpec(bits=5, scheme=Scheme(scheme), observer=ObserverKind.MSE)
+    return policies.w8a8(full=True).with_rules(Rule(fed_by="softmax", spec=spec))
+
+
 def four_bits() -> Policy:
     return Policy(name="w4a4", rules=(*policies.elementwise_rules(4), *policies.minmax(4, 4).rules))
 
@@ -146,6 +151,7 @@ POLICIES = {
     "w8a8": policies.w8a8(full=True),
     "heads": heads(),
     "twins": twins(),
+    **{scheme: softmax(scheme) for scheme in ("dynamic_focusing", "log2", "adalog")},
     "w4a4": four_bits(),
     "w8a12": twelve_bits(),
 }

@@ -55,7 +55,13 @@ twin = st.builds(
     observer=st.sampled_from(ObserverKind),
     max_shift=st.none() | st.integers(1, 11),
 )
-specs = uniform | twin
+from_zero = st.builds(
+    TensorSpec,
+    bits=st.integers(2, 8),
+    scheme=st.sampled_from([scheme for scheme in Scheme if scheme.from_zero]),
+    observer=st.sampled_from(ObserverKind),
+)
+specs = uniform | twin | from_zero
 searches = st.builds(
     ScaleSearch,
     metric=st.sampled_from(Metric),

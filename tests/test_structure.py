@@ -19,7 +19,7 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "_version", "budget", "recovery"),
     ("suggest", "files", "progress", "batches", "pick"),  # helpers that know errors alone
-    ("ops", "quantizers"),
+    ("ops", "log_ops", "quantizers"),
     ("observers", "search", "allocate"),
     (
         "graph",
@@ -44,6 +44,7 @@ BACKENDS_MAY_USE = {
     "errors",
     "spec",
     "ops",
+    "log_ops",
     "quantizers",
     "graph",
     "rewrite",

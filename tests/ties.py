@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
 
-Coded = UniformQuantizer | TwinUniformQuantizer
+Coded = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
 
 
 def places(quantizer: Coded, codes: Tensor) -> Tensor:
     """The place of each code's value among all values of the quantizer in ascending order."""
     if isinstance(quantizer, UniformQuantizer):
         return codes
+    if isinstance(quantizer, LogQuantizer):
+        return quantizer.zero_code - codes
     steps = (quantizer.dequantize(codes) / quantizer.scale).round().contiguous()
     magnitudes = torch.arange(quantizer.levels)
     coarse = magnitudes << quantizer.shift

@@ -46,6 +46,28 @@ def _per_tensor_reason(edge: Edge, granularity: Granularity, value: Tensor) -> s
     return ""
 
 
+def _check_scheme(edge: Edge, scheme: Scheme, hit: int) -> None:
+    """Checks that the scheme that a rule gives an edge has codes for what stands there."""
+    if scheme is Scheme.UNIFORM:
+        return
+    if edge.arg is Arg.WEIGHT:
+        raise PolicyError(
+            f"{edge.name}: rule {hit + 1} gives a weight scheme {scheme}, which is for "
+            "activations; add a rule with `arg: weight` before it, or `fed_by` to it"
+        )
+    if not edge.kind.is_product:
+        raise PolicyError(
+            f"{edge.name}: rule {hit + 1} gives what {edge.kind} reads scheme {scheme}, "
+            "which is for products; use scheme uniform"
+        )
+    if scheme.from_zero and edge.kind is OpKind.CONV:
+        raise PolicyError(
+            f"{edge.name}: rule {hit + 1} gives the input of a convolution scheme {scheme}, "
+            "which is for what linear and matmul read; add `fed_by: softmax` to the rule, or use "
+            "scheme uniform"
+        )
+
+
 def _is_last_axis_softmax(edge: Edge) -> bool:
     axis = arguments(edge.node).get("dim")
     return edge.kind is OpKind.SOFTMAX and axis in (-1, rank(edge.source) - 1)
@@ -68,8 +90,8 @@ class AssignSpecs:
 
         Raises:
             UnusedRuleError: a rule that is not optional matches no edge of the graph.
-            PolicyError: a rule gives the twin scheme to a weight or to no product; it is for
-                activations that a product reads.
+            PolicyError: a rule gives a scheme for activations that a product reads to a weight or
+                to no product, or one for values from zero up to a convolution.
         """
         # For each rule, the rules that decided the edges it matches.
         deciders: dict[int, set[int]] = {}
@@ -123,16 +145,7 @@ class AssignSpecs:
             return None, "left float: the weight is computed at run time"
         if edge.kind.is_product and rank(edge.source) < 2:
             return None, "left float: a vector operand has no integer kernel"
-        if spec.scheme is Scheme.TWIN_UNIFORM and edge.arg is Arg.WEIGHT:
-            raise PolicyError(
-                f"{edge.name}: rule {hit + 1} gives a weight scheme twin_uniform, which is for "
-                "activations; add a rule with `arg: weight` before it, or `fed_by` to it"
-            )
-        if spec.scheme is Scheme.TWIN_UNIFORM and not edge.kind.is_product:
-            raise PolicyError(
-                f"{edge.name}: rule {hit + 1} gives what {edge.kind} reads scheme twin_uniform, "
-                "which is for products; use scheme uniform"
-            )
+        _check_scheme(edge, spec.scheme, hit)
         if spec.observer is ObserverKind.SOFTMAX and not _is_last_axis_softmax(edge):
             spec = replace(spec, observer=ObserverKind.MINMAX)
             return spec, "observer minmax: it is no softmax along the last axis that reads it"

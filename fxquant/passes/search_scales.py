@@ -22,7 +22,14 @@ from torch import Tensor, fx
 from fxquant.graph import Edge, quantized_edges, submodule
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.progress import track
-from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import (
+    DynamicFocusingQuantizer,
+    LogQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+)
+from fxquant.search.from_zero import SearchedFromZero
 from fxquant.search.metrics import Unit, unit_shape
 from fxquant.search.output import Operand, ProductSample
 from fxquant.search.region_ratio import SearchedRatio
@@ -106,6 +113,9 @@ class _Work:
             values = sample.lhs if edge.arg in _LEFT else sample.rhs
             kind = SearchedRatio if self._options.search.opt_m else SearchedTwin
             return kind(quantizer, spec, self._options.search, values)
+        if isinstance(quantizer, DynamicFocusingQuantizer | LogQuantizer):
+            values = sample.lhs if edge.arg in _LEFT else sample.rhs
+            return SearchedFromZero(quantizer, spec, self._options.search, float(values.max()))
         if not isinstance(quantizer, UniformQuantizer):
             return f"its scale was not searched: no search for {type(quantizer).__name__}"
         unit = _unit(edge, quantizer)

@@ -8,11 +8,15 @@ from torch import Tensor
 
 from fxquant.errors import FileFormatError
 from fxquant.quantizers.base import Quantizer
+from fxquant.quantizers.dynamic_focusing import DynamicFocusingQuantizer, largest_start
+from fxquant.quantizers.log import LogQuantizer
 from fxquant.quantizers.twin_uniform import TwinUniformQuantizer, covering_shift
 from fxquant.quantizers.uniform import INT32_MAX, UniformQuantizer, affine_parameters
 
 __all__ = [
     "INT32_MAX",
+    "DynamicFocusingQuantizer",
+    "LogQuantizer",
     "Quantizer",
     "TwinUniformQuantizer",
     "UniformQuantizer",
@@ -20,11 +24,14 @@ __all__ = [
     "affine_parameters",
     "covering_shift",
     "from_config",
+    "largest_start",
 ]
 
 _TYPES: dict[str, Callable[[dict[str, object]], Quantizer]] = {
     "uniform": UniformQuantizer.from_config,
     "twin_uniform": TwinUniformQuantizer.from_config,
+    "dynamic_focusing": DynamicFocusingQuantizer.from_config,
+    "log": LogQuantizer.from_config,
 }
 
 

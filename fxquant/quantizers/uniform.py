@@ -11,6 +11,8 @@ from fxquant.quantizers.base import Quantizer
 from fxquant.spec import TensorSpec
 
 INT32_MAX = 2**31 - 1
+# Below this a scale's reciprocal overflows and x / scale becomes infinite.
+LEAST_SCALE = torch.finfo(torch.float32).tiny * 2**24
 
 
 def affine_parameters(lo: Tensor, hi: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
@@ -28,14 +30,12 @@ def affine_parameters(lo: Tensor, hi: Tensor, spec: TensorSpec) -> tuple[Tensor,
     """
     qmin, qmax = spec.code_range
     lo, hi = lo.float().clamp(max=0.0), hi.float().clamp(min=0.0)
-    # Below this a scale's reciprocal overflows and x / scale becomes infinite.
-    tiny = torch.finfo(torch.float32).tiny * 2**24
     if spec.symmetric:
         scale = torch.maximum(-lo / -qmin, hi / qmax)
-        scale = torch.where(scale > tiny, scale, torch.ones_like(scale))
+        scale = torch.where(scale > LEAST_SCALE, scale, torch.ones_like(scale))
         return scale, torch.zeros_like(scale)
     scale = (hi - lo) / (qmax - qmin)
-    scale = torch.where(scale > tiny, scale, torch.ones_like(scale))
+    scale = torch.where(scale > LEAST_SCALE, scale, torch.ones_like(scale))
     return scale, (qmin - lo / scale).round().clamp(qmin, qmax)
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant.backends.integer.coders import to_codes
 from fxquant.backends.integer.elementwise import Dequantize, Lookup, table_of
 from fxquant.backends.integer.kernels import Multiply
-from fxquant.backends.integer.modules import ToCodes
 from fxquant.backends.integer.new_graph import NewGraph
 from fxquant.backends.integer.operations import (
     MEANS,
@@ -28,7 +28,6 @@ from fxquant.backends.integer.operations import (
 )
 from fxquant.backends.integer.products import Coded, Product, make_product
 from fxquant.backends.integer.regions import fed_by_image, feeding_quantizers, is_size
-from fxquant.backends.integer.twin import TwinToCodes
 from fxquant.backends.integer.values import (
     Curve,
     Sums,
@@ -48,7 +47,7 @@ from fxquant.graph import (
     possible_edges,
     submodule,
 )
-from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import UniformQuantizer
 from fxquant.spec import OpKind
 
 
@@ -235,7 +234,7 @@ class _Builder:
         if node in self._image:
             if self._sums:  # a quantizer of its own would have been met at the start
                 raise LoweringError(f"{node.name} is float and joins integer values")
-            return self._new.call(name, _to_codes(wanted.quantizer), self._float(node))
+            return self._new.call(name, to_codes(wanted.quantizer), self._float(node))
         found = self._sum(node) if node.target in MEANS else self._sums.get(node)
         if isinstance(found, Curve):
             table = wanted.table(table_of(found.quantizer, found.function))
@@ -328,9 +327,3 @@ class _Builder:
             values = Dequantize(found.scale, found.axis)
             return self._new.call(f"{node.name}_out", values, found.node)
         return self._new.graph.node_copy(node, self._float)
-
-
-def _to_codes(quantizer: Coded) -> nn.Module:
-    if isinstance(quantizer, TwinUniformQuantizer):
-        return TwinToCodes(quantizer)
-    return ToCodes(quantizer)

@@ -3,7 +3,8 @@
 Before: ``linear(q_x(x), q_W(W), b)``
 After:  ``int_linear(to_codes(x), W_codes)``, ``W_codes`` and the bias integer buffers
 
-Codes of a twin quantizer are its code words; a product takes them apart (:mod:`twin`).
+Codes of a twin quantizer are its code words; a product takes them apart (:mod:`twin`). Those of a
+logarithmic one it decodes by a table and a shift (:mod:`log`).
 
 A product whose operands are not both quantized stays float, on dequantized codes where it has
 any. Equal quantizers of one value become one, so that a value is quantized once.
@@ -18,14 +19,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxquant.backends.integer.coders import from_codes, to_codes
 from fxquant.backends.integer.integer_only import build_integer_only
 from fxquant.backends.integer.kernels import affine_matmul, affine_whole
-from fxquant.backends.integer.modules import FromCodes, ToCodes, storage_dtype
+from fxquant.backends.integer.modules import storage_dtype
 from fxquant.backends.integer.products import Coded, make_product
-from fxquant.backends.integer.twin import TwinFromCodes, TwinToCodes
 from fxquant.errors import LoweringError
 from fxquant.graph import Edge, constant, edges, quantized_edges, stage, submodule
-from fxquant.quantizers import Quantizer, TwinUniformQuantizer
+from fxquant.quantizers import Quantizer
 from fxquant.spec import Stage
 from fxquant.verify import verify
 
@@ -47,13 +48,13 @@ def lower_to_integer(
     Returns:
         A graph that takes and gives what ``gm`` does. ``meta["float_because"]`` says why it is not
         integer-only, and is empty where it is; what follows is of the other form. Quantizers are
-        ``ToCodes`` or ``TwinToCodes`` modules or, for constants, integer buffers; products are
-        ``IntLinear``, ``IntConv`` and ``IntMatmul``. It has no gradients. ``meta["codes"]`` maps
-        the name of each quantizer of ``gm`` to the module or buffer that yields its codes.
+        modules such as ``ToCodes`` or, for constants, integer buffers; products are ``IntLinear``,
+        ``IntConv`` and ``IntMatmul``. It has no gradients. ``meta["codes"]`` maps the name of each
+        quantizer of ``gm`` to the module or buffer that yields its codes.
 
     Raises:
         LoweringError: another stage; integer-only was asked for and cannot be; or a product with
-            a scale along its summed axis or a quantizer that is neither uniform nor twin uniform.
+            a scale along its summed axis or a quantizer of another kind.
     """
     if "stage" not in gm.meta or stage(gm) is not Stage.FROZEN:
         found = stage(gm).name if "stage" in gm.meta else "none"
@@ -130,12 +131,7 @@ def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: Coded) -> fx.Node:
     source = node.all_input_nodes[0]
     value = constant(gm, source)
     if value is None:
-        module: nn.Module = (
-            TwinToCodes(quantizer)
-            if isinstance(quantizer, TwinUniformQuantizer)
-            else ToCodes(quantizer)
-        )
-        return _emit(gm, node, f"codes.{_leaf(node)}", module, source)
+        return _emit(gm, node, f"codes.{_leaf(node)}", to_codes(quantizer), source)
     name = f"{_leaf(node)}_codes"
     gm.register_buffer(name, quantizer.quantize(value).to(storage_dtype(quantizer)).contiguous())
     with gm.graph.inserting_before(node):
@@ -163,13 +159,8 @@ def _dequantize_rest(gm: fx.GraphModule, node: fx.Node, code: fx.Node) -> None:
     if node.users:
         quantizer = submodule(gm, node)
         assert isinstance(quantizer, Coded)
-        module: nn.Module = (
-            TwinFromCodes(quantizer)
-            if isinstance(quantizer, TwinUniformQuantizer)
-            else FromCodes(quantizer)
-        )
         name = f"values.{_leaf(node)}"
-        node.replace_all_uses_with(_emit(gm, node, name, module, code))
+        node.replace_all_uses_with(_emit(gm, node, name, from_codes(quantizer), code))
     gm.graph.erase_node(node)
 
 

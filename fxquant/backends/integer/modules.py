@@ -20,17 +20,18 @@ from fxquant.backends.integer.kernels import (
     affine_matmul,
     sum_products,
 )
+from fxquant.backends.integer.log import LogSide
 from fxquant.backends.integer.twin import TwinSide
 from fxquant.ops import broadcast
-from fxquant.quantizers import INT32_MAX, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import INT32_MAX, LogQuantizer, TwinUniformQuantizer, UniformQuantizer
 
 
-def storage_dtype(quantizer: UniformQuantizer | TwinUniformQuantizer) -> torch.dtype:
+def storage_dtype(quantizer: UniformQuantizer | TwinUniformQuantizer | LogQuantizer) -> torch.dtype:
     """The narrowest integer type that holds every code.
 
     int8 or uint8 up to 8 bits, else int16, and int32 for the unsigned codes of 16 bits.
     """
-    if isinstance(quantizer, TwinUniformQuantizer):
+    if not isinstance(quantizer, UniformQuantizer):
         return torch.uint8
     if quantizer.bits <= 8:
         return torch.int8 if quantizer.qmin < 0 else torch.uint8
@@ -99,10 +100,8 @@ class Side(nn.Module):
         super().__init__()
         self.axis = axis
         centred = not bool(quantizer.zero_point.any())
-        # Zero is on the grid, so that no code is further from zero_point than the whole range.
-        self.bound = (
-            max(-quantizer.qmin, quantizer.qmax) if centred else quantizer.qmax - quantizer.qmin
-        )
+        zeros = quantizer.zero_point
+        self.bound = int(torch.maximum(zeros - quantizer.qmin, quantizer.qmax - zeros).max())
         self.register_buffer("scale", quantizer.scale.clone())
         zero = None if centred else quantizer.zero_point.to(torch.int32)
         self.register_buffer("zero_point", zero)
@@ -123,10 +122,14 @@ class Side(nn.Module):
         return f"bound={self.bound}, axis={self.axis}, zero_point={self.zero_point is not None}"
 
 
+# An operand of a product.
+AnySide = Side | TwinSide | LogSide
+
+
 class IntMatmul(nn.Module):
     """``lhs @ rhs`` of codes; a scale may run along any axis but the summed one."""
 
-    def __init__(self, lhs: Side | TwinSide, rhs: Side | TwinSide) -> None:
+    def __init__(self, lhs: AnySide, rhs: AnySide) -> None:
         super().__init__()
         self.lhs, self.rhs = lhs, rhs
 
@@ -152,7 +155,7 @@ class IntLinear(nn.Module):
 
     bias_codes: Tensor | None
 
-    def __init__(self, x: Side | TwinSide, weight: Side, bias_codes: Tensor | None) -> None:
+    def __init__(self, x: AnySide, weight: Side, bias_codes: Tensor | None) -> None:
         super().__init__()
         self.input, self.weight = x, weight
         self.register_buffer("bias_codes", bias_codes)
@@ -190,7 +193,7 @@ class IntConv(nn.Module):
     bias_codes: Tensor | None
 
     def __init__(
-        self, x: Side | TwinSide, weight: Side, bias_codes: Tensor | None, geometry: Geometry
+        self, x: AnySide, weight: Side, bias_codes: Tensor | None, geometry: Geometry
     ) -> None:
         super().__init__()
         self.input, self.weight, self.geometry = x, weight, geometry

@@ -8,15 +8,23 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.integer.convolve import Geometry
-from fxquant.backends.integer.modules import IntConv, IntLinear, IntMatmul, Side, bias_codes
+from fxquant.backends.integer.log import LogSide
+from fxquant.backends.integer.modules import (
+    AnySide,
+    IntConv,
+    IntLinear,
+    IntMatmul,
+    Side,
+    bias_codes,
+)
 from fxquant.backends.integer.twin import TwinSide
 from fxquant.errors import LoweringError
 from fxquant.graph import Edge, arguments, constant, submodule
-from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import LogQuantizer, Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.spec import OpKind
 
 # The quantizers whose codes this backend multiplies.
-Coded = UniformQuantizer | TwinUniformQuantizer
+Coded = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
 Product = IntLinear | IntConv | IntMatmul
 
 
@@ -43,7 +51,7 @@ def make_product(
         if isinstance(quantizer, Quantizer) and not isinstance(quantizer, Coded):
             raise LoweringError(
                 f"{edge.name} ({edge.path}): the integer backend multiplies the codes of "
-                f"uniform and twin uniform quantizers, got {type(quantizer).__name__}; give "
+                f"uniform, twin and logarithmic quantizers, got {type(quantizer).__name__}; give "
                 "the edge scheme uniform or keep one operand float (spec: null)"
             )
     if left.kind is OpKind.MATMUL:
@@ -70,7 +78,7 @@ def _conv(gm: fx.GraphModule, x: Edge, weight: Edge) -> tuple[IntConv, tuple[fx.
     return IntConv(*sides, bias, _geometry(arguments(x.node), kernel)), rest
 
 
-def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> Side | TwinSide:
+def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnySide:
     """An activation as operand of a product over its axis ``summed``.
 
     Raises:
@@ -79,6 +87,8 @@ def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> Side | TwinSide:
     quantizer = submodule(gm, edge.source)
     if isinstance(quantizer, TwinUniformQuantizer):
         return TwinSide(quantizer)
+    if isinstance(quantizer, LogQuantizer):
+        return LogSide(quantizer)
     assert isinstance(quantizer, UniformQuantizer)
     if quantizer.axis == summed:
         raise _axis_error(edge, quantizer.axis, "the sum runs over it, so no scale factors out")
@@ -114,7 +124,7 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
 
 
 def _split_bias(
-    gm: fx.GraphModule, weight: Edge, sides: tuple[Side | TwinSide, Side], bias: fx.Node | None
+    gm: fx.GraphModule, weight: Edge, sides: tuple[AnySide, Side], bias: fx.Node | None
 ) -> tuple[Tensor | None, tuple[fx.Node, ...]]:
     """The bias as integer codes, or else as the float argument that it is."""
     depth = _constant_shape(gm, weight)[1:].numel()

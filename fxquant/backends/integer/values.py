@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.backends.integer.modules import IntMatmul, Side, storage_dtype
+from fxquant.backends.integer.log import LogRequantize
+from fxquant.backends.integer.modules import AnySide, IntMatmul, Side, storage_dtype
 from fxquant.backends.integer.products import Coded, Product
 from fxquant.backends.integer.requantize import Requantize, TwinRequantize
-from fxquant.backends.integer.twin import TwinSide
 from fxquant.errors import LoweringError
 from fxquant.graph import aten, constant, example_size, operand, replay
 from fxquant.ops import broadcast
-from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
 
 
 class Sums(NamedTuple):
@@ -90,6 +90,8 @@ class Wanted:
         zero_point, axis = torch.zeros_like(quantizer.scale), None
         if isinstance(quantizer, UniformQuantizer):
             zero_point, axis = quantizer.zero_point, quantizer.axis
+        if isinstance(quantizer, LogQuantizer):
+            zero_point = torch.full_like(quantizer.scale, quantizer.zero_code)
         return cls(
             key=(json.dumps(quantizer.config()), *buffers),
             quantizer=quantizer,
@@ -124,12 +126,15 @@ class Wanted:
         """The one code that stands for zero.
 
         Raises:
-            LoweringError: there are several.
+            LoweringError: there are several, or none.
         """
         codes = set(self.zero_point.flatten().tolist())
         if len(codes) > 1:
             raise LoweringError("padding needs one zero point, the codes there have several")
-        return int(codes.pop())
+        code = int(codes.pop())
+        if isinstance(self.quantizer, UniformQuantizer) and code < self.quantizer.qmin:
+            raise LoweringError("padding needs a code for zero, and the interval begins above it")
+        return code
 
     def constant(self, value: Tensor) -> Tensor:
         """Codes of a constant."""
@@ -160,6 +165,8 @@ class Wanted:
         ratio = sums.scale / self.scale
         if isinstance(self.quantizer, TwinUniformQuantizer):
             return TwinRequantize(self.quantizer, ratio, axis=axis, bound=sums.bound)
+        if isinstance(self.quantizer, LogQuantizer):
+            return LogRequantize(self.quantizer, ratio)
         ends = self.quantizer.qmin, self.quantizer.qmax
         return Requantize(
             ratio, self.zero_point, axis=axis, bound=sums.bound, ends=ends, dtype=self.dtype
@@ -224,8 +231,8 @@ def sums_of_product(call: fx.Node, product: Product, weight: Tensor | None, node
     return Sums(call, (left.scale * right.scale).double(), axis, bound)
 
 
-def _axis(side: Side | TwinSide) -> int | None:
-    return None if isinstance(side, TwinSide) else side.axis
+def _axis(side: AnySide) -> int | None:
+    return side.axis if isinstance(side, Side) else None
 
 
 def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: Wanted) -> Tensor:

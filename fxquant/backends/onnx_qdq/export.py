@@ -24,6 +24,7 @@ from fxquant.backends.onnx_qdq.doctor import (
     optimization_difference,
     relative_difference,
 )
+from fxquant.backends.onnx_qdq.focusing import rewrite_focusing
 from fxquant.backends.onnx_qdq.legalize import Legalizer
 from fxquant.backends.onnx_qdq.packing import pack_weights
 from fxquant.backends.onnx_qdq.rules import check_rules
@@ -172,6 +173,7 @@ def _translate(
     """The model, the widths of its weights' codes by name, and what twin quantizers became."""
     own = copy.deepcopy(gm).to("cpu")
     twins = rewrite_twins(own)
+    rewrite_focusing(own)
     widths = Legalizer(own, target).run()
     images = torch.zeros(2, *image_shape)
     try:

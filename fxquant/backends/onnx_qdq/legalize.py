@@ -83,8 +83,9 @@ class Legalizer:
         module = submodule(self.gm, edge.source)
         if isinstance(module, Quantizer) and not isinstance(module, UniformQuantizer):
             raise LoweringError(
-                f"{edge.name}: ONNX has no form of {type(module).__name__}; use another scheme "
-                "for this edge, or the integer backend"
+                f"{edge.name}: ONNX has no form of {type(module).__name__}: its QuantizeLinear is "
+                "uniform; use scheme uniform, twin_uniform or dynamic_focusing for this edge, or "
+                'the integer backend, lower("integer")'
             )
         return edge, module if isinstance(module, UniformQuantizer) else None
 

@@ -117,7 +117,7 @@ class _Twin:
             moved = self._call(aten.where.self, self._is_coarse, self._coarse, self._fine)
         self.node.update_arg(0, moved)
         zero = self.quantizer.grid_zero_point
-        uniform = _unsigned(self.quantizer.scale, zero, bits=8)
+        uniform = unsigned(self.quantizer.scale, zero, bits=8)
         self.gm.set_submodule(str(self.node.target), uniform)
 
     def _split(self, edge: Edge) -> None:
@@ -149,8 +149,8 @@ class _Twin:
                     self._call(aten.where.self, self._is_coarse, self.x, zero),
                 )
             bits = twin.bits - 1
-            low = _unsigned(twin.scale, twin.grid_zero_point, bits=bits)
-            high = _unsigned(twin.coarse_scale, 0, bits=bits)
+            low = unsigned(twin.scale, twin.grid_zero_point, bits=bits)
+            high = unsigned(twin.coarse_scale, 0, bits=bits)
             return self._quantizer("low", low, parts[0]), self._quantizer("high", high, parts[1])
 
     @cached_property
@@ -212,7 +212,8 @@ def _leaf(node: fx.Node) -> str:
     return str(node.target).rpartition(".")[2]
 
 
-def _unsigned(scale: Tensor, zero: int, *, bits: int) -> UniformQuantizer:
+def unsigned(scale: Tensor, zero: int, *, bits: int) -> UniformQuantizer:
+    """A uniform quantizer of unsigned codes, per tensor."""
     point = torch.tensor(float(zero))
     return UniformQuantizer(scale, point, bits=bits, signed=False, axis=None)
 

@@ -1,0 +1,35 @@
+"""Rewrites dynamic focusing quantizers as a clip and a uniform quantizer of 8 bits.
+
+    focusing(x)     uniform(clip(x, b1, b2), scale)
+
+Both ends of the interval are whole steps, so values clipped there are rounded nowhere else, and the
+uniform quantizer's codes are those of the interval plus its start (arXiv 2502.04628, eq. 15).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxquant.backends.onnx_qdq.twin import unsigned
+from fxquant.graph import aten, operand, submodule
+from fxquant.quantizers import DynamicFocusingQuantizer
+from fxquant.rewrite import emit
+
+
+@torch.no_grad()
+def rewrite_focusing(gm: fx.GraphModule) -> None:
+    """Rewrites every dynamic focusing quantizer in place.
+
+    Args:
+        gm: a copy of a FROZEN graph whose nodes carry shapes.
+    """
+    for node in list(gm.graph.nodes):
+        quantizer = submodule(gm, node)
+        if not isinstance(quantizer, DynamicFocusingQuantizer):
+            continue
+        with gm.graph.inserting_before(node):
+            ends = quantizer.interval
+            clipped = emit(gm, aten.clamp.default, operand(node, 0), *ends, like=node)
+        node.update_arg(0, clipped)
+        gm.set_submodule(str(node.target), unsigned(quantizer.scale, 0, bits=8))

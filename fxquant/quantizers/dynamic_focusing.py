@@ -1,0 +1,88 @@
+"""The dynamic focusing quantizer: a clip and a uniform grid (arXiv 2502.04628, eq. 15)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.errors import CalibrationError
+from fxquant.quantizers.uniform import LEAST_SCALE, UniformQuantizer
+from fxquant.spec import TensorSpec
+
+_BYTE_MAX = 255
+
+
+class DynamicFocusingQuantizer(UniformQuantizer):
+    """A uniform grid over the interval ``[b1, b2]`` where most of the values lie.
+
+    Values below ``b1`` take code 0, values above ``b2`` the last one, and between them codes are
+    uniform with step ``scale = (b2 - b1) / (2^bits - 1)``. Here ``b1`` is a whole number of steps,
+    ``start``, so that all values lie on one plain grid from zero whose points 8-bit codes number:
+    ``value = (start + code) * scale``. A run-time then needs a clip and an ordinary uniform
+    quantizer, on integer kernels as they are. At 8 bits that leaves ``start`` 0.
+
+    What is below ``b1`` reads as ``b1``, which is the nearest value of the grid. Read as 0 it would
+    be one more value off the uniform grid, which no clip and no single QDQ pair can express.
+
+    Unlike in the parent class zero need not be a value: ``zero_point`` is ``-start``, in
+    ``[2^bits - 256, 0]``. ``scale`` and ``zero_point`` have shape ``()``, codes are unsigned.
+    """
+
+    def __init__(self, scale: Tensor, *, start: int, bits: int) -> None:
+        """Makes the quantizer.
+
+        Raises:
+            CalibrationError: the scale is not finite and positive, or the interval begins below
+                zero or ends beyond the codes of 8 bits.
+        """
+        if not 0 <= start <= largest_start(bits):
+            raise CalibrationError(
+                f"an interval of {bits}-bit codes starts 0 to {largest_start(bits)} steps above "
+                f"zero, got {start}"
+            )
+        zero_point = torch.full_like(scale, -float(start))
+        super().__init__(scale, zero_point, bits=bits, signed=False, axis=None)
+
+    @classmethod
+    def reaching(cls, top: float, start: int, bits: int) -> DynamicFocusingQuantizer:
+        """The quantizer whose interval begins ``start`` steps above zero and ends at ``top``."""
+        step = top / (start + (1 << bits) - 1)
+        step = step if step > LEAST_SCALE else 1.0  # a range of width zero has any scale
+        return cls(torch.tensor(step, dtype=torch.float32), start=start, bits=bits)
+
+    @classmethod
+    def from_range(
+        cls, lo: Tensor, hi: Tensor, spec: TensorSpec, axis: int | None
+    ) -> DynamicFocusingQuantizer:
+        """The quantizer from zero to ``hi``, ``()``: where the search for ``b1`` begins."""
+        assert axis is None, "AssignSpecs gives this scheme per tensor alone"
+        return cls.reaching(float(hi), 0, spec.bits).to(hi.device)
+
+    @property
+    def start(self) -> int:
+        """``b1`` in steps."""
+        return -int(self.zero_point)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """``b1`` and ``b2``."""
+        step = float(self.scale)
+        return self.start * step, (self.start + self.qmax) * step
+
+    def config(self) -> dict[str, object]:
+        """Bit-width; the start is in the buffers."""
+        return {"type": "dynamic_focusing", "bits": self.bits}
+
+    @classmethod
+    def from_config(cls, config: dict[str, object]) -> DynamicFocusingQuantizer:
+        """Rebuilds the module; the buffers are then loaded from the state dict."""
+        return cls(torch.ones(()), start=0, bits=int(config["bits"]))  # type: ignore[call-overload]
+
+    def extra_repr(self) -> str:
+        """Bit-width and start."""
+        return f"bits={self.bits}, start={self.start}"
+
+
+def largest_start(bits: int) -> int:
+    """The largest ``b1`` in steps with which 8-bit codes number the whole interval."""
+    return _BYTE_MAX - ((1 << bits) - 1)
