@@ -21,6 +21,7 @@ from fxquant.network_loss import float_outputs
 from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
+    AttachLowRank,
     CorrectBias,
     DropNoOps,
     FoldBatchNorm,
@@ -145,7 +146,7 @@ def compile(
         clock.lap("search")
     if recipe.bias_correction:
         results |= run_passes(gm, (CorrectBias(samples),))
-    results |= run_passes(gm, (QuantizeBias(),))
+    results |= run_passes(gm, (*_branches(recipe, samples), QuantizeBias()))
     clock.lap("fit")
     report = _report(gm, recipe, results, images.first, seen, clock, outcome)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
@@ -172,6 +173,10 @@ def _choose_smoothing(
     assert recipe.samples is not None
     batches = _shown(images, "sample", progress)
     return choose_smoothing(gm, batches, recipe.samples, loss, progress=progress)
+
+
+def _branches(recipe: Policy, samples: dict[str, ProductSample]) -> tuple[Pass, ...]:
+    return () if recipe.low_rank is None else (AttachLowRank(samples, recipe.low_rank),)
 
 
 class _Clock:

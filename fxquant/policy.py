@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fxquant.budget import Allocation
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
+from fxquant.low_rank import LowRank
 from fxquant.spec import (
     GRADIENT_METRICS,
     Arg,
@@ -102,6 +103,8 @@ class Policy:
             least, folded into the weights around them (SQ-b, arXiv 2401.14895).
         bias_correction: take the mean output error of the rounded weights out of the biases
             (arXiv 2111.12293, section 5.3).
+        low_rank: branches beside linears that add what rounding took from their weights (LQER,
+            arXiv 2402.02446), kept where they lower the output error.
         allocation: which width each edge gets, within a budget; None leaves the rules' widths.
     """
 
@@ -112,6 +115,7 @@ class Policy:
     reparameterize: bool = False
     smooth: bool = False
     bias_correction: bool = False
+    low_rank: LowRank | None = None
     allocation: Allocation | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +130,8 @@ class Policy:
             raise PolicyError(
                 f"allocation must be an Allocation or None, got {self.allocation!r:.80}"
             )
+        if self.low_rank is not None and not isinstance(self.low_rank, LowRank):
+            raise PolicyError(f"low_rank must be a LowRank or None, got {self.low_rank!r:.80}")
         check_flag(self, "reparameterize")
         check_flag(self, "smooth")
         check_flag(self, "bias_correction")
@@ -152,7 +158,8 @@ class Policy:
             self.search is None or self.search.metric not in GRADIENT_METRICS
         ):
             return replace(self.search or ScaleSearch(), metric=Metric.FISHER)
-        if self.search is None and (self.bias_correction or self.smooth):
+        branches = self.low_rank is not None
+        if self.search is None and (self.bias_correction or self.smooth or branches):
             return ScaleSearch(metric=Metric.MSE)  # rows without gradients
         return self.search
 

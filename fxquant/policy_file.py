@@ -14,6 +14,7 @@ from fxquant import policies
 from fxquant.budget import Allocation, Budget, Method, Sensitivity
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.files import write_text
+from fxquant.low_rank import LowRank
 from fxquant.policy import Policy, Rule
 from fxquant.spec import (
     Arg,
@@ -110,6 +111,8 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     if policy.search is not None:  # the metric is always spelled out, for the reader
         changed = _changed(policy.search, ScaleSearch())
         values["search"] = {"metric": str(policy.search.metric), **changed}
+    if policy.low_rank is not None:
+        values["low_rank"] = {k: v for k, v in asdict(policy.low_rank).items() if v is not None}
     if policy.allocation is not None:
         budget = {str(cost): limit for cost, limit in policy.allocation.budget.limits.items()}
         changed = _changed(policy.allocation, Allocation(budget=policy.allocation.budget))
@@ -178,6 +181,9 @@ def _policy(values: Any, where: Callable[[Location], str]) -> Policy:
     if given.get("search") is not None:
         search = _mapping(given["search"], ScaleSearch, ("search",), where)
         given["search"] = _build(ScaleSearch, search, ("search",), where)
+    if given.get("low_rank") is not None:
+        low_rank = _mapping(given["low_rank"], LowRank, ("low_rank",), where)
+        given["low_rank"] = _build(LowRank, low_rank, ("low_rank",), where)
     if given.get("allocation") is not None:
         given["allocation"] = _allocation(given["allocation"], where)
     return _build(Policy, {"name": "custom", **given}, (), where)  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
 from fxquant.errors import CalibrationError, PassError, VerifyError
 from fxquant.graph import Edge, edges, get_parameter, op_kind, submodule
+from fxquant.low_rank import LowRank
 from fxquant.observers import Observer
 from fxquant.passes import (
     AssignSpecs,
@@ -206,6 +207,7 @@ OPTIONS = {
     "SmoothWithBias": [Choices({}, {}, {})],
     "SearchScales": ({}, ScaleSearch()),
     "CorrectBias": ({},),
+    "AttachLowRank": ({}, LowRank(rank=1)),
 }
 PASSES: list[Callable[[], Pass]] = [
     lambda name=name: getattr(passes, name)(*OPTIONS.get(name, ()))
@@ -215,7 +217,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 18
+    assert len(PASSES) == 19
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

@@ -1,0 +1,321 @@
+"""AttachLowRank as a pass, and compile() with branches in every backend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxquant
+from fxquant import CompiledModel, LowRank, Policy, policies
+from fxquant.backends.onnx_qdq import doctor
+from fxquant.demo.glyphs import GlyphDataset
+from fxquant.demo.models import NAMES, build
+from fxquant.errors import PassError
+from fxquant.graph import edges, submodule
+from fxquant.passes import (
+    AssignSpecs,
+    AttachLowRank,
+    CorrectBias,
+    Freeze,
+    InsertObservers,
+    PassResult,
+    run_passes,
+)
+from fxquant.policy import Rule
+from fxquant.policy_file import policy_from_dict, policy_to_dict, read_policy, write_policy
+from fxquant.quantizers import TwinUniformQuantizer
+from fxquant.samples import sample_products
+from fxquant.search.output import ProductSample
+from fxquant.spec import Granularity, Metric, ScaleSearch, TensorSpec
+from fxquant.testing import DIM, Block, images, op_names, seeded, tokens
+from tests.agreement import assert_same_codes
+from tests.graphs import EIGHT, WEIGHT, canonical, reasons
+from tests.integer_helpers import assert_integer_equals_simulation
+
+COARSE = replace(WEIGHT, bits=3)
+W3A8 = (Rule(arg="weight", spec=COARSE), Rule(spec=EIGHT))
+ROWS = ScaleSearch(rows=10_000, metric=Metric.FISHER)
+
+Frozen = tuple[fx.GraphModule, dict[str, ProductSample]]
+
+
+def frozen(model: nn.Module, x: Tensor, rules: tuple[Rule, ...] = W3A8) -> Frozen:
+    gm = canonical(model, x)
+    run_passes(gm, [AssignSpecs(rules), InsertObservers()])
+    samples, _ = sample_products(gm, [(x, None)], ROWS)
+    run_passes(gm, [Freeze()])
+    return gm, samples
+
+
+@cache
+def _block() -> Frozen:
+    return frozen(Block(), tokens(24))
+
+
+def block() -> Frozen:
+    gm, samples = _block()
+    return copy.deepcopy(gm), samples
+
+
+def attach(gm: fx.GraphModule, samples: dict[str, ProductSample], **options: object) -> PassResult:
+    item = AttachLowRank(samples, LowRank(**(options or {"rank": 2})))
+    return run_passes(gm, [item])["AttachLowRank"]
+
+
+def ranks(gm: fx.GraphModule) -> dict[str, int]:
+    """Rank of the branch beside each linear that has one."""
+    return {
+        edge.node.name.removesuffix("_up"): int(edge.node.args[0].meta["val"].shape[-1])
+        for edge in edges(gm)
+        if edge.name.endswith("_up__input")
+    }
+
+
+def output_error(gm: fx.GraphModule, model: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((gm(x) - model(x)).square().mean())
+
+
+def test_a_linear_gets_a_branch_whose_parts_are_nodes_like_any_other() -> None:
+    gm, samples = frozen(nn.Linear(DIM, 6), tokens(40))
+    result = attach(gm, samples)
+    quantizer = "UniformQuantizer"
+    assert op_names(gm) == [
+        *(quantizer, quantizer),  # of input and weight
+        *(quantizer, "linear"),
+        *(quantizer, quantizer, "linear"),
+        *("linear", "add"),
+    ]
+    found = {edge.name: edge for edge in edges(gm)}
+    assert list(found) == [
+        *("linear_down__input", "linear_down__weight", "linear_up__input", "linear_up__weight"),
+        *("linear__input", "linear__weight"),
+    ]
+    assert found["linear_down__input"].source is found["linear__input"].source
+    assert found["linear_down__input"].spec == EIGHT == found["linear_up__input"].spec
+    assert found["linear_down__weight"].spec == WEIGHT == found["linear_up__weight"].spec
+    assert [q.scale.numel() for q in map(submodule_of(gm), found.values())] == [1, 2, 1, 6, 1, 6]
+    (gain,) = result.gains
+    # 2 (8 + 6) multiplications on 48; as many bytes, and 6 + 2 + 1 scales.
+    assert gain.choice == "branch of rank 2, +58.3% multiplications, +64 bytes"
+    assert result.changed == 1 and result.skips == () and gain.ratio < 0.98
+
+
+def submodule_of(gm: fx.GraphModule) -> Callable[..., nn.Module]:
+    return lambda edge: submodule(gm, edge.source)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_the_function_comes_closer_with_each_rank(rank: int) -> None:
+    model, x = seeded(nn.Linear(DIM, 6)), tokens(40)
+    gm, samples = frozen(model, x)
+    before = output_error(gm, model, x)
+    (gain,) = attach(gm, samples, rank=rank).gains
+    after = output_error(gm, model, x)
+    assert after < before * {1: 0.8, 2: 0.6, 4: 0.3}[rank]
+    assert gain.ratio < 1
+
+
+def test_at_full_rank_the_error_of_the_weight_is_gone() -> None:
+    """What is left is that of 8-bit activations and factors."""
+    model, x = seeded(nn.Linear(DIM, 6)), tokens(40)
+    (gm, samples), (fine, _) = frozen(model, x), frozen(model, x, (Rule(spec=EIGHT),))
+    before = output_error(gm, model, x)
+    attach(gm, samples, rank=100)
+    assert ranks(gm) == {"linear": 6}
+    assert output_error(gm, model, x) < 3 * output_error(fine, model, x) < before / 20
+
+
+def test_every_linear_of_a_block_gets_one_twins_and_shared_inputs_too() -> None:
+    model, x = seeded(Block()), tokens(24)
+    gm, samples = frozen(Block(), x, policies.ptq4vit(3, 6).rules)
+    before = output_error(gm, model, x)
+    result = attach(gm, samples)
+    assert result.changed == 6 and result.skips == ()
+    assert ranks(gm) == dict.fromkeys(
+        ("attn_qkv", "attn_qkv_1", "attn_qkv_2", "attn_proj", "fc1", "fc2"), 2
+    )
+    by_name = {edge.name: edge.source for edge in edges(gm)}
+    assert len({by_name[f"attn_qkv{part}__input"] for part in ("", "_1", "_down", "_1_down")}) == 1
+    assert isinstance(submodule(gm, by_name["fc2_down__input"]), TwinUniformQuantizer)
+    assert output_error(gm, model, x) < 0.8 * before
+
+
+def test_a_second_run_changes_nothing() -> None:
+    gm, samples = block()
+    assert attach(gm, samples).changed == 6
+    names, once = op_names(gm), gm(tokens())
+    assert attach(gm, samples) == PassResult(0)
+    assert op_names(gm) == names and torch.equal(gm(tokens()), once)
+
+
+def test_only_a_frozen_graph_gets_branches() -> None:
+    with pytest.raises(PassError, match="AttachLowRank takes a graph in stage FROZEN, got FLOAT"):
+        attach(canonical(Block(), tokens()), {})
+
+
+def test_a_linear_without_a_branch_says_why() -> None:
+    rules = (
+        Rule(path="attn.proj", arg="input", spec=TensorSpec(granularity=Granularity.CHANNEL)),
+        Rule(path="fc1", arg="weight", spec=None),
+        Rule(path="fc2", arg="input", spec=None),
+        *W3A8,
+    )
+    gm, samples = frozen(Block(), tokens(24), rules)
+    del samples["attn_qkv_1"]
+    result = attach(gm, samples)
+    assert reasons(result) == {
+        "attn_qkv_1": "no branch: no rows of the product were sampled",
+        "attn_proj": "no branch: the input has a scale per channel",
+        "fc1": "no branch: the weight is float",
+        "fc2": "no branch: the input is float, and so is the product",
+    }
+    assert ranks(gm) == {"attn_qkv": 2, "attn_qkv_2": 2}
+
+
+def test_a_convolution_stays() -> None:
+    gm, samples = frozen(nn.Conv2d(3, 4, 2), images(6))
+    before = op_names(gm)
+    assert reasons(attach(gm, samples)) == {"conv": "no branch: it is a convolution"}
+    assert op_names(gm) == before
+
+
+def test_a_branch_that_lowers_no_error_is_left_out() -> None:
+    """Two bits of the input make nearly all of the error, which a branch cannot lower."""
+    rules = (Rule(arg="weight", spec=replace(WEIGHT, bits=8)), Rule(spec=TensorSpec(bits=2)))
+    gm, samples = frozen(nn.Linear(DIM, 6), tokens(40), rules)
+    before = op_names(gm)
+    (reason,) = reasons(attach(gm, samples)).values()
+    assert reason.startswith("no branch: the output error would fall from ")
+    assert op_names(gm) == before
+
+
+def test_a_corrected_mean_stays_corrected() -> None:
+    model, x = seeded(nn.Linear(DIM, 6)), tokens(40) + 0.7
+    gm, samples = frozen(
+        model, x, (Rule(arg="weight", spec=COARSE), Rule(spec=TensorSpec(bits=12)))
+    )
+    run_passes(gm, [CorrectBias(samples)])
+    before = output_error(gm, model, x)
+    assert attach(gm, samples).changed == 1
+    with torch.no_grad():
+        assert float((gm(x) - model(x)).mean((0, 1)).abs().max()) < 1e-3
+    assert output_error(gm, model, x) < 0.7 * before
+
+
+def test_a_share_of_bytes_goes_to_some_layers_and_is_kept() -> None:
+    gm, samples = block()
+    bytes_before = fxquant.report.weight_bytes(gm)
+    whole = 8 * DIM * DIM * 3 // 8
+    result = attach(gm, samples, share=0.5)
+    found = ranks(gm)
+    assert 0 < len(found) < 6 and max(found.values()) <= DIM // 2
+    assert set(found) | set(reasons(result)) == {
+        *("attn_qkv", "attn_qkv_1", "attn_qkv_2", "attn_proj", "fc1", "fc2")
+    }
+    assert "no branch: other layers gain more for the same bytes" in reasons(result).values()
+    bytes_after = fxquant.report.weight_bytes(gm)
+    added = bytes_after[1] - bytes_before[1]
+    assert 0 < added <= 0.5 * whole
+    assert bytes_after[0] == bytes_before[0]  # the float model has no factors
+
+
+def test_a_share_as_a_rank_is_one_of_the_channels() -> None:
+    gm, samples = frozen(nn.Linear(DIM, 6), tokens(40))
+    attach(gm, samples, rank=0.4)
+    assert ranks(gm) == {"linear": 2}
+
+
+# compile()
+
+
+def branched(weight_bits: int, act_bits: int, **options: object) -> Policy:
+    low_rank = LowRank(**(options or {"rank": 2}))
+    return replace(policies.ptq4vit(weight_bits, act_bits), low_rank=low_rank)
+
+
+@cache
+def compiled(weight_bits: int, act_bits: int) -> CompiledModel:
+    """A block; not to be changed."""
+    return fxquant.compile(seeded(Block()), [tokens(24)], branched(weight_bits, act_bits))
+
+
+@pytest.mark.parametrize("bits", [(3, 4), (3, 8)])
+def test_every_backend_computes_the_branches(bits: tuple[int, int], tmp_path: Path) -> None:
+    """With twin codes in one product (4 bits) and in two (8 bits)."""
+    model, x = compiled(*bits), tokens(5)
+    count = model.report.changes["AttachLowRank"]
+    assert count >= 5
+    assert_integer_equals_simulation(model.graph_module, model.lower("integer"), x)
+    exported = model.export_onnx(tmp_path / "m.onnx")
+    assert exported.unfused == ()
+    assert sum(exported.fused.values()) >= 8 + 2 * count
+    assert_same_codes(model, exported.path, x)
+
+
+def test_a_value_that_a_product_and_its_branch_read_is_quantized_once(tmp_path: Path) -> None:
+    policy = replace(policies.minmax(3, 8), low_rank=LowRank(rank=2))
+    model = fxquant.compile(seeded(nn.Linear(DIM, 6)), [tokens(24)], policy)
+    path = model.export_onnx(tmp_path / "m.onnx").path
+    written = [node.op_type for node in onnx.load(str(path)).graph.node]
+    assert written.count("QuantizeLinear") == 2  # of the input, and between the factors
+    report = doctor(path)
+    assert report.ok and report.unfused == () and sum(report.fused.values()) == 3
+
+
+def test_saving_and_loading_keeps_branches(tmp_path: Path) -> None:
+    model, x = compiled(3, 4), tokens(5)
+    model.save(tmp_path)
+    again = fxquant.load(tmp_path)
+    assert torch.equal(again(x), model(x)) and again.plan == model.plan
+    assert torch.equal(again.lower("integer")(x), model.lower("integer")(x))
+    assert again.report.gains == model.report.gains
+    assert again.policy["low_rank"] == {"rank": 2, "bits": 8}
+
+
+def test_the_report_says_what_a_branch_costs_and_gains() -> None:
+    text = str(compiled(3, 8).report)
+    assert "fc1: branch of rank 2, +37.5% multiplications, +124 bytes: output error" in text
+
+
+def test_what_is_fully_quantized_says_that_the_sum_is_float() -> None:
+    base = policies.w8a8(full=True).with_rules(Rule(arg="weight", spec=COARSE))
+    model = fxquant.compile(seeded(Block()), [tokens(24)], replace(base, low_rank=LowRank(rank=2)))
+    lowered = model.lower("integer")
+    assert "sum" in lowered.meta["float_because"]
+    assert_integer_equals_simulation(model.graph_module, lowered, tokens(5))
+
+
+@pytest.mark.parametrize("low_rank", [LowRank(rank=4), LowRank(share=0.25, bits=6)])
+def test_a_policy_with_branches_survives_yaml(low_rank: LowRank, tmp_path: Path) -> None:
+    policy = replace(policies.ptq4vit(4, 4), low_rank=low_rank)
+    write_policy(policy, tmp_path / "p.yaml")
+    assert read_policy(tmp_path / "p.yaml") == policy
+    assert policy_from_dict(policy_to_dict(policy)) == policy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_models_come_closer_to_the_float_ones(name: str, tmp_path: Path) -> None:
+    calibration = torch.stack([GlyphDataset("calib", 32)[i][0] for i in range(32)])
+    held_out = torch.stack([GlyphDataset("test", 100)[i][0] for i in range(100)])
+    divergences = {}
+    for low_rank in (None, LowRank(rank=16)):
+        policy = replace(policies.minmax(3, 8), low_rank=low_rank)
+        model = fxquant.compile(build(name), calibration.split(16), policy)
+        with torch.no_grad():
+            own, exact = (net(held_out).log_softmax(1) for net in (model, build(name)))
+        divergences[low_rank] = float((exact.exp() * (exact - own)).sum(1).mean())
+    assert divergences[LowRank(rank=16)] < 0.6 * divergences[None]
+    exported = model.export_onnx(tmp_path / "m.onnx")
+    assert exported.unfused == ()
+    assert_same_codes(model, exported.path, held_out[:20])
+    assert_integer_equals_simulation(model.graph_module, model.lower("integer"), held_out[:4])
