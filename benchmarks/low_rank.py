@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=950, help="test images")
     parser.add_argument("--calibration", type=int, default=32, help="images of one draw")
     parser.add_argument("--draws", type=int, default=1, help="calibration draws")
+    parser.add_argument("--first-draw", type=int, default=0, help="number of the first")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.models:
@@ -102,7 +103,8 @@ def main() -> None:
         for widths in track(options.widths, label=name, total=len(options.widths)):
             weight_bits, act_bits = map(int, widths.split(","))
             policy = policies.ptq4vit(weight_bits, act_bits)
-            draws = [measure(name, policy, draw, options) for draw in range(options.draws)]
+            chosen = range(options.first_draw, options.first_draw + options.draws)
+            draws = [measure(name, policy, draw, options) for draw in chosen]
             means = torch.tensor(draws).mean(0).tolist()
             for (label, _), row in zip(variants(options), means, strict=True):
                 cells = zip(row, (1, 3, 0, 0, 1, 0), strict=True)

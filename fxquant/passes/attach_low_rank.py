@@ -35,7 +35,8 @@ from fxquant.search.output import ProductSample
 from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
 
 # A branch stays where it takes at least this share out of the output error.
-LEAST_GAIN = 0.02
+LEAST_GAIN = 0.05
+# In the meta of a linear that was decided on, and of those of branches.
 _DONE = "low_rank"
 _LEFT_OUT = "no branch: "
 _MEASURE = "output error without it"
@@ -69,8 +70,9 @@ class AttachLowRank:
                     skips.append(Skip(node.name, _LEFT_OUT + site))
         gains = []
         for site, factors in self._factors(sites):
-            name, rank = site.node.name, len(factors.values)
-            if not rank:
+            name = site.node.name
+            site.node.meta[_DONE] = True
+            if not len(factors.values):
                 skips.append(Skip(name, f"{_LEFT_OUT}other layers gain more for the same bytes"))
                 continue
             branch = _Branch(site, factors, self.options.bits)
@@ -167,8 +169,9 @@ class _Site:
             )
         if self.importance is None:
             return 0.0
-        _, *sizes = (int(example_size(size)) for size in self.node.meta["val"].shape)
-        return float(math.prod(sizes[:-1]))
+        image = next(node for node in self.node.graph.nodes if node.op == "placeholder")
+        sizes = [int(example_size(size)) for size in self.node.meta["val"].shape]
+        return math.prod(sizes[:-1]) / int(example_size(image.meta["val"].shape[0]))
 
 
 def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _Site | str:
@@ -196,7 +199,10 @@ def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _S
         inputs=inputs,
         rows=x(inputs),
         shares=counts / counts.sum(),
-        importance=None if gradient is None else gradient[0, 0].square().mean(0).sqrt(),
+        # The gradient is scaled by the root of the counts.
+        importance=None
+        if gradient is None
+        else (gradient[0, 0].square().sum(0) / counts.sum()).sqrt(),
         centred=BIAS_CORRECTED in node.meta,
     )
 
@@ -227,32 +233,29 @@ class _Branch:
         node = self._site.node
         x = Edge(node, Arg.INPUT)
         with gm.graph.inserting_before(node):
-            down = self._linear(gm, x.source, self._factors.down, self._down, "down")
-            between = _call(gm, f"{node.name}_up__input", self._inner, down)
-            up = self._linear(gm, between, self._factors.up, self._up, "up")
+            down = self._linear(gm, x.source, self._factors.down, "down")
+            up = self._linear(gm, down, self._factors.up, "up")
         with gm.graph.inserting_after(node):
             total = emit(gm, aten.add.Tensor, node, up, like=node)
         total._rename(f"{node.name}_sum")
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-        down.meta["quant"] = {Arg.INPUT: x.spec, Arg.WEIGHT: self._weight}
-        up.meta["quant"] = {Arg.INPUT: self._between, Arg.WEIGHT: self._weight}
-        for each in (node, down, up):
-            each.meta[_DONE] = True
+        down.meta["quant"] = {Arg.INPUT: x.spec}
+        _quantize(gm, Edge(down, Arg.WEIGHT), self._weight, self._down)
+        _quantize(gm, Edge(up, Arg.INPUT), self._between, self._inner)
+        _quantize(gm, Edge(up, Arg.WEIGHT), self._weight, self._up)
         if self._site.centred:
             with gm.graph.inserting_before(node):
                 mean = self._site.shares @ self.outputs
                 bias = get_parameter(gm, operand(node, 2)) - mean
                 node.update_arg(2, add_constant(gm, bias, f"{node.name}_bias", like=node))
 
-    def _linear(
-        self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, quantizer: Quantizer, part: str
-    ) -> fx.Node:
+    def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, part: str) -> fx.Node:
         node = self._site.node
         stored = add_constant(gm, factor, f"{node.name}_{part}_factor", like=node)
         stored.meta[ADDED] = True
-        weight = _call(gm, f"{node.name}_{part}__weight", quantizer, stored)
-        linear = emit(gm, aten.linear.default, x, weight, like=node)
+        linear = emit(gm, aten.linear.default, x, stored, like=node)
         linear._rename(f"{node.name}_{part}")
+        linear.meta[_DONE] = True
         return linear
 
 
@@ -262,8 +265,12 @@ def _fitted(spec: TensorSpec, values: Tensor, axis: int | None, where: str) -> Q
     return observer.fit()
 
 
-def _call(gm: fx.GraphModule, name: str, quantizer: Quantizer, source: fx.Node) -> fx.Node:
-    gm.add_submodule(f"quant.{name}", quantizer)
-    call = gm.graph.call_module(f"quant.{name}", (source,))
+def _quantize(gm: fx.GraphModule, edge: Edge, spec: TensorSpec, quantizer: Quantizer) -> None:
+    """Puts a quantizer on an edge and annotates it."""
+    source, name = edge.source, f"quant.{edge.name}"
+    gm.add_submodule(name, quantizer)
+    with gm.graph.inserting_before(edge.node):
+        call = gm.graph.call_module(name, (source,))
     call.meta["val"] = source.meta["val"]
-    return call
+    edge.replace_source(call)
+    edge.node.meta["quant"] = {**edge.node.meta.get("quant", {}), edge.arg: spec}
