@@ -355,9 +355,10 @@ def test_a_policy_with_branches_survives_yaml(low_rank: LowRank, tmp_path: Path)
 def test_shipped_models_come_closer_to_the_float_ones(name: str, tmp_path: Path) -> None:
     calibration = torch.stack([GlyphDataset("calib", 32)[i][0] for i in range(32)])
     held_out = torch.stack([GlyphDataset("test", 100)[i][0] for i in range(100)])
+    base = policies.w8a8().with_rules(Rule(arg="weight", spec=COARSE))
     divergences = {}
     for low_rank in (None, LowRank(rank=16)):
-        policy = replace(policies.minmax(3, 8), low_rank=low_rank)
+        policy = replace(base, low_rank=low_rank)
         model = fxquant.compile(build(name), calibration.split(16), policy)
         with torch.no_grad():
             own, exact = (net(held_out).log_softmax(1) for net in (model, build(name)))
