@@ -10,6 +10,7 @@ from fxquant._version import __version__
 from fxquant.budget import Allocation, Budget
 from fxquant.compiler import compile
 from fxquant.errors import FxQuantError
+from fxquant.low_rank import LowRank
 from fxquant.model import CompiledModel, load
 from fxquant.policy import Policy, Rule
 from fxquant.report import Report
@@ -21,6 +22,7 @@ __all__ = [
     "CompiledModel",
     "FxQuantError",
     "Granularity",
+    "LowRank",
     "ObserverKind",
     "Policy",
     "Report",

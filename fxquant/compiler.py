@@ -21,6 +21,7 @@ from fxquant.network_loss import float_outputs
 from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
+    AttachLowRank,
     Compensate,
     CorrectBias,
     DropNoOps,
@@ -172,6 +173,9 @@ def _recover(
     if recipe.bias_correction:
         results |= run_passes(gm, (CorrectBias(samples),))
         clock.lap("fit")
+    if recipe.low_rank is not None:
+        results |= run_passes(gm, (AttachLowRank(samples, recipe.low_rank),))
+        clock.lap("branches")
     if sides is not None and recipe.compensation is not None:
         results |= run_passes(gm, (Compensate(sides, recipe.compensation),))
         clock.lap("compensate")

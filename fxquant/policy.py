@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fxquant.budget import Allocation
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
+from fxquant.low_rank import LowRank
 from fxquant.recovery import Compensation, Reconstruction
 from fxquant.spec import (
     GRADIENT_METRICS,
@@ -24,6 +25,7 @@ _CHANGED = " (changed)"
 _PARTS = {
     "search": ScaleSearch,
     "allocation": Allocation,
+    "low_rank": LowRank,
     "compensation": Compensation,
     "reconstruction": Reconstruction,
 }
@@ -109,6 +111,8 @@ class Policy:
             least, folded into the weights around them (SQ-b, arXiv 2401.14895).
         bias_correction: take the mean output error of the rounded weights out of the biases
             (arXiv 2111.12293, section 5.3).
+        low_rank: branches beside linears that add what rounding took from their weights (LQER,
+            arXiv 2402.02446), kept where they lower the output error.
         allocation: which width each edge gets, within a budget; None leaves the rules' widths.
         compensation: weights that make up for quantization in closed form; None keeps them.
         reconstruction: training of blocks against the float ones, after that; None trains nothing.
@@ -121,6 +125,7 @@ class Policy:
     reparameterize: bool = False
     smooth: bool = False
     bias_correction: bool = False
+    low_rank: LowRank | None = None
     allocation: Allocation | None = None
     compensation: Compensation | None = None
     reconstruction: Reconstruction | None = None
@@ -150,6 +155,11 @@ class Policy:
                 raise PolicyError(f"rule {i + 1} must be a Rule, got {rule!r:.80}")
         if not self.rules:
             raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
+        if self.low_rank is not None and self.recovers:
+            raise PolicyError(
+                "low_rank adds branches, which compensation and reconstruction do not know of: "
+                "leave out the one or the others (reconstruction has low-rank factors of its own)"
+            )
 
     @property
     def recovers(self) -> bool:
@@ -166,7 +176,8 @@ class Policy:
             self.search is None or self.search.metric not in GRADIENT_METRICS
         ):
             return replace(self.search or ScaleSearch(), metric=Metric.FISHER)
-        if self.search is None and (self.bias_correction or self.smooth):
+        branches = self.low_rank is not None
+        if self.search is None and (self.bias_correction or self.smooth or branches):
             return ScaleSearch(metric=Metric.MSE)  # rows without gradients
         return self.search
 

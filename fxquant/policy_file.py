@@ -14,6 +14,7 @@ from fxquant import policies
 from fxquant.budget import Allocation, Budget, Method, Sensitivity
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.files import write_text
+from fxquant.low_rank import LowRank
 from fxquant.policy import Policy, Rule
 from fxquant.recovery import BlockLoss, Compensation, Reconstruction, WeightTraining
 from fxquant.spec import (
@@ -46,6 +47,7 @@ _ENUMS: dict[str, type[StrEnum]] = {
 # Parts of a policy that hold plain values alone.
 _PARTS = {
     "search": ScaleSearch,
+    "low_rank": LowRank,
     "compensation": Compensation,
     "reconstruction": Reconstruction,
 }
@@ -120,6 +122,8 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     if policy.search is not None:  # the metric is always spelled out, for the reader
         changed = _changed(policy.search, ScaleSearch())
         values["search"] = {"metric": str(policy.search.metric), **changed}
+    if policy.low_rank is not None:
+        values["low_rank"] = {k: v for k, v in asdict(policy.low_rank).items() if v is not None}
     if policy.allocation is not None:
         budget = {str(cost): limit for cost, limit in policy.allocation.budget.limits.items()}
         changed = _changed(policy.allocation, Allocation(budget=policy.allocation.budget))

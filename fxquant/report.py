@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fxquant.allocate.outcome import Outcome
 from fxquant.graph import edges, fed_by, get_parameter, submodule
 from fxquant.quantizers import Quantizer
+from fxquant.rewrite import ADDED
 from fxquant.spec import Arg, Granularity, ObserverKind, Scheme, TensorSpec
 
 
@@ -104,7 +105,7 @@ def measure_sqnr(gm: fx.GraphModule, images: Tensor) -> dict[str, float]:
 
 
 def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:
-    """Bytes of all parameters as float32, and with quantized weights at their bit-width.
+    """Bytes of the float model's parameters, and of all with quantized weights at their width.
 
     The latter counts the scales of weights and activations too, each as float32; zero_points, a
     byte at most each, are left out, and a bias is as large in int32 as in float32.
@@ -118,7 +119,7 @@ def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             count = get_parameter(gm, node).numel()
-            before += 4 * count
+            before += 0 if ADDED in node.meta else 4 * count
             after += count * quantized.get(node, 32) / 8
     after += sum(
         4 * buffer.numel()

@@ -16,6 +16,7 @@ from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
 from fxquant.errors import CalibrationError, PassError, VerifyError
 from fxquant.graph import Edge, edges, get_parameter, op_kind, submodule
+from fxquant.low_rank import LowRank
 from fxquant.observers import Observer
 from fxquant.passes import (
     AssignSpecs,
@@ -209,6 +210,7 @@ OPTIONS = {
     "CorrectBias": ({},),
     "Compensate": (None, Compensation()),
     "Reconstruct": (None, Reconstruction()),
+    "AttachLowRank": ({}, LowRank(rank=1)),
 }
 PASSES: list[Callable[[], Pass]] = [
     lambda name=name: getattr(passes, name)(*OPTIONS.get(name, ()))
@@ -218,7 +220,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 20
+    assert len(PASSES) == 21
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

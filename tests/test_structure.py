@@ -17,7 +17,7 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 # A module may import those of its own level and of the levels before it. A folder stands for the
 # modules in it.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "_version", "budget", "recovery"),
+    ("errors", "spec", "_version", "budget", "low_rank", "recovery"),
     ("suggest", "files", "progress", "batches", "pick"),  # helpers that know errors alone
     ("ops", "log_ops", "quantizers"),
     ("observers", "search", "allocate"),
@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "affine_fold",
         "network_loss",
         "blocks",
+        "patches",
     ),
     ("policy", "policies", "policy_file", "capture", "calibrate"),
     ("product_rows", "samples", "sensitivity", "side_by_side"),

@@ -2,6 +2,7 @@
 
 from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.assign_specs import AssignSpecs
+from fxquant.passes.attach_low_rank import AttachLowRank
 from fxquant.passes.base import Pass, PassResult, Skip, run_passes
 from fxquant.passes.compensate import Compensate
 from fxquant.passes.correct_bias import CorrectBias
@@ -25,6 +26,7 @@ from fxquant.passes.to_linear import ToLinear
 __all__ = [
     "AllocateBits",
     "AssignSpecs",
+    "AttachLowRank",
     "Compensate",
     "CorrectBias",
     "DropNoOps",

@@ -18,6 +18,9 @@ from fxquant.graph import stage
 from fxquant.spec import Stage
 from fxquant.verify import verify
 
+# In the meta of a product: its bias takes out the mean error that its rounded weight makes.
+BIAS_CORRECTED = "bias_corrected"
+
 
 @dataclass(frozen=True)
 class Skip:

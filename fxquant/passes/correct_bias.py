@@ -23,13 +23,11 @@ from fxquant.graph import (
     operand,
     submodule,
 )
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import BIAS_CORRECTED, PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.rewrite import add_constant
 from fxquant.search.output import ProductSample
 from fxquant.spec import OpKind, Stage
-
-_DONE = "bias_corrected"
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ class CorrectBias:
         """Corrects every bias behind a quantized weight."""
         changed, skips = 0, []
         for node in list(gm.graph.nodes):
-            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or _DONE in node.meta:
+            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or BIAS_CORRECTED in node.meta:
                 continue
             error = self._mean_error(gm, node)
             if isinstance(error, str):
                 skips.append(Skip(node.name, error))
             elif bool(error.any()):
                 _subtract(gm, node, error)
-                node.meta[_DONE] = True
+                node.meta[BIAS_CORRECTED] = True
                 changed += 1
         gm.graph.eliminate_dead_code()
         return PassResult(changed, tuple(skips))

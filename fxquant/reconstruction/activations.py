@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.ops import broadcast
-from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import (
+    DynamicFocusingQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+)
+from fxquant.quantizers.dynamic_focusing import largest_start
 
 
 class LearnedRounding(torch.autograd.Function):
@@ -103,6 +109,25 @@ class TrainedUniform(TrainedQuantizer):
         )
 
 
+class TrainedFocusing(TrainedUniform):
+    """A dynamic focusing quantizer: both ends of its interval (AIQViT, section 3.4)."""
+
+    def __init__(self, start: DynamicFocusingQuantizer, drop: float) -> None:
+        super().__init__(start, drop)
+        self._most = largest_start(start.bits)
+
+    def _zero(self) -> Tensor:
+        return super()._zero().clamp(-self._most, 0)
+
+    @torch.no_grad()
+    def fitted(self) -> DynamicFocusingQuantizer:
+        """See the base class."""
+        start = self._start
+        steps = -int(self._zero().round())
+        scale = start.scale * self.log_scale.exp()
+        return DynamicFocusingQuantizer(scale, start=steps, bits=start.bits)
+
+
 class TrainedTwin(TrainedQuantizer):
     """A twin uniform quantizer: its one scale by the logarithm; the shift stays."""
 
@@ -138,7 +163,9 @@ class TrainedTwin(TrainedQuantizer):
 
 
 def trained(quantizer: Quantizer, drop: float) -> TrainedQuantizer | None:
-    """The form of a quantizer that is trained; None where there is none."""
+    """The form of a quantizer that is trained; None where there is none, as of the log codes."""
+    if isinstance(quantizer, DynamicFocusingQuantizer):
+        return TrainedFocusing(quantizer, drop)
     if isinstance(quantizer, UniformQuantizer):
         return TrainedUniform(quantizer, drop)
     if isinstance(quantizer, TwinUniformQuantizer):

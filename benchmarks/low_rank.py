@@ -1,0 +1,118 @@
+"""Low-rank branches on the shipped models: what they gain and what they cost.
+
+    python benchmarks/low_rank.py --images 475
+
+Base is ``policies.ptq4vit``; to each model it makes, branches are attached that ``Policy.low_rank``
+would have it make (``LowRank(rank=r)``, or ``share=``). ``KL`` is the mean divergence KL(float ||
+quantized) of the outputs, in nats; ``kB`` what all parameters take, ``+ kB`` how much of it the
+branches; ``+ MAC`` their multiplications, as a share of those of the linears; ``layers`` how many
+linears have a branch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from accuracy import float_outputs, load, outputs
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx
+from torch.nn.functional import kl_div
+
+import fxquant
+from fxquant import LowRank, Policy, policies
+from fxquant.capture import capture
+from fxquant.compiler import CANONICAL
+from fxquant.demo.models import NAMES, build
+from fxquant.graph import example_size, op_kind, operand
+from fxquant.passes import AssignSpecs, AttachLowRank, InsertObservers, run_passes
+from fxquant.progress import track
+from fxquant.report import weight_bytes
+from fxquant.samples import sample_products
+from fxquant.search.output import ProductSample
+from fxquant.spec import OpKind
+
+WIDTHS = ("4,4", "3,3", "4,8", "3,8")
+
+
+def rows_of(name: str, images: Tensor, policy: Policy) -> dict[str, ProductSample]:
+    """The rows that ``compile()`` samples for this policy."""
+    gm = capture(build(name), images)
+    run_passes(gm, (*CANONICAL, AssignSpecs(policy.rules), InsertObservers()))
+    assert policy.samples is not None
+    return sample_products(gm, [(part, None) for part in images.split(16)], policy.samples)[0]
+
+
+def multiplications(gm: fx.GraphModule) -> int:
+    """Of all linears, for the example batch."""
+    total = 0
+    for node in gm.graph.nodes:
+        if op_kind(node) is OpKind.LINEAR:
+            width = int(operand(node, 0).meta["val"].shape[-1])
+            total += width * math.prod(int(example_size(n)) for n in node.meta["val"].shape)
+    return total
+
+
+def variants(options: argparse.Namespace) -> Iterator[tuple[str, LowRank | None]]:
+    """The branches that are compared, by name."""
+    yield "none", None
+    yield from ((f"rank {rank}", LowRank(rank=rank)) for rank in options.ranks)
+    yield from ((f"share {share}", LowRank(share=share)) for share in options.shares)
+
+
+def measure(name: str, policy: Policy, draw: int, options: argparse.Namespace) -> list[list[float]]:
+    """A row a variant: the columns of the table, from top-1 on."""
+    images, _ = load("calib", draw * options.calibration, options.calibration)
+    labels = load("test", 0, options.images)[1]
+    base = fxquant.compile(build(name), images.split(16), policy).graph_module
+    rows = rows_of(name, images, policy)
+    size, work = weight_bytes(base)[1], multiplications(base)
+    exact, found = float_outputs(name, options.images), []
+    for _, low_rank in variants(options):
+        gm, layers = copy.deepcopy(base), 0
+        if low_rank is not None:
+            layers = run_passes(gm, [AttachLowRank(rows, low_rank)])["AttachLowRank"].changed
+        result = outputs(gm, options.images)
+        right = float((result.argmax(1) == labels).float().mean())
+        divergence = float(kl_div(result, exact, log_target=True, reduction="batchmean"))
+        bytes_now = weight_bytes(gm)[1]
+        added = (bytes_now - size) / 1e3, 100 * (multiplications(gm) / work - 1)
+        found.append([100 * right, divergence, bytes_now / 1e3, *added, float(layers)])
+    return found
+
+
+def main() -> None:
+    """Prints a table a model; figures are means over the draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--widths", nargs="+", default=list(WIDTHS), help="as 4,8: W4A8")
+    parser.add_argument("--ranks", nargs="*", type=int, default=[4, 8, 16, 32])
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.1, 0.2])
+    parser.add_argument("--images", type=int, default=950, help="test images")
+    parser.add_argument("--calibration", type=int, default=32, help="images of one draw")
+    parser.add_argument("--draws", type=int, default=1, help="calibration draws")
+    parser.add_argument("--first-draw", type=int, default=0, help="number of the first")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.models:
+        table = Table(name, "branches", "top-1 %", "KL", "kB", "+ kB", "+ MAC %", "layers")
+        for widths in track(options.widths, label=name, total=len(options.widths)):
+            weight_bits, act_bits = map(int, widths.split(","))
+            policy = policies.ptq4vit(weight_bits, act_bits)
+            chosen = range(options.first_draw, options.first_draw + options.draws)
+            draws = [measure(name, policy, draw, options) for draw in chosen]
+            means = torch.tensor(draws).mean(0).tolist()
+            for (label, _), row in zip(variants(options), means, strict=True):
+                cells = zip(row, (1, 3, 0, 0, 1, 0), strict=True)
+                shown = (f"{value:.{digits}f}" for value, digits in cells)
+                table.add_row(f"W{weight_bits}A{act_bits}", label, *shown)
+            table.add_section()
+        Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Adds a low-rank branch beside a linear, for what rounding took from its weight.
+
+Before: ``y = linear(q(x), q(W), b)``
+After:  ``y = linear(q(x), q(W), b) + linear(q8(linear(q(x), q8(A))), q8(B))``
+
+``B A`` is the matrix of rank r nearest to ``W - q(W)`` in the layer's output on the sampled rows
+(:mod:`fxquant.search.low_rank`; LQER, arXiv 2402.02446; SVDQuant, arXiv 2411.05007), outputs
+weighed by the gradient of the loss where the rows have one. The factors are symmetric per output
+channel, the activation between them asymmetric per tensor. Both linears of a branch are nodes like
+any other, which every backend knows, and read the input through the layer's own quantizer.
+
+A branch is kept where it takes at least ``LEAST_GAIN`` out of the output error on the sampled rows,
+that of the rounded input included. Where the bias was corrected (``CorrectBias``), the mean of what
+the branch adds is taken out of it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.graph import Edge, aten, example_size, get_parameter, op_kind, operand, submodule
+from fxquant.low_rank import LowRank
+from fxquant.observers import make_observer
+from fxquant.passes.base import BIAS_CORRECTED, Gain, PassResult, Skip
+from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.rewrite import ADDED, add_constant, emit
+from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
+from fxquant.search.output import ProductSample
+from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
+
+# A branch stays where it takes at least this share out of the output error.
+LEAST_GAIN = 0.05
+# In the meta of a linear that was decided on, and of those of branches.
+_DONE = "low_rank"
+_LEFT_OUT = "no branch: "
+_MEASURE = "output error without it"
+
+
+@dataclass(frozen=True)
+class AttachLowRank:
+    """See the module's text.
+
+    Attributes:
+        samples: rows of each product by node name (``samples.sample_products``).
+        options: ranks and widths.
+    """
+
+    samples: Mapping[str, ProductSample] = field(repr=False)
+    options: LowRank
+    requires: ClassVar[Stage] = Stage.FROZEN
+    ensures: ClassVar[Stage] = Stage.FROZEN
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Adds a branch wherever it pays."""
+        sites: list[_Site] = []
+        skips: list[Skip] = []
+        for node in list(gm.graph.nodes):
+            if op_kind(node) in (OpKind.LINEAR, OpKind.CONV) and _DONE not in node.meta:
+                site = _site(gm, node, self.samples.get(node.name))
+                if isinstance(site, _Site):
+                    sites.append(site)
+                else:
+                    skips.append(Skip(node.name, _LEFT_OUT + site))
+        gains = []
+        for site, factors in self._factors(sites):
+            name = site.node.name
+            site.node.meta[_DONE] = True
+            if not len(factors.values):
+                skips.append(Skip(name, f"{_LEFT_OUT}other layers gain more for the same bytes"))
+                continue
+            branch = _Branch(site, factors, self.options.bits)
+            before, after = site.error(None), site.error(branch.outputs)
+            if after < (1 - LEAST_GAIN) * before:
+                branch.insert(gm)
+                gains.append(Gain(name, branch.cost(), _MEASURE, after / before))
+            else:
+                reason = f"the output error would fall from {before:.3g} to {after:.3g} only"
+                skips.append(Skip(name, _LEFT_OUT + reason))
+        gm.graph.eliminate_dead_code()
+        return PassResult(len(gains), tuple(skips), tuple(gains))
+
+    def _factors(self, sites: list[_Site]) -> Iterator[tuple[_Site, Spectrum]]:
+        """The sites with what stands for their error, of rank 0 where there is no room for it."""
+        if self.options.rank is not None:
+            for site in sites:
+                yield site, site.spectrum().truncated(_rank(site, self.options.rank))
+            return
+        assert self.options.share is not None
+        # From half the channels on the factors are as many numbers as the weight.
+        spectra = {s.node.name: s.spectrum().truncated(min(s.weight.shape) // 2) for s in sites}
+        by_loss = any(site.importance is not None for site in sites)
+        bits = self.options.bits
+        ranks = share_ranks(
+            {s.node.name: spectra[s.node.name].values.square() * s.worth(by_loss) for s in sites},
+            {s.node.name: sum(s.weight.shape) * bits // 8 + 4 for s in sites},
+            {s.node.name: 4 * len(s.weight) + 4 for s in sites},
+            self.options.share * sum(site.weight_bytes for site in sites),
+        )
+        for site in sites:
+            yield site, spectra[site.node.name].truncated(ranks[site.node.name])
+
+
+def _rank(site: _Site, rank: int | float) -> int:
+    most = min(site.weight.shape)
+    return min(rank, most) if isinstance(rank, int) else max(1, round(rank * most))
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """A linear whose input and weight are quantized.
+
+    Attributes:
+        node: the linear.
+        weight: ``(N, K)``.
+        lost: ``W - q(W)``.
+        weight_bytes: of its codes.
+        inputs: rows of its input, ``(n, K)``.
+        rows: the same, quantized.
+        shares: of all rows that each stands for, ``(n,)``.
+        importance: root mean square of the gradient of each output, ``(N,)``; None without one.
+        centred: the bias takes the mean error out already.
+    """
+
+    node: fx.Node
+    weight: Tensor
+    lost: Tensor
+    weight_bytes: float
+    inputs: Tensor
+    rows: Tensor
+    shares: Tensor
+    importance: Tensor | None
+    centred: bool
+
+    def spectrum(self) -> Spectrum:
+        """Of what the weight lost."""
+        rows = self.rows - self.shares @ self.rows if self.centred else self.rows
+        heavy = self.importance
+        if heavy is not None:  # an output that the loss does not reach still counts a little
+            heavy = heavy.clamp(min=1e-3 * float(heavy.max()))
+        return spectrum(self.lost, rows * (self.shares * len(rows)).sqrt().unsqueeze(1), heavy)
+
+    def error(self, branch: Tensor | None) -> float:
+        """Of the output on the rows, with what a branch gives for them, ``(n, N)``."""
+        rounding = -self.rows @ self.lost.t()
+        if branch is not None:
+            rounding += branch
+        if self.centred:
+            rounding -= self.shares @ rounding
+        error = (self.rows - self.inputs) @ self.weight.t() + rounding
+        if self.importance is not None:
+            error *= self.importance
+        return float(self.shares @ error.square().sum(1))
+
+    def worth(self, by_loss: bool) -> float:
+        """What an output error of one a row counts for, beside those of other layers.
+
+        Where there are gradients, the rise of the loss in an image; else one over the output.
+        """
+        if not by_loss:
+            return 1 / max(
+                float(self.shares @ (self.inputs @ self.weight.t()).square().sum(1)), 1e-30
+            )
+        if self.importance is None:
+            return 0.0
+        image = next(node for node in self.node.graph.nodes if node.op == "placeholder")
+        sizes = [int(example_size(size)) for size in self.node.meta["val"].shape]
+        return math.prod(sizes[:-1]) / int(example_size(image.meta["val"].shape[0]))
+
+
+def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _Site | str:
+    """A site, or why a product is none."""
+    if op_kind(node) is OpKind.CONV:
+        return "it is a convolution"
+    x, coder = submodule(gm, operand(node, 0)), submodule(gm, operand(node, 1))
+    if not isinstance(coder, Quantizer):
+        return "the weight is float"
+    if not isinstance(x, Quantizer):
+        return "the input is float, and so is the product"
+    if isinstance(x, UniformQuantizer) and x.axis is not None:
+        return "the input has a scale per channel"
+    if sample is None:
+        return "no rows of the product were sampled"
+    weight = get_parameter(gm, operand(operand(node, 1), 0))
+    inputs = sample.lhs[0, 0]
+    counts = inputs.new_ones(len(inputs)) if sample.counts is None else sample.counts
+    gradient = sample.gradient
+    return _Site(
+        node=node,
+        weight=weight,
+        lost=weight - coder(weight),
+        weight_bytes=weight.numel() * coder.bits / 8,
+        inputs=inputs,
+        rows=x(inputs),
+        shares=counts / counts.sum(),
+        # The gradient is scaled by the root of the counts.
+        importance=None
+        if gradient is None
+        else (gradient[0, 0].square().sum(0) / counts.sum()).sqrt(),
+        centred=BIAS_CORRECTED in node.meta,
+    )
+
+
+class _Branch:
+    """The factors of a site, quantized, and the quantizer between them."""
+
+    def __init__(self, site: _Site, factors: Spectrum, bits: int) -> None:
+        self._site, self._factors = site, factors
+        self._weight = TensorSpec(bits=bits, symmetric=True, granularity=Granularity.CHANNEL)
+        self._between = TensorSpec(bits=bits)
+        name = site.node.name
+        self._down = _fitted(self._weight, factors.down, 0, f"{name}_down__weight")
+        self._up = _fitted(self._weight, factors.up, 0, f"{name}_up__weight")
+        inner = site.rows @ self._down(factors.down).t()
+        self._inner = _fitted(self._between, inner, None, f"{name}_up__input")
+        self.outputs: Tensor = self._inner(inner) @ self._up(factors.up).t()
+
+    def cost(self) -> str:
+        """Rank, and what it takes beside the layer."""
+        (n, k), rank = self._site.weight.shape, len(self._factors.values)
+        stored = rank * (n + k) * self._weight.bits // 8 + 4 * (n + rank + 1)
+        work = rank * (n + k) / (n * k)
+        return f"branch of rank {rank}, {work:+.1%} multiplications, {stored:+,} bytes"
+
+    def insert(self, gm: fx.GraphModule) -> None:
+        """Adds the branch to the graph."""
+        node = self._site.node
+        x = Edge(node, Arg.INPUT)
+        with gm.graph.inserting_before(node):
+            down = self._linear(gm, x.source, self._factors.down, "down")
+            up = self._linear(gm, down, self._factors.up, "up")
+        with gm.graph.inserting_after(node):
+            total = emit(gm, aten.add.Tensor, node, up, like=node)
+        total._rename(f"{node.name}_sum")
+        node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+        down.meta["quant"] = {Arg.INPUT: x.spec}
+        _quantize(gm, Edge(down, Arg.WEIGHT), self._weight, self._down)
+        _quantize(gm, Edge(up, Arg.INPUT), self._between, self._inner)
+        _quantize(gm, Edge(up, Arg.WEIGHT), self._weight, self._up)
+        if self._site.centred:
+            with gm.graph.inserting_before(node):
+                mean = self._site.shares @ self.outputs
+                bias = get_parameter(gm, operand(node, 2)) - mean
+                node.update_arg(2, add_constant(gm, bias, f"{node.name}_bias", like=node))
+
+    def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, part: str) -> fx.Node:
+        node = self._site.node
+        stored = add_constant(gm, factor, f"{node.name}_{part}_factor", like=node)
+        stored.meta[ADDED] = True
+        linear = emit(gm, aten.linear.default, x, stored, like=node)
+        linear._rename(f"{node.name}_{part}")
+        linear.meta[_DONE] = True
+        return linear
+
+
+def _fitted(spec: TensorSpec, values: Tensor, axis: int | None, where: str) -> Quantizer:
+    observer = make_observer(spec, axis=axis, where=where)
+    observer(values)
+    return observer.fit()
+
+
+def _quantize(gm: fx.GraphModule, edge: Edge, spec: TensorSpec, quantizer: Quantizer) -> None:
+    """Puts a quantizer on an edge and annotates it."""
+    source, name = edge.source, f"quant.{edge.name}"
+    gm.add_submodule(name, quantizer)
+    with gm.graph.inserting_before(edge.node):
+        call = gm.graph.call_module(name, (source,))
+    call.meta["val"] = source.meta["val"]
+    edge.replace_source(call)
+    edge.node.meta["quant"] = {**edge.node.meta.get("quant", {}), edge.arg: spec}

@@ -1,0 +1,153 @@
+"""Closed-form compensation as a pass and as part of a policy."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxquant
+from fxquant import policies
+from fxquant.errors import BatchError, PolicyError
+from fxquant.low_rank import LowRank
+from fxquant.passes import Compensate, Freeze, PassResult, run_passes
+from fxquant.policy import Policy, Rule
+from fxquant.policy_file import policy_from_dict, policy_to_dict
+from fxquant.recovery import Compensation
+from fxquant.side_by_side import SideBySide
+from fxquant.spec import Arg, Granularity, TensorSpec
+from fxquant.testing import DIM, Block, relative_error, seeded, tokens
+from tests.agreement import assert_same_codes
+from tests.graphs import EIGHT, observed, reasons
+
+THREE = TensorSpec(bits=3, symmetric=True, granularity=Granularity.CHANNEL)
+BATCH = tokens(24)
+
+
+def frozen(model: nn.Module | None = None) -> fx.GraphModule:
+    gm = observed(Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=EIGHT), model=model)
+    run_passes(gm, [Freeze()])
+    return gm
+
+
+def compensate(gm: fx.GraphModule, x: Tensor = BATCH, **options: bool) -> PassResult:
+    item = Compensate(SideBySide(gm, x), Compensation(**options))
+    return run_passes(gm, [item])["Compensate"]
+
+
+def test_outputs_come_nearer_to_the_float_ones() -> None:
+    gm = frozen()
+    exact = seeded(Block())(BATCH)
+    before = relative_error(gm(BATCH), exact)
+    result = compensate(gm)
+    assert result.changed == 6
+    assert all(gain.ratio < 1 for gain in result.gains)
+    assert relative_error(gm(BATCH), exact) < 0.7 * before
+
+
+@pytest.mark.parametrize("options", [{"ridge": False}, {"by_columns": False}])
+def test_each_part_does_something_of_its_own(options: dict[str, bool]) -> None:
+    gm, other = frozen(), frozen()
+    assert compensate(gm, **options).changed == 6
+    compensate(other)
+    assert not torch.equal(gm(BATCH), other(BATCH))
+
+
+def test_the_second_run_changes_nothing() -> None:
+    gm = frozen()
+    compensate(gm)
+    found = gm(BATCH)
+    assert compensate(gm).changed == 0
+    assert torch.equal(gm(BATCH), found)
+
+
+def test_the_float_network_stays_what_it_was() -> None:
+    gm = frozen()
+    untouched = copy.deepcopy(gm)
+    sides = SideBySide(gm, BATCH)
+    once = copy.deepcopy(gm)
+    run_passes(once, [Compensate(sides, Compensation())])
+    run_passes(gm, [Compensate(sides, Compensation())])
+    assert torch.equal(once(BATCH), gm(BATCH))
+    assert not torch.equal(untouched(BATCH), gm(BATCH))
+
+
+class Shared(nn.Module):
+    """Two products of one weight, and a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(DIM, DIM))
+        self.conv = nn.Conv1d(DIM, DIM, 3, groups=DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(nn.functional.linear(x, self.weight).relu(), self.weight)
+        return self.conv(y.transpose(1, 2))
+
+
+def test_refusals_say_why() -> None:
+    gm = frozen(Shared())
+    result = compensate(gm, tokens())
+    assert result.changed == 0
+    found = set(reasons(result).values())
+    assert any("several products share the weight" in reason for reason in found)
+    assert any("grouped convolution" in reason for reason in found)
+
+
+class Patches(nn.Module):
+    """A patch embedding with padding, stride and dilation, and a linear without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(DIM, 6, 3, stride=2, padding=2, dilation=2)
+        self.linear = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_convolutions_and_missing_biases() -> None:
+    gm = frozen(Patches())
+    exact = seeded(Patches())(BATCH)
+    before = (gm(BATCH) - exact).square().mean()
+    assert compensate(gm).changed == 2
+    assert (gm(BATCH) - exact).square().mean() < before
+
+
+def policy() -> Policy:
+    return replace(policies.ptq4vit(3, 6, twin=False), compensation=Compensation())
+
+
+def test_a_policy_compensates_and_leaves_by_every_way(tmp_path: Path) -> None:
+    model = seeded(Block())
+    plain = fxquant.compile(model, [BATCH], replace(policy(), compensation=None))
+    compiled = fxquant.compile(model, [BATCH], policy())
+    exact = model(BATCH)
+    assert relative_error(compiled(BATCH), exact) < relative_error(plain(BATCH), exact)
+    assert "Compensate" in {gain[0] for gain in compiled.report.gains}
+    compiled.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
+    assert_same_codes(compiled, tmp_path / "model.onnx", BATCH)
+    assert relative_error(compiled.lower("integer")(BATCH), compiled(BATCH)) < 1e-4
+    compiled.save(tmp_path / "saved")
+    assert torch.equal(fxquant.load(tmp_path / "saved")(BATCH), compiled(BATCH))
+
+
+def test_files_hold_it() -> None:
+    changed = replace(policy(), compensation=Compensation(ridge=False, damping=0.1))
+    for item in (policy(), changed):
+        assert policy_from_dict(policy_to_dict(item)) == item
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(PolicyError, match="turn on by_columns, ridge or both"):
+        Compensation(by_columns=False, ridge=False)
+    with pytest.raises(PolicyError, match=r"damping must be a number in \[1e-06, 1\], got 0"):
+        Compensation(damping=0)
+    with pytest.raises(PolicyError, match="low_rank adds branches"):
+        replace(policy(), low_rank=LowRank(rank=1))
+    with pytest.raises(BatchError, match="pass a list or a DataLoader"):
+        fxquant.compile(seeded(Block()), iter([BATCH]), policy())

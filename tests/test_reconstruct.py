@@ -1,0 +1,273 @@
+"""Reconstruction: what is trained, by which loss, and that a run can be interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+import fxquant
+from fxquant import policies
+from fxquant.calibrate import calibrate
+from fxquant.errors import FileFormatError, PolicyError
+from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reconstruct, run_passes
+from fxquant.policy import Policy, Rule
+from fxquant.policy_file import policy_from_dict, policy_to_dict
+from fxquant.quantizers import (
+    DynamicFocusingQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+)
+from fxquant.reconstruction import block_trainer
+from fxquant.reconstruction.activations import trained
+from fxquant.reconstruction.curriculum import Curriculum
+from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough
+from fxquant.recovery import Compensation, Reconstruction
+from fxquant.side_by_side import SideBySide
+from fxquant.spec import Arg, Granularity, TensorSpec
+from fxquant.testing import relative_error, seeded, tokens
+from tests.graphs import annotated
+from tests.test_blocks import Stack
+
+THREE = TensorSpec(bits=3, symmetric=True, granularity=Granularity.CHANNEL)
+FIVE = TensorSpec(bits=5)
+BATCH = tokens(24)
+SHORT = {"iterations": 25, "batch": 12, "weight_rate": 2e-2, "drop": 0.0}
+
+
+class Tower(Stack):
+    """A prediction for each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.two(self.one(self.stem(x)))))
+
+
+def frozen() -> fx.GraphModule:
+    gm, _ = annotated(Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=FIVE), model=Tower())
+    run_passes(gm, [InsertObservers()])
+    calibrate(gm, [BATCH])
+    run_passes(gm, [Freeze()])
+    return gm
+
+
+def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -> PassResult:
+    item = Reconstruct(SideBySide(gm, BATCH), Reconstruction(**{**SHORT, **options}), cache)
+    return run_passes(gm, [item])["Reconstruct"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_loss": "mse"},
+        {"block_loss": "feature"},
+        {"weights": "adaround", "weight_rate": 0.1, "iterations": 60},
+        {"weights": "low_rank", "rank": 3},
+        {"weights": "none"},
+        {"scales": False, "biases": False},
+        {"drop": 0.5},
+        {"curriculum": 0.5},
+        {"bf16": True},
+    ],
+    ids=str,
+)
+def test_blocks_come_nearer_to_the_float_ones(options: dict[str, Any]) -> None:
+    gm = frozen()
+    with torch.no_grad():
+        exact = seeded(Tower())(BATCH)
+        before = (gm(BATCH) - exact).square().mean()
+    result = reconstruct(gm, **options)
+    assert result.changed + len(result.skips) == 4
+    assert result.changed >= 2
+    assert all(gain.ratio < 1 for gain in result.gains)
+    with torch.no_grad():
+        assert (gm(BATCH) - exact).square().mean() < before
+
+
+def test_the_second_run_changes_nothing() -> None:
+    gm = frozen()
+    reconstruct(gm)
+    found = gm(BATCH)
+    assert reconstruct(gm).changed == 0
+    assert torch.equal(gm(BATCH), found)
+
+
+def test_what_is_not_named_stays() -> None:
+    gm = frozen()
+    weights = {k: v.clone() for k, v in gm.state_dict().items() if k.endswith("weight")}
+    scales = {k: v.clone() for k, v in gm.state_dict().items() if k.endswith("scale")}
+    reconstruct(gm, weights="none", biases=False)
+    state = gm.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    assert not all(torch.equal(state[name], value) for name, value in scales.items())
+
+
+def test_an_interrupted_run_ends_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = frozen()
+    reconstruct(whole, drop=0.5)
+    real, calls = block_trainer.image_losses, []
+
+    def interrupted(*args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(block_trainer, "image_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(frozen(), tmp_path, drop=0.5)
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["block-0.safetensors"]
+    monkeypatch.setattr(block_trainer, "image_losses", real)
+    again = frozen()
+    result = reconstruct(again, tmp_path, drop=0.5)
+    assert result.changed + len(result.skips) == 4
+    assert torch.equal(again(BATCH), whole(BATCH))
+    resumed = frozen()
+    reconstruct(resumed, tmp_path, drop=0.5)
+    assert torch.equal(resumed(BATCH), whole(BATCH))
+
+
+def test_blocks_of_other_options_are_not_taken(tmp_path: Path) -> None:
+    reconstruct(frozen(), tmp_path)
+    reconstruct(frozen(), tmp_path, seed=1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
+    reconstruct(frozen(), tmp_path)
+    path = next(tmp_path.rglob("block-1.safetensors"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FileFormatError, match=r"block-1.*damaged.*delete it"):
+        reconstruct(frozen(), tmp_path)
+
+
+def quantizers() -> list[Quantizer]:
+    spec = TensorSpec(bits=4)
+    lo, hi = torch.tensor(-0.7), torch.tensor(2.0)
+    head = UniformQuantizer(
+        torch.tensor([0.1, 0.3, 0.2]), torch.tensor([4.0, 7.0, 9.0]), bits=4, signed=False, axis=1
+    )
+    return [
+        UniformQuantizer.from_range(lo, hi, spec, None),
+        head,
+        DynamicFocusingQuantizer(torch.tensor(0.1), start=2, bits=4),
+        TwinUniformQuantizer(torch.tensor(0.05), shift=2, bits=4, two_sided=True),
+        TwinUniformQuantizer(torch.tensor(0.02), shift=3, bits=4, two_sided=False),
+    ]
+
+
+@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
+def test_what_is_trained_starts_where_the_quantizer_is(start: Quantizer) -> None:
+    form = trained(start, 0.5)
+    assert form is not None
+    x = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
+    form.eval()
+    assert torch.allclose(form(x), start(x), atol=1e-6)
+    assert torch.equal(form.fitted()(x), start(x))
+    form.train()
+    left = form(x) == x
+    assert 0.3 < float(left.float().mean()) < 0.7
+
+
+@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
+def test_the_fitted_quantizer_is_the_trained_one(start: Quantizer) -> None:
+    form = trained(start, 0.0)
+    assert form is not None
+    with torch.no_grad():
+        for parameter in form.parameters():
+            parameter.add_(0.13)
+    x = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(form(x), form.fitted()(x), atol=1e-5)
+
+
+def test_scale_and_zero_point_have_their_gradients() -> None:
+    """Where nothing is rounded to another code, differences of the loss are the gradient's."""
+    start = UniformQuantizer(torch.tensor(0.25), torch.tensor(3.0), bits=3, signed=False, axis=None)
+    form = trained(start, 0.0)
+    assert form is not None
+    x = torch.tensor([-5.0, -2.0, 4.0, 9.0])  # all beyond the range
+    (form(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    ends = torch.tensor([-3.0, -3.0, 4.0, 4.0]) * 0.25  # d/dlog(s) = value
+    expected = float((ends * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum())
+    assert float(form.log_scale.grad) == pytest.approx(expected)
+    assert float(form.offset.grad) == pytest.approx(-10 * 0.25 * 7)
+
+
+@given(st.integers(0, 100), st.sampled_from([StraightThrough, AdaRound, LowRank]))
+def test_weights_start_at_their_rounding_and_train_to_one(seed: int, kind: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 7, generator=generator)
+    start = UniformQuantizer.from_range(weight.amin(1), weight.amax(1), THREE, 0)
+    more = {"rank": 2, "generator": generator} if kind is LowRank else {}
+    form = kind(weight, start, scales=True, **more).eval()
+    assert torch.allclose(form(), start(weight), atol=1e-6)
+    with torch.no_grad():
+        for parameter in form.parameters():
+            parameter.add_(0.2)
+    latent, quantizer = form.fitted()
+    assert torch.allclose(quantizer(latent), form(), atol=1e-5)
+
+
+@given(st.integers(2, 200), st.integers(1, 64), st.floats(0.01, 1.0))
+def test_a_curriculum_begins_with_the_easy_ones(count: int, batch: int, start: float) -> None:
+    plan = Curriculum(count, batch, 100, start, torch.Generator().manual_seed(0))
+    losses = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    plan.sort(losses)
+    for step in (0, 50, 100):
+        drawn = plan.draw(step)
+        assert len(drawn) == len(set(drawn.tolist())) == min(batch, count)
+        allowed = max(min(batch, count), round(plan.share(step) * count))
+        assert bool((losses[drawn] <= losses.sort().values[allowed - 1]).all())
+    assert plan.share(0) == start
+    assert plan.share(100) == 1
+
+
+def policy() -> Policy:
+    return replace(
+        policies.ptq4vit(3, 6),
+        compensation=Compensation(),
+        reconstruction=Reconstruction(iterations=20, weight_rate=2e-2),
+    )
+
+
+def test_a_policy_reconstructs_and_leaves_by_every_way(tmp_path: Path) -> None:
+    model = seeded(Stack())
+    compiled = fxquant.compile(model, [BATCH], policy(), cache=tmp_path / "cache")
+    plain = fxquant.compile(
+        model, [BATCH], replace(policy(), compensation=None, reconstruction=None)
+    )
+    exact = model(BATCH)
+    errors = [(found(BATCH) - exact).square().mean() for found in (compiled, plain)]
+    assert errors[0] < errors[1]
+    assert {"Compensate", "Reconstruct"} <= {gain[0] for gain in compiled.report.gains}
+    assert "reconstruct" in compiled.report.seconds
+    compiled.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
+    assert relative_error(compiled.lower("integer")(BATCH), compiled(BATCH)) < 1e-4
+    compiled.save(tmp_path / "saved")
+    assert torch.equal(fxquant.load(tmp_path / "saved")(BATCH), compiled(BATCH))
+    again = fxquant.compile(model, [BATCH], policy(), cache=tmp_path / "cache")
+    assert torch.equal(again(BATCH), compiled(BATCH))
+
+
+def test_files_hold_it() -> None:
+    assert policy_from_dict(policy_to_dict(policy())) == policy()
+    assert Compensate.requires is Reconstruct.requires
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(PolicyError, match="trains nothing"):
+        Reconstruction(weights="none", scales=False, biases=False)
+    with pytest.raises(PolicyError, match=r"drop must be a number in \[0, 0.95\], got 1"):
+        Reconstruction(drop=1)
+    with pytest.raises(PolicyError, match="iterations must be a whole number >= 1, got 0"):
+        Reconstruction(iterations=0)
