@@ -133,7 +133,8 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     for name in ("compensation", "reconstruction"):
         part = getattr(policy, name)
         if part is not None:
-            values[name] = _changed(part, type(part)())
+            changed = _changed(part, type(part)())
+            values[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
     return {**values, "rules": [_rule_to_dict(rule) for rule in policy.rules]}
 
 

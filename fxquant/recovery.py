@@ -87,7 +87,9 @@ class Reconstruction:
         drop: share of the activations left unquantized in a step (QDrop, arXiv 2203.05740).
         curriculum: share of the images, those of smallest loss, that the first step draws from;
             it grows to 1 (AIQViT, section 3.3). 1 draws from all.
-        rank: of low-rank factors, at most half of what the weight can have.
+        ranks: of low-rank factors, each cut at half of what the weight can have; where there are
+            several, a search chooses one for each weight (AIQViT, section 3.2).
+        rank_iterations: its steps, for each block.
         memory_bytes: budget for the values that are held between blocks; more go to files.
         bf16: compute products of blocks in bfloat16.
         seed: of images, drops and first factors.
@@ -104,7 +106,8 @@ class Reconstruction:
     scale_rate: float = 1e-3
     drop: float = 0.5
     curriculum: float = 1.0
-    rank: int = 16
+    ranks: tuple[int, ...] = (16,)
+    rank_iterations: int = 200
     memory_bytes: int = 2 << 30
     bf16: bool = False
     seed: int = 0
@@ -122,13 +125,17 @@ class Reconstruction:
         check_flag(self, "scales")
         check_flag(self, "biases")
         check_flag(self, "bf16")
-        for name in ("iterations", "batch", "rank", "memory_bytes"):
+        for name in ("iterations", "batch", "rank_iterations", "memory_bytes"):
             check_whole(self, name, 1)
         check_whole(self, "seed", 0)
         check_number(self, "weight_rate", 1e-7, 1.0)
         check_number(self, "scale_rate", 1e-7, 1.0)
         check_number(self, "drop", 0.0, 0.95)
         check_number(self, "curriculum", 0.01, 1.0)
+        whole = isinstance(self.ranks, tuple | list) and all(type(r) is int for r in self.ranks)
+        if not whole or not self.ranks or min(self.ranks) < 1:
+            raise PolicyError(f"ranks must be whole numbers >= 1, got {self.ranks!r:.80}")
+        object.__setattr__(self, "ranks", tuple(self.ranks))
         if self.weights is WeightTraining.NONE and not (self.scales or self.biases):
             raise PolicyError("reconstruction trains nothing: turn on weights, scales or biases")
 

@@ -69,7 +69,8 @@ def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -
         {"block_loss": "mse"},
         {"block_loss": "feature"},
         {"weights": "adaround", "weight_rate": 0.1, "iterations": 60},
-        {"weights": "low_rank", "rank": 3},
+        {"weights": "low_rank", "ranks": (3,)},
+        {"weights": "low_rank", "ranks": (1, 2, 90), "rank_iterations": 20},
         {"weights": "none"},
         {"scales": False, "biases": False},
         {"drop": 0.5},
@@ -87,6 +88,9 @@ def test_blocks_come_nearer_to_the_float_ones(options: dict[str, Any]) -> None:
     assert result.changed + len(result.skips) == 4
     assert result.changed >= 2
     assert all(gain.ratio < 1 for gain in result.gains)
+    ranks = {gain.choice for gain in result.gains if gain.choice.startswith("rank")}
+    assert ranks <= {f"rank {rank}" for rank in (1, 2, 3, 4)}
+    assert bool(ranks) == (options.get("weights") == "low_rank")
     with torch.no_grad():
         assert (gm(BATCH) - exact).square().mean() < before
 
@@ -236,7 +240,9 @@ def policy() -> Policy:
     return replace(
         policies.ptq4vit(3, 6),
         compensation=Compensation(),
-        reconstruction=Reconstruction(iterations=20, weight_rate=2e-2),
+        reconstruction=Reconstruction(
+            iterations=20, weight_rate=2e-2, weights="low_rank", ranks=(1, 3), rank_iterations=6
+        ),
     )
 
 

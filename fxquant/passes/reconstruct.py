@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from fxquant.blocks import find_blocks
-from fxquant.graph import operand
+from fxquant.graph import get_parameter, operand
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.reconstruction.block_trainer import Changes, TrainedBlock, train_block
 from fxquant.reconstruction.checkpoint import Checkpoints
@@ -64,7 +64,7 @@ class Reconstruct:
         """
         if _DONE in gm.meta:
             return PassResult(0)
-        gains: list[Gain] = []
+        changed, gains = 0, list[Gain]()
         skips: list[Skip] = []
         kept = Checkpoints(self.cache, gm, self.sides.images, repr(self.options))
         importance: Importance = {}
@@ -85,6 +85,8 @@ class Reconstruct:
                 if changes is None:
                     skips.append(Skip(station.block.name, "left as it was: its loss did not fall"))
                     continue
+                changed += 1
+                gains += _ranks(gm, changes)
                 apply_changes(gm, changes)
                 gains.append(
                     Gain(
@@ -96,7 +98,7 @@ class Reconstruct:
                 )
             features.close()
         gm.meta[_DONE] = True
-        return PassResult(len(gains), tuple(skips), tuple(gains))
+        return PassResult(changed, tuple(skips), tuple(gains))
 
     def _reach(self, station: Station, number: int, features: Shelf) -> None:
         if number == 0 and self.options.block_loss is BlockLoss.FEATURE and station.rest:
@@ -116,6 +118,19 @@ class Reconstruct:
         loss = criterion(options, importance, station, (features, last))
         before, after = train_block(block, station, loss, options)
         return (block.changes() if after < before else None), before, after
+
+
+def _ranks(gm: fx.GraphModule, changes: Changes) -> list[Gain]:
+    """The rank of each low-rank change, and the size of the change beside the weight's."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    found = []
+    for name, rank in changes.ranks.items():
+        call = nodes[name]
+        old = get_parameter(gm, operand(call, 0))
+        size = float((changes.weights[name] - old).norm() / old.norm().clamp(min=1e-30))
+        (reader,) = call.users
+        found.append(Gain(reader.name, f"rank {rank}", "size of the weight, of its change", size))
+    return found
 
 
 def apply_changes(gm: fx.GraphModule, changes: Changes) -> None:

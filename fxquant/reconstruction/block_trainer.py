@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.reconstruction.activations import TrainedQuantizer, trained
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.losses import Criterion
-from fxquant.reconstruction.weights import TrainedWeight, make_weight
+from fxquant.reconstruction.rank_search import RankSearch, candidate_ranks
+from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough, TrainedWeight
 from fxquant.recovery import Reconstruction, WeightTraining
 from fxquant.side_by_side import Station, Values, tensors_of
 from fxquant.spec import Arg, OpKind
@@ -44,11 +45,13 @@ class Changes:
         quantizers: by name of the calling node.
         weights: before rounding, by name of the node that reads them.
         biases: by name of the product.
+        ranks: of low-rank changes, by name of the node that reads the weight.
     """
 
     quantizers: Mapping[str, Quantizer]
     weights: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 class TrainedBlock(nn.Module):
@@ -96,22 +99,15 @@ class TrainedBlock(nn.Module):
             if not isinstance(quantizer, UniformQuantizer) or len(call.users) > 1:
                 return
             weight = get_parameter(gm, operand(call, 0)).detach()
-            if options.weights is not WeightTraining.NONE:
-                most = max(1, min(weight.flatten(1).shape) // 2)
-                self.weights[name] = make_weight(
-                    options.weights,
-                    weight,
-                    quantizer,
-                    scales=options.scales,
-                    rank=min(options.rank, most),
-                    generator=generator,
-                )
+            form = _weight_form(weight, quantizer, options, generator)
+            if form is not None:
+                self.weights[name] = form
             return
         assert isinstance(quantizer, Quantizer)
-        form = trained(quantizer, options.drop)
-        if form is not None and name not in self.quantizers:
-            form.requires_grad_(options.scales)
-            self.quantizers[name] = form
+        coder = trained(quantizer, options.drop)
+        if coder is not None and name not in self.quantizers:
+            coder.requires_grad_(options.scales)
+            self.quantizers[name] = coder
 
     def forward(self, values: Values) -> Values:
         """The block's outputs by name, with gradients."""
@@ -155,7 +151,37 @@ class TrainedBlock(nn.Module):
             assert isinstance(form, TrainedQuantizer)
             quantizers[name] = form.fitted()
         biases = {name: bias.detach().clone() for name, bias in self.biases.items()}
-        return Changes(quantizers, weights, biases)
+        ranks = {n: form.rank for n, form in self.weights.items() if isinstance(form, LowRank)}
+        return Changes(quantizers, weights, biases, ranks)
+
+    @property
+    def searches_ranks(self) -> bool:
+        """Whether the rank of a weight is still open."""
+        return any(isinstance(form, RankSearch) for form in self.weights.values())
+
+    def settle_ranks(self) -> None:
+        """Leaves each weight the rank it prefers."""
+        for name, form in self.weights.items():
+            if isinstance(form, RankSearch):
+                self.weights[name] = form.settled()
+
+
+def _weight_form(
+    weight: Tensor, quantizer: UniformQuantizer, options: Reconstruction, generator: torch.Generator
+) -> TrainedWeight | None:
+    """What the options make of a weight; None where it is not trained."""
+    match options.weights:
+        case WeightTraining.NONE:
+            return None
+        case WeightTraining.ADAROUND:
+            return AdaRound(weight, quantizer, scales=options.scales)
+        case WeightTraining.STRAIGHT_THROUGH:
+            return StraightThrough(weight, quantizer, scales=options.scales)
+    ranks = candidate_ranks(options.ranks, weight)
+    more: dict[str, Any] = {"scales": options.scales, "generator": generator}
+    if len(ranks) > 1:
+        return RankSearch(weight, quantizer, ranks=ranks, **more)
+    return LowRank(weight, quantizer, rank=ranks[0], **more)
 
 
 def _ignoring(call: Callable[[], Tensor]) -> Callable[..., Tensor]:
@@ -192,9 +218,11 @@ def train_block(
     )
     first = image_losses(block, station, criterion)
     before = float(first.mean())
-    groups = block.groups(options)
-    if not groups or before == 0:
+    if not block.groups(options) or before == 0:
         return before, before
+    if block.searches_ranks:
+        _search_ranks(block, station, criterion, options, before)
+    groups = block.groups(options)
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.iterations))
@@ -215,6 +243,44 @@ def train_block(
         optimizer.step()
         schedule.step()
     return before, float(image_losses(block, station, criterion).mean())
+
+
+def _search_ranks(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    unit: float,
+) -> None:
+    """Trains factors on one half of the images and preferences on the other, in turns.
+
+    Args:
+        block: with open ranks; settled in the end.
+        station: its data.
+        criterion: its loss.
+        options: steps and rates; preferences take ten times the rate of the weights.
+        unit: the loss that counts as one.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    named = dict(block.named_parameters())
+    turns = [
+        [p for n, p in named.items() if p.requires_grad and n.endswith("preference") == second]
+        for second in (False, True)
+    ]
+    rates = options.weight_rate, 10 * options.weight_rate
+    optimizers = [torch.optim.Adam(p, lr=r) for p, r in zip(turns, rates, strict=True)]
+    halves = torch.randperm(station.count, generator=generator).chunk(2)
+    block.train()
+    for step in range(options.rank_iterations):
+        turn = step % len(halves)
+        own = halves[turn]
+        index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
+        with torch.enable_grad():
+            loss = _step_loss(block, station, criterion, index, options.drop) / unit
+            block.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizers[turn].step()
+    block.settle_ranks()
 
 
 def _step_loss(

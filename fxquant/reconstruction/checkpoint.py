@@ -89,7 +89,9 @@ class Checkpoints:
                 if k.rpartition("/")[0] == name
             }
             quantizers[name].load_state_dict(own)
-        return Changes(quantizers, parts["weight"], parts["bias"]), before, after
+        ranks = about["ranks"]
+        assert isinstance(ranks, dict)
+        return Changes(quantizers, parts["weight"], parts["bias"], ranks), before, after
 
     def put(self, number: int, changes: Changes | None, before: float, after: float) -> None:
         """Keeps what a block became, its tensors bit for bit.
@@ -112,6 +114,7 @@ class Checkpoints:
             for name, quantizer in changes.quantizers.items():
                 state = quantizer.state_dict()
                 tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
+            about["ranks"] = dict(changes.ranks)
             about["quantizers"] = {n: q.config() for n, q in changes.quantizers.items()}
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         try:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fxquant.ops import broadcast
 from fxquant.quantizers import UniformQuantizer
-from fxquant.recovery import WeightTraining
 
 # Ends that the rectified sigmoid is stretched to, so that it reaches 0 and 1 (arXiv 2004.10568).
 _LOW, _HIGH = -0.1, 1.1
@@ -143,22 +142,14 @@ class LowRank(TrainedWeight):
         self.inner = nn.Parameter(first.to(weight.device))
         self.outer = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
+    @property
+    def rank(self) -> int:
+        """Of the product."""
+        return len(self.inner)
+
+    def move(self) -> Tensor:
+        """What is added to the weight, in steps."""
+        return (self.outer @ self.inner).view_as(self._first)
+
     def _steps(self) -> Tensor:
-        return self._first + (self.outer @ self.inner).view_as(self._first)
-
-
-def make_weight(
-    kind: WeightTraining,
-    weight: Tensor,
-    quantizer: UniformQuantizer,
-    *,
-    scales: bool,
-    rank: int,
-    generator: torch.Generator,
-) -> TrainedWeight:
-    """The trained form that ``kind`` names."""
-    if kind is WeightTraining.ADAROUND:
-        return AdaRound(weight, quantizer, scales=scales)
-    if kind is WeightTraining.LOW_RANK:
-        return LowRank(weight, quantizer, scales=scales, rank=rank, generator=generator)
-    return StraightThrough(weight, quantizer, scales=scales)
+        return self._first + self.move()

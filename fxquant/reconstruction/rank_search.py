@@ -1,0 +1,70 @@
+"""Which rank each low-rank change of a weight gets: a differentiable search (AIQViT, section 3.2).
+
+Factors of every candidate rank stand side by side, weighed by the softmax of trained numbers, some
+left out at random. Steps on one half of the images train the factors, steps on the other half the
+numbers, in turns. In the end the candidate of the largest number stays.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.quantizers import UniformQuantizer
+from fxquant.reconstruction.weights import LowRank, TrainedWeight
+
+# Chance that a candidate is left out of a step (drop path).
+_DROP = 0.2
+
+
+class RankSearch(TrainedWeight):
+    """A weight whose low-rank change has one of several ranks.
+
+    Args:
+        weight: ``(N, …)``, flattened behind the first axis.
+        quantizer: of it.
+        scales: whether the scale is trained as well.
+        ranks: the candidates, each at least 1.
+        generator: draws first values.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        quantizer: UniformQuantizer,
+        *,
+        scales: bool,
+        ranks: tuple[int, ...],
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(weight, quantizer, scales=scales)
+        self._again = (weight, quantizer, scales, generator)
+        self.candidates = nn.ModuleList(
+            LowRank(weight, quantizer, scales=False, rank=rank, generator=generator)
+            for rank in ranks
+        )
+        self.preference = nn.Parameter(torch.zeros(len(ranks), device=weight.device))
+
+    def _steps(self) -> Tensor:
+        shares = self.preference.softmax(0)
+        if self.training:
+            kept = torch.rand(len(shares), device=shares.device) >= _DROP
+            shares = shares * kept / (1 - _DROP)
+        moves = torch.stack([form.move() for form in self.candidates])  # type: ignore[operator]
+        return self._first + torch.einsum("r,r...->...", shares, moves)
+
+    @torch.no_grad()
+    def settled(self) -> LowRank:
+        """The preferred candidate alone, its factors as trained by now."""
+        weight, quantizer, scales, generator = self._again
+        best = self.candidates[int(self.preference.argmax())]
+        assert isinstance(best, LowRank)
+        form = LowRank(weight, quantizer, scales=scales, rank=best.rank, generator=generator)
+        form.load_state_dict({**best.state_dict(), "log_scale": self.log_scale})
+        return form
+
+
+def candidate_ranks(ranks: tuple[int, ...], weight: Tensor) -> tuple[int, ...]:
+    """Those of ``ranks`` that the weight can have, cut at half its smaller side."""
+    most = max(1, min(weight.flatten(1).shape) // 2)
+    return tuple(sorted({min(rank, most) for rank in ranks}))
