@@ -277,3 +277,17 @@ def test_what_cannot_be_is_refused() -> None:
         Reconstruction(drop=1)
     with pytest.raises(PolicyError, match="iterations must be a whole number >= 1, got 0"):
         Reconstruction(iterations=0)
+
+
+def test_aiqvit_has_its_parts_and_leaves_by_every_way(tmp_path: Path) -> None:
+    short = Reconstruction(**SHORT, rank_iterations=10)
+    item = policies.aiqvit(4, 4, reconstruction=short)
+    compiled = fxquant.compile(seeded(Stack()), [BATCH], item)
+    schemes = {entry.fed_by: entry.spec.scheme for entry in compiled.plan if entry.spec}
+    assert schemes["softmax"] == "dynamic_focusing"
+    assert {gain[0] for gain in compiled.report.gains} == {"Reconstruct"}
+    compiled.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
+    assert relative_error(compiled.lower("integer")(BATCH), compiled(BATCH)) < 1e-4
+    assert policy_from_dict(policy_to_dict(item)) == item
+    bare = policies.aiqvit(4, 4, low_rank=False, focusing=False, curriculum=False)
+    assert bare.reconstruction == Reconstruction(weights="none", ranks=(10, 20, 50, 100, 150))
