@@ -305,8 +305,8 @@ def test_mixed_widths_beat_one_width_on_a_shipped_model(tmp_path: Path) -> None:
     """By the loss against the float model on images that no choice was made on."""
     data = GlyphDataset("calib", 32)
     calibration = [torch.stack([data[i][0] for i in range(32)])]
-    test = GlyphDataset("test", 200)
-    held_out = torch.stack([test[i][0] for i in range(200)])
+    test = GlyphDataset("test", 100)
+    held_out = torch.stack([test[i][0] for i in range(100)])
     model = build("glyph_vit")
     with torch.no_grad():
         target = model(held_out).log_softmax(1)
@@ -316,6 +316,6 @@ def test_mixed_widths_beat_one_width_on_a_shipped_model(tmp_path: Path) -> None:
         found = result(held_out).log_softmax(1)
         return float((target.exp() * (target - found)).sum(1).mean())
 
-    base = dataclasses.replace(policies.w8a8(), allocation=Allocation(budget=FOUR, images=8))
-    uniform = dataclasses.replace(base, allocation=Allocation(budget=FOUR, images=8, widths=(4,)))
+    base = dataclasses.replace(policies.w8a8(), allocation=Allocation(budget=FOUR, images=4))
+    uniform = dataclasses.replace(base, allocation=Allocation(budget=FOUR, images=4, widths=(4,)))
     assert distance(base) < distance(uniform)

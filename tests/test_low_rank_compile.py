@@ -95,7 +95,7 @@ def test_a_policy_with_branches_survives_yaml(low_rank: LowRank, tmp_path: Path)
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_models_come_closer_to_the_float_ones(name: str, tmp_path: Path) -> None:
     calibration = torch.stack([GlyphDataset("calib", 32)[i][0] for i in range(32)])
-    held_out = torch.stack([GlyphDataset("test", 100)[i][0] for i in range(100)])
+    held_out = torch.stack([GlyphDataset("test", 50)[i][0] for i in range(50)])
     base = policies.w8a8().with_rules(Rule(arg="weight", spec=COARSE))
     divergences = {}
     for low_rank in (None, LowRank(rank=16)):
@@ -107,5 +107,5 @@ def test_shipped_models_come_closer_to_the_float_ones(name: str, tmp_path: Path)
     assert divergences[LowRank(rank=16)] < 0.6 * divergences[None]
     exported = model.export_onnx(tmp_path / "m.onnx")
     assert exported.unfused == ()
-    assert_same_codes(model, exported.path, held_out[:20])
+    assert_same_codes(model, exported.path, held_out[:8])
     assert_integer_equals_simulation(model.graph_module, model.lower("integer"), held_out[:4])

@@ -230,11 +230,11 @@ def test_the_shipped_models(name: str, bits: int, agreement: float, tmp_path: Pa
     model = fxquant.compile(build(name), calibration, twins(bits))
     exported = model.export_onnx(tmp_path / "m.onnx")
     assert exported.unfused == () and exported.fused["QGemm"] >= 38
-    test, _ = next(iter(DataLoader(GlyphDataset("test", 400), batch_size=400)))
+    test, _ = next(iter(DataLoader(GlyphDataset("test", 200), batch_size=200)))
     session, same = make_session(exported.path, 1), 0
     for part in test.split(50):
         result = torch.from_numpy(session.run(None, {"images": part.numpy()})[0])
         with torch.no_grad():
             same += int((result.argmax(1) == model(part).argmax(1)).sum())
-    assert same >= agreement * 400
-    assert_same_codes(model, exported.path, test[:50])
+    assert same >= agreement * 200
+    assert_same_codes(model, exported.path, test[:20])
