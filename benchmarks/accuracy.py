@@ -9,9 +9,10 @@ compares by squared error weighted by gradients; ``+ twin`` is the base with twi
 row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does. ``+
 Hessian, symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
 ``OPT-m`` searches the ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels
-as well. ``+ both, uniform``, ``focusing`` (arXiv 2502.04628), ``log2`` and ``AdaLog`` (arXiv
-2407.12951) have other quantizers behind softmax. ``mixed`` gives each edge a width of its own, of
-the same mean (at 4 and 5 bits alone).
+as well; ``by columns`` then rounds weights so that later columns make up for earlier ones, after
+``ridge`` has moved them to make up for the activations. ``+ both, uniform``, ``focusing`` (arXiv
+2502.04628), ``log2`` and ``AdaLog`` (arXiv 2407.12951) have other quantizers behind softmax.
+``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone).
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
 and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,
@@ -41,12 +42,12 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 import fxquant
-from fxquant import Allocation, Budget, Policy, Rule, TensorSpec, policies
+from fxquant import Allocation, Budget, Compensation, Policy, Rule, TensorSpec, policies
 from fxquant.budget import Method
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
 from fxquant.progress import track
-from fxquant.spec import GradientLoss, Metric, Scheme
+from fxquant.spec import GradientLoss, Metric, ScaleSearch, Scheme
 
 WIDTHS = (8, 6, 5, 4, 3)
 # At these the same mean of mixed widths is measured as well.
@@ -88,6 +89,7 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ both, row by row": replace(whole, search=by_row),
         "+ both, OPT-m": replace(whole, search=replace(whole.search, opt_m=True)),
         "MPTQ-ViT": policies.mptq_vit(bits, bits),
+        **compensated(bits),
         **attention(whole, bits),
     }
     if bits == 8:
@@ -108,6 +110,17 @@ def attention(base: Policy, bits: int) -> dict[str, Policy]:
             Rule(fed_by="softmax", spec=TensorSpec(bits=bits, scheme=scheme))
         )
         for name, scheme in schemes.items()
+    }
+
+
+def compensated(bits: int) -> dict[str, Policy]:
+    """Weights rounded column by column, and moved by the ridge before."""
+    whole = policies.ptq4vit(bits, bits, search=ScaleSearch(opt_m=True))
+    by_columns = Compensation()
+    return {
+        "+ OPT-m, by columns": replace(whole, compensation=by_columns),
+        "+ OPT-m, ridge": replace(whole, compensation=replace(by_columns, ridge=True)),
+        "MPTQ-ViT, by columns": replace(policies.mptq_vit(bits, bits), compensation=by_columns),
     }
 
 

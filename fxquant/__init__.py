@@ -13,18 +13,21 @@ from fxquant.errors import FxQuantError
 from fxquant.low_rank import LowRank
 from fxquant.model import CompiledModel, load
 from fxquant.policy import Policy, Rule
+from fxquant.recovery import Compensation, Reconstruction
 from fxquant.report import Report
 from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
 
 __all__ = [
     "Allocation",
     "Budget",
+    "Compensation",
     "CompiledModel",
     "FxQuantError",
     "Granularity",
     "LowRank",
     "ObserverKind",
     "Policy",
+    "Reconstruction",
     "Report",
     "Rule",
     "Scheme",
