@@ -76,7 +76,8 @@ class Reconstruction:
 
     Attributes:
         weights: what of them is trained.
-        scales: train the scales and zero points of activations and the scales of weights.
+        scales: train the scales and zero points of activations, and the scales of those weights
+            that are trained.
         biases: train the biases of products.
         block_loss: what is minimised.
         gradient: the loss of the outputs whose gradient weighs errors, for ``fisher``.

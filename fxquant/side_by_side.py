@@ -203,7 +203,7 @@ class SideBySide:
     """
 
     def __init__(self, teacher: fx.GraphModule, images: Tensor, *, progress: bool = False) -> None:
-        self._teacher = copy.deepcopy(teacher)
+        self._teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.images, self._progress = images, progress
 
     def teacher(self) -> BlockRunner:
