@@ -23,6 +23,7 @@ from fxquant.errors import (
     TrainingModeError,
 )
 from fxquant.graph import module_path, source_line
+from fxquant.quantizers import Quantizer
 from fxquant.spec import Stage
 
 # Not 0 or 1, which torch.export would take as constants.
@@ -142,12 +143,18 @@ def check_model(model: nn.Module) -> None:
     """Looks at what can be wrong with a model before anything runs.
 
     Raises:
-        CaptureError: it is no module, or not of float32.
+        CaptureError: it is no module, quantized already, or not of float32.
         TrainingModeError: it or a submodule is in training mode.
         NonFiniteError: a parameter holds NaN or infinity, or a buffer NaN.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    done = [name for name, module in model.named_modules() if isinstance(module, Quantizer)]
+    if done:
+        raise CaptureError(
+            f"the model is quantized already: it holds {len(done)} quantizers, {done[0]} first; "
+            "give compile() the float model that it was made from"
+        )
     training = [name or "the model itself" for name, m in model.named_modules() if m.training]
     if training:
         raise TrainingModeError(

@@ -311,6 +311,12 @@ def test_a_loss_that_nothing_reads_is_an_error(vit: nn.Module) -> None:
             fxquant.compile(vit, [torch.randn(2, 3, 16, 16)], policy, loss=lambda y, _: y.sum())
 
 
+def test_a_quantized_model_is_not_quantized_again(quantized: fxquant.CompiledModel) -> None:
+    for model in (quantized, nn.Sequential(quantized, nn.Flatten()), quantized.graph_module):
+        with pytest.raises(CaptureError, match=r"quantized already: it holds \d+ quantizers"):
+            fxquant.compile(model.eval(), [X])
+
+
 def test_an_unknown_backend_is_an_error(quantized: fxquant.CompiledModel) -> None:
     with pytest.raises(LoweringError, match="'integr'; did you mean 'integer'"):
         quantized.lower("integr")

@@ -18,7 +18,14 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 # modules in it.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "_version", "budget", "low_rank", "recovery"),
-    ("suggest", "files", "progress", "batches", "pick"),  # helpers that know errors alone
+    (
+        "suggest",
+        "files",
+        "progress",
+        "batches",
+        "pick",
+        "user_loss",
+    ),  # helpers that know errors alone
     ("ops", "log_ops", "quantizers"),
     ("observers", "search", "allocate"),
     (
