@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,14 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
 
     Raises:
         BatchError: the model does not run on the images.
+        CaptureError: it takes more than them.
     """
+    needed = _required_inputs(model)
+    if len(needed) > 1:
+        raise CaptureError(
+            f"the model takes {len(needed)} inputs ({', '.join(needed)}), and one image tensor is "
+            "supported: wrap it in a module whose forward(images) gives the others a fixed value"
+        )
     try:
         model(images.to(device_of(model)))
     except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
@@ -84,6 +92,16 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
             f"{images.dtype} ({error}); give them as model(images) takes them, (B, C, H, W) of "
             "its input size"
         ) from error
+
+
+def _required_inputs(model: nn.Module) -> list[str]:
+    """Names of the arguments that forward has no default for."""
+    return [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
 
 
 def _hooked(model: nn.Module) -> Iterator[str]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxquant import quantizers
-from fxquant.errors import FileFormatError, FxQuantError, LoweringError
+from fxquant.errors import BatchError, FileFormatError, FxQuantError, LoweringError
 from fxquant.files import write_together, write_utf8
 from fxquant.graph import get_parameter, possible_edges, submodule
 from fxquant.policy_file import policy_from_dict
@@ -66,8 +66,23 @@ class CompiledModel(nn.Module):
         return self.report.plan
 
     def forward(self, images: Tensor) -> Any:
-        """Outputs of the quantized model, for images ``(B, C, H, W)``."""
-        return self.graph_module(images)
+        """Outputs of the quantized model, for images ``(B, C, H, W)``.
+
+        Raises:
+            BatchError: the images have another shape than those that the model was compiled for,
+                and it does not run on them.
+        """
+        try:
+            return self.graph_module(images)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(images, Tensor) and images.shape[1:] == self.image_shape:
+                raise
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            expected = ", ".join(map(str, self.image_shape))
+            raise BatchError(
+                f"the model was compiled for images of shape (B, {expected}), got {found}: resize "
+                f"them, or compile for that size ({error})"
+            ) from error
 
     def lower(
         self, backend: str, *, integer_only: bool | None = None, float_products: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from fxquant.budget import Allocation, Budget, Method
 from fxquant.errors import PolicyError, UnknownPresetError
@@ -33,7 +34,11 @@ def w8a8(*, full: bool = False) -> Policy:
         full: also quantize what norms, softmax, activation functions and additions read, so that
             ``lower("integer")`` needs no float arithmetic between products
             (:func:`elementwise_rules`).
+
+    Raises:
+        PolicyError: ``full`` is no boolean.
     """
+    _check_flags(full=full)
     besides = ", norms, softmax, GELU and sums" if full else ""
     return Policy(
         name="w8a8_full" if full else "w8a8",
@@ -138,7 +143,13 @@ def ptq4vit(
     Raises:
         BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
             not take: turn them off with ``twin=False``.
+        PolicyError: ``search`` is no ScaleSearch, or a flag no boolean.
     """
+    _check_flags(twin=twin, reparameterize=reparameterize, bias_correction=bias_correction)
+    if not isinstance(search, ScaleSearch):
+        raise PolicyError(
+            f"search must be a ScaleSearch, such as ScaleSearch(rounds=1), got {search!r:.80}"
+        )
     twins: tuple[Rule, ...] = ()
     if twin:
         spec = TensorSpec(bits=act_bits, scheme=Scheme.TWIN_UNIFORM)
@@ -231,7 +242,9 @@ def mptq_vit(
     Raises:
         BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
             not take.
+        PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
     """
+    _check_flags(full=full)
     base = ptq4vit(weight_bits, act_bits, image_bits=image_bits, search=ScaleSearch(opt_m=True))
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     return replace(
@@ -243,6 +256,12 @@ def mptq_vit(
         smooth=True,
         allocation=None if budget is None else Allocation(budget=budget, method=Method.GREEDY),
     )
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise PolicyError(f"{name} must be true or false, got {value!r:.80}")
 
 
 PRESETS: dict[str, Callable[..., Policy]] = {

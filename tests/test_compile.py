@@ -218,6 +218,7 @@ def bad(value: Any) -> Any:
         ([X[:0]], BatchError, "B >= 1"),
         ([X[0, 0, 0]], BatchError, r"shape \(16,\); add a batch dimension"),
         ([X, X[..., :8]], BatchError, r"shape \(3, 16, 8\), the first batch \(3, 16, 16\)"),
+        ([X, X.half()], BatchError, r"type torch.float16, the first batch torch.float32; give all"),
         ([X, bad(float("nan"))], NonFiniteError, "NaN or infinity in image 1"),
         ([bad(float("inf"))], NonFiniteError, "NaN or infinity in image 1"),
         ([images(2, 24)], BatchError, r"shape \(2, 3, 24, 24\)"),
@@ -309,12 +310,6 @@ def test_a_loss_that_nothing_reads_is_an_error(vit: nn.Module) -> None:
     for policy in ("w8a8", policies.base_ptq()):
         with pytest.raises(PolicyError, match=r"takes no gradient.*hessian or fisher"):
             fxquant.compile(vit, [torch.randn(2, 3, 16, 16)], policy, loss=lambda y, _: y.sum())
-
-
-def test_a_quantized_model_is_not_quantized_again(quantized: fxquant.CompiledModel) -> None:
-    for model in (quantized, nn.Sequential(quantized, nn.Flatten()), quantized.graph_module):
-        with pytest.raises(CaptureError, match=r"quantized already: it holds \d+ quantizers"):
-            fxquant.compile(model.eval(), [X])
 
 
 def test_an_unknown_backend_is_an_error(quantized: fxquant.CompiledModel) -> None:
