@@ -32,6 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "graph",
         "verify",
         "serialize",
+        "saved_checks",
         "rewrite",
         "fold_sites",
         "affine_fold",
