@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from accuracy import load
+from accuracy import load, positive
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -66,9 +66,9 @@ def main() -> None:
     """Prints a row a model and draw, and the mean of each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
-    parser.add_argument("--images", type=int, default=950, help="test images")
-    parser.add_argument("--calibration", type=int, default=32, help="images of one draw")
-    parser.add_argument("--draws", type=int, default=5, help="calibration draws")
+    parser.add_argument("--images", type=positive, default=950, help="test images")
+    parser.add_argument("--calibration", type=positive, default=32, help="images of one draw")
+    parser.add_argument("--draws", type=positive, default=5, help="calibration draws")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table("model", "draw", "float32", "products", "full", "executor", "agreement")
