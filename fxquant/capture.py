@@ -167,11 +167,11 @@ def check_model(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    done = [name for name, module in model.named_modules() if isinstance(module, Quantizer)]
+    done = [name for name, module in model.named_modules() if _quantized(module)]
     if done:
         raise CaptureError(
-            f"the model is quantized already: it holds {len(done)} quantizers, {done[0]} first; "
-            "give compile() the float model that it was made from"
+            f"the model is quantized already (module {done[0] or '(root)'}): give compile() the "
+            "float model that it was made from"
         )
     training = [name or "the model itself" for name, m in model.named_modules() if m.training]
     if training:
@@ -194,6 +194,12 @@ def check_model(model: nn.Module) -> None:
                 f"weight {name} holds NaN or infinity; the checkpoint is damaged or training "
                 "diverged: load another"
             )
+
+
+def _quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantizer, or a graph that a backend lowered to integer codes."""
+    meta = module.meta if isinstance(module, fx.GraphModule) else {}
+    return isinstance(module, Quantizer) or "codes" in meta
 
 
 @contextmanager

@@ -25,10 +25,21 @@ def quantized(vit: nn.Module) -> fxquant.CompiledModel:
     return fxquant.compile(vit, [X])
 
 
-def test_a_quantized_model_is_not_quantized_again(quantized: fxquant.CompiledModel) -> None:
-    for model in (quantized, nn.Sequential(quantized, nn.Flatten()), quantized.graph_module):
-        with pytest.raises(CaptureError, match=r"quantized already: it holds \d+ quantizers"):
-            fxquant.compile(model.eval(), [X])
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda model: model, r"graph_module\.quant\.\S+"),
+        (lambda model: nn.Sequential(model, nn.Flatten()), r"0\.graph_module\.quant\.\S+"),
+        (lambda model: model.graph_module, r"quant\.\S+"),
+        (lambda model: model.lower("integer"), r"\(root\)"),
+    ],
+    ids=["compiled", "inside another", "graph", "lowered"],
+)
+def test_a_quantized_model_is_not_quantized_again(
+    quantized: fxquant.CompiledModel, change: Callable[[nn.Module], nn.Module], where: str
+) -> None:
+    with pytest.raises(CaptureError, match=rf"quantized already \(module {where}\)"):
+        fxquant.compile(change(quantized).eval(), [X])
 
 
 class Exhausted:
