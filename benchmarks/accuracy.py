@@ -284,16 +284,24 @@ def plot(scores: Scores, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def main() -> None:
     """Prints two tables a model; writes ``accuracy.csv`` and ``accuracy.png``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--methods", nargs="+", choices=[*methods(8), *mixed(4)])
-    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
-    parser.add_argument("--images", type=int, default=950, help="test images")
-    parser.add_argument("--calibration", type=int, default=32, help="images of one draw")
-    parser.add_argument("--draws", type=int, default=5, help="calibration draws")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--widths", nargs="+", type=int, choices=range(2, 9), default=list(WIDTHS))
+    parser.add_argument("--images", type=positive, default=950, help="test images")
+    parser.add_argument("--calibration", type=positive, default=32, help="images of one draw")
+    parser.add_argument("--draws", type=positive, default=5, help="calibration draws")
+    parser.add_argument("--processes", type=positive, default=2, help="of one thread each")
     parser.add_argument("--out", type=Path, default=Path("ablation"), help="folder for the files")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

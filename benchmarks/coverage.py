@@ -7,6 +7,7 @@ Small configurations with random weights, those of the coverage test.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.zoo import FAMILIES
 
 def main() -> None:
     """Prints the table as Markdown, a row at a time."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print("| model | products | edges quantized | integer kernels | float, and why |")
     print("|---|---|---|---|---|")
     for family in FAMILIES:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from accuracy import load, top1
+from accuracy import load, positive
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ _COMPARED = 8  # images on which the two carriers of products are compared
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Classes ``(N,)`` of images ``(N, …)``."""
     return torch.cat([model(part).argmax(1) for part in images.split(50)])
+
+
+def percent(hits: Tensor) -> float:
+    """How many of ``hits`` ``(N,)`` are true, in percent."""
+    return 100 * float(hits.float().mean())
 
 
 def measure(name: str, draw: int, options: argparse.Namespace) -> list[float]:
@@ -53,22 +58,23 @@ def measure(name: str, draw: int, options: argparse.Namespace) -> list[float]:
         if not torch.equal(whole(images[:_COMPARED]), fast(images[:_COMPARED])):
             raise RuntimeError(f"{name}: the two carriers of products differ")
     simulated, executed = predict(full, images), predict(fast, images)
-    shares = (simulated == labels, executed == labels, simulated == executed)
-    return [top1(products, images, labels), *(100 * float(x.float().mean()) for x in shares)]
+    right = (predict(products, images) == labels, simulated == labels, executed == labels)
+    return [percent(hits) for hits in (*right, simulated == executed)]
 
 
 def main() -> None:
     """Prints a row a model and draw, and the mean of each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
-    parser.add_argument("--images", type=int, default=950, help="test images")
-    parser.add_argument("--calibration", type=int, default=32, help="images of one draw")
-    parser.add_argument("--draws", type=int, default=5, help="calibration draws")
+    parser.add_argument("--images", type=positive, default=950, help="test images")
+    parser.add_argument("--calibration", type=positive, default=32, help="images of one draw")
+    parser.add_argument("--draws", type=positive, default=5, help="calibration draws")
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table("model", "draw", "float32", "products", "full", "executor", "agreement")
     for name in options.models:
-        exact = top1(build(name), *load("test", 0, options.images))
+        images, labels = load("test", 0, options.images)
+        exact = percent(predict(build(name), images) == labels)
         rows = []
         for draw in track(range(options.draws), label=name, total=options.draws):
             rows.append(measure(name, draw, options))

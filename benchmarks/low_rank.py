@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from accuracy import float_outputs, load, outputs
+from accuracy import float_outputs, load, outputs, positive
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
@@ -92,9 +92,9 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=list(WIDTHS), help="as 4,8: W4A8")
     parser.add_argument("--ranks", nargs="*", type=int, default=[4, 8, 16, 32])
     parser.add_argument("--shares", nargs="*", type=float, default=[0.1, 0.2])
-    parser.add_argument("--images", type=int, default=950, help="test images")
-    parser.add_argument("--calibration", type=int, default=32, help="images of one draw")
-    parser.add_argument("--draws", type=int, default=1, help="calibration draws")
+    parser.add_argument("--images", type=positive, default=950, help="test images")
+    parser.add_argument("--calibration", type=positive, default=32, help="images of one draw")
+    parser.add_argument("--draws", type=positive, default=1, help="calibration draws")
     parser.add_argument("--first-draw", type=int, default=0, help="number of the first")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,8 +8,8 @@ once the C library has given back what is free.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
-import sys
 import time
 from pathlib import Path
 
@@ -25,10 +25,15 @@ def memory(kind: str) -> float:
 
 def main() -> None:
     """Opens the file that is named first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="ONNX file")
+    file = parser.parse_args().file
+    if not file.is_file():
+        parser.error(f"no file {file}; export_onnx or `fxquant compile` writes one")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     before, start = memory("VmRSS"), time.perf_counter()
-    session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     seconds, most = time.perf_counter() - start, memory("VmHWM")
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     assert session.get_inputs()

@@ -89,6 +89,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--random-weights", action="store_true", help="try it without weights")
     options = parser.parse_args()
+    for folder in (options.data / "train", options.data / "val"):  # before weights are downloaded
+        if not any(path.is_dir() for path in folder.glob("*")):
+            parser.error(f"--data: {folder} is to hold a folder of images for each class")
     table = Table("model", "method", "bits", "top-1 %", "lost", "paper: top-1 %", "lost")
     for name in options.models:
         known = PAPER.get(name)

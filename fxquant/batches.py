@@ -138,8 +138,9 @@ class CalibrationImages:
         """Yields images ``(B, …)`` and labels of each batch, None where it has none.
 
         Raises:
-            BatchError: a batch is unusable or of another image shape than the first, or a
-                one-shot iterator is read again.
+            BatchError: a batch is unusable, or of another image shape or dtype than the first, or
+                a one-shot iterator is read again.
+            EmptyLoaderError: the loader gives nothing when it is read again.
             NonFiniteError: an image holds NaN or infinity.
         """
         if self._fresh:
@@ -147,11 +148,28 @@ class CalibrationImages:
             yield self.first, self._first_labels
             rest = self._iterator
         elif self._rereadable:
-            rest = iter(self._loader)
+            rest = self._again()
         else:
             raise BatchError(_ONCE)
         for batch in rest:
             yield self._checked(batch, self.first)
+
+    def _again(self) -> Iterator[Any]:
+        """The batches of the loader once more.
+
+        Raises:
+            EmptyLoaderError: there are none.
+        """
+        empty = True
+        for batch in self._loader:
+            empty = False
+            yield batch
+        if empty:
+            raise EmptyLoaderError(
+                "this policy reads the calibration data more than once, and calib_loader gave no "
+                "batch when it was read again: its __iter__ must start anew each time, as that of "
+                "a list or a DataLoader does"
+            )
 
     @staticmethod
     def _checked(batch: Any, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -160,6 +178,11 @@ class CalibrationImages:
             raise BatchError(
                 f"a batch has images of shape {tuple(images.shape[1:])}, the first batch "
                 f"{tuple(first.shape[1:])}; resize all images to the model's input size"
+            )
+        if first is not None and images.dtype != first.dtype:
+            raise BatchError(
+                f"a batch has images of type {images.dtype}, the first batch {first.dtype}; give "
+                f"all of one type, for example by images.to({first.dtype})"
             )
         finite = torch.isfinite(images).flatten(1).all(1)
         if not bool(finite.all()):

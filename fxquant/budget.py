@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fxquant.errors import BitWidthError, PolicyError
-from fxquant.spec import MIN_BITS, parse_field
+from fxquant.spec import MAX_SEED, MIN_BITS, parse_field
 
 # Integer kernels have codes of up to 8 bits.
 MAX_ALLOCATED_BITS = 8
@@ -150,6 +150,8 @@ class Allocation:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
                 raise PolicyError(f"{name} must be a whole number >= {bound}, got {value!r}")
+        if self.seed > MAX_SEED:
+            raise PolicyError(f"seed must be at most 2^63 - 1, got {self.seed}")
         if isinstance(self.work, bool) or not isinstance(self.work, int | float):
             raise PolicyError(f"work must be a number, got {self.work!r}")
         if not 0 < self.work < math.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from fxquant.errors import (
     TrainingModeError,
 )
 from fxquant.graph import module_path, source_line
+from fxquant.quantizers import Quantizer
 from fxquant.spec import Stage
 
 # Not 0 or 1, which torch.export would take as constants.
@@ -74,7 +76,14 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
 
     Raises:
         BatchError: the model does not run on the images.
+        CaptureError: it takes more than them.
     """
+    needed = _required_inputs(model)
+    if len(needed) > 1:
+        raise CaptureError(
+            f"the model takes {len(needed)} inputs ({', '.join(needed)}), and one image tensor is "
+            "supported: wrap it in a module whose forward(images) gives the others a fixed value"
+        )
     try:
         model(images.to(device_of(model)))
     except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
@@ -83,6 +92,16 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
             f"{images.dtype} ({error}); give them as model(images) takes them, (B, C, H, W) of "
             "its input size"
         ) from error
+
+
+def _required_inputs(model: nn.Module) -> list[str]:
+    """Names of the arguments that forward has no default for."""
+    return [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
 
 
 def _hooked(model: nn.Module) -> Iterator[str]:
@@ -142,12 +161,18 @@ def check_model(model: nn.Module) -> None:
     """Looks at what can be wrong with a model before anything runs.
 
     Raises:
-        CaptureError: it is no module, or not of float32.
+        CaptureError: it is no module, quantized already, or not of float32.
         TrainingModeError: it or a submodule is in training mode.
         NonFiniteError: a parameter holds NaN or infinity, or a buffer NaN.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    done = [name for name, module in model.named_modules() if _quantized(module)]
+    if done:
+        raise CaptureError(
+            f"the model is quantized already (module {done[0] or '(root)'}): give compile() the "
+            "float model that it was made from"
+        )
     training = [name or "the model itself" for name, m in model.named_modules() if m.training]
     if training:
         raise TrainingModeError(
@@ -169,6 +194,12 @@ def check_model(model: nn.Module) -> None:
                 f"weight {name} holds NaN or infinity; the checkpoint is damaged or training "
                 "diverged: load another"
             )
+
+
+def _quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantizer, or a graph that a backend lowered to integer codes."""
+    meta = module.meta if isinstance(module, fx.GraphModule) else {}
+    return isinstance(module, Quantizer) or "codes" in meta
 
 
 @contextmanager

@@ -48,11 +48,12 @@ from fxquant.policy import Policy
 from fxquant.policy_file import policy_to_dict, resolve
 from fxquant.progress import track, working
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
-from fxquant.samples import Loss, sample_products
+from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
 from fxquant.side_by_side import SideBySide, all_images
 from fxquant.smoothing_sites import Choices, choose_smoothing
 from fxquant.spec import GRADIENT_METRICS
+from fxquant.user_loss import Loss, check_callable
 
 # Each pass relies on those before it: attention and einsum must be open before products are sorted,
 # a transposed weight folded before a product is seen to be a linear, and batch norm folded before
@@ -106,7 +107,7 @@ def compile(
     Raises:
         CaptureError: the model cannot be captured, or holds nothing to quantize.
         PolicyError: the policy is malformed or does not fit the model.
-        CalibrationError: the calibration data cannot be used, or the model gives NaN for it.
+        CalibrationError: calibration data or loss cannot be used, or the model gives NaN.
         OutputError: the cache cannot be written.
     """
     recipe = resolve(policy)
@@ -188,6 +189,8 @@ def _recover(
 
 def _check_loss(recipe: Policy, loss: Loss | None) -> None:
     samples = recipe.samples
+    if loss is not None:
+        check_callable(loss)
     if loss is not None and (samples is None or samples.metric not in GRADIENT_METRICS):
         raise PolicyError(
             f"loss was given, and policy {recipe.name!r} takes no gradient: give it a search whose "

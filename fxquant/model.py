@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from fxquant import quantizers
-from fxquant.errors import FileFormatError, FxQuantError, LoweringError
+from fxquant import quantizers, saved_checks
+from fxquant.errors import BatchError, FileFormatError, FxQuantError, LoweringError
 from fxquant.files import write_together, write_utf8
 from fxquant.graph import get_parameter, possible_edges, submodule
 from fxquant.policy_file import policy_from_dict
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
 
 CONFIG_FILE, WEIGHTS_FILE = "quant_config.json", "model.safetensors"
-FORMAT = 1
+FORMAT = 2
 BACKENDS = ("integer", "inductor")
 _CODES = "codes."
 
@@ -66,8 +66,23 @@ class CompiledModel(nn.Module):
         return self.report.plan
 
     def forward(self, images: Tensor) -> Any:
-        """Outputs of the quantized model, for images ``(B, C, H, W)``."""
-        return self.graph_module(images)
+        """Outputs of the quantized model, for images ``(B, C, H, W)``.
+
+        Raises:
+            BatchError: the images have another shape than those that the model was compiled for,
+                and it does not run on them.
+        """
+        try:
+            return self.graph_module(images)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(images, Tensor) and images.shape[1:] == self.image_shape:
+                raise
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            expected = ", ".join(map(str, self.image_shape))
+            raise BatchError(
+                f"the model was compiled for images of shape (B, {expected}), got {found}: resize "
+                f"them, or compile for that size ({error})"
+            ) from error
 
     def lower(
         self, backend: str, *, integer_only: bool | None = None, float_products: bool = False
@@ -147,11 +162,15 @@ class CompiledModel(nn.Module):
             "graph": graph_to_json(self.graph_module.graph),
             "report": self.report.to_dict(),
         }
-        text = json.dumps(config, indent=1)
-        write_together(
+
+        def write_tensors(temporary: Path) -> None:
+            save_file(tensors, temporary, saved_checks.metadata(self.image_shape))
+            config["tensors_sha256"] = saved_checks.digest(temporary)
+
+        write_together(  # in this order, since the one has the digest of the other
             {
-                folder / WEIGHTS_FILE: lambda temporary: save_file(tensors, temporary),
-                folder / CONFIG_FILE: lambda temporary: write_utf8(temporary, text),
+                folder / WEIGHTS_FILE: write_tensors,
+                folder / CONFIG_FILE: lambda path: write_utf8(path, json.dumps(config, indent=1)),
             }
         )
 
@@ -160,11 +179,15 @@ def load(folder: str | Path) -> CompiledModel:
     """Reads what :meth:`CompiledModel.save` wrote.
 
     Raises:
-        FileFormatError: a file is missing, truncated, or not fxquant's.
+        FileFormatError: a file is missing, truncated, or not fxquant's; the two are not of one
+            save; or a number in them cannot be.
     """
     folder = Path(folder)
     config, tensors = _read_config(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
     try:
+        saved_checks.check_together(
+            folder / WEIGHTS_FILE, config["tensors_sha256"], config["image_shape"]
+        )
         policy_from_dict(config["policy"])
         gm = _rebuild(config, tensors)
         report = Report.from_dict(config["report"])
@@ -220,10 +243,12 @@ def _code_shift(quantizer: Quantizer) -> int:
 
 def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
     root = nn.Module()
+    saved_checks.check_numbers(tensors)
     for name, settings in config["quantizers"].items():
         quantizer = quantizers.from_config(settings)
         state = {key: tensors.pop(f"{name}.{key}") for key, _ in quantizer.named_buffers()}
         quantizer.load_state_dict(state)
+        saved_checks.check_quantizer(name, quantizer)
         parent, _, last = name.rpartition(".")
         if not hasattr(root, parent):
             root.add_module(parent, nn.Module())
@@ -234,9 +259,12 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
             coder = root.get_submodule(config["coded_weights"][plain])
             if not isinstance(coder, Quantizer):
                 raise FileFormatError(f"{plain} is stored as codes of {coder}, no quantizer")
+            saved_checks.check_codes(plain, codes, coder.bits)
             value = coder.dequantize(codes.float() + _code_shift(coder))
         set_tensor(root, plain, value)
-    gm = fx.GraphModule(root, graph_from_json(config["graph"]))
+    graph = graph_from_json(config["graph"])
+    saved_checks.check_all_read((name.removeprefix(_CODES) for name in tensors), graph)
+    gm = fx.GraphModule(root, graph)
     gm.meta["stage"] = Stage.FROZEN
     report = Report.from_dict(config["report"])
     propagate_shapes(gm, tuple(config["image_shape"]))

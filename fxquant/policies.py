@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from fxquant.budget import Allocation, Budget, Method
 from fxquant.errors import PolicyError, UnknownPresetError
 from fxquant.policy import Policy, Rule
+from fxquant.preset_rules import elementwise_rules, searched_rules
 from fxquant.recovery import Reconstruction, WeightTraining
 from fxquant.spec import (
     Arg,
     Granularity,
     Metric,
     ObserverKind,
-    OpKind,
     ScaleSearch,
     Scheme,
     TensorSpec,
@@ -34,7 +35,11 @@ def w8a8(*, full: bool = False) -> Policy:
         full: also quantize what norms, softmax, activation functions and additions read, so that
             ``lower("integer")`` needs no float arithmetic between products
             (:func:`elementwise_rules`).
+
+    Raises:
+        PolicyError: ``full`` is no boolean.
     """
+    _check_flags(full=full)
     besides = ", norms, softmax, GELU and sums" if full else ""
     return Policy(
         name="w8a8_full" if full else "w8a8",
@@ -106,7 +111,7 @@ def base_ptq(weight_bits: int = 8, act_bits: int = 8, *, image_bits: int = 8) ->
         name=f"base_ptq_w{weight_bits}a{act_bits}",
         description="PTQ4ViT's baseline: uniform quantizers, scales searched by cosine distance",
         search=ScaleSearch(metric=Metric.COSINE, rounds=1, low=0.5),
-        rules=_searched_rules(weight_bits, act_bits, image_bits),
+        rules=searched_rules(weight_bits, act_bits, image_bits),
     )
 
 
@@ -139,7 +144,13 @@ def ptq4vit(
     Raises:
         BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
             not take: turn them off with ``twin=False``.
+        PolicyError: ``search`` is no ScaleSearch, or a flag no boolean.
     """
+    _check_flags(twin=twin, reparameterize=reparameterize, bias_correction=bias_correction)
+    if not isinstance(search, ScaleSearch):
+        raise PolicyError(
+            f"search must be a ScaleSearch, such as ScaleSearch(rounds=1), got {search!r:.80}"
+        )
     twins: tuple[Rule, ...] = ()
     if twin:
         spec = TensorSpec(bits=act_bits, scheme=Scheme.TWIN_UNIFORM)
@@ -158,50 +169,7 @@ def ptq4vit(
         search=search,
         reparameterize=reparameterize,
         bias_correction=bias_correction,
-        rules=(*twins, *_searched_rules(weight_bits, act_bits, image_bits)),
-    )
-
-
-def _searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Rule, ...]:
-    channel, head = Granularity.CHANNEL, Granularity.HEAD
-    return (
-        Rule(
-            arg=Arg.WEIGHT,
-            spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=channel),
-            optional=True,
-        ),
-        Rule(fed_by="image", spec=TensorSpec(bits=image_bits), optional=True, pinned=True),
-        Rule(fed_by="softmax", spec=TensorSpec(bits=act_bits), optional=True),
-        Rule(
-            op=OpKind.MATMUL,
-            spec=TensorSpec(bits=act_bits, symmetric=True, granularity=head),
-            optional=True,
-        ),
-        Rule(spec=TensorSpec(bits=act_bits)),
-    )
-
-
-def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Rule, ...]:
-    """Rules for what stands between products: additions, norms, softmax, activation functions.
-
-    Args:
-        act_bits: width of activations, asymmetric per tensor.
-        constant_bits: width of constants that are added: position embeddings, relative position
-            biases, attention masks. A constant costs no time to quantize, and a mask of 0 and -100
-            beside scores of a few units needs a wide grid.
-
-    Raises:
-        BitWidthError: a width is outside 2..16.
-    """
-    constants = TensorSpec(bits=constant_bits)
-    scores = TensorSpec(bits=act_bits, observer=ObserverKind.SOFTMAX)
-    # One spec for additions and norms: the residual stream, which both read, is quantized once.
-    rest = TensorSpec(bits=act_bits, observer=ObserverKind.MSE)
-    kinds = (OpKind.ADD, OpKind.LAYER_NORM, OpKind.RMS_NORM, OpKind.ACTIVATION)
-    return (
-        Rule(op=OpKind.ADD, fed_by="parameter", spec=constants, optional=True),
-        Rule(op=OpKind.SOFTMAX, spec=scores, optional=True),
-        *(Rule(op=kind, spec=rest, optional=True) for kind in kinds),
+        rules=(*twins, *searched_rules(weight_bits, act_bits, image_bits)),
     )
 
 
@@ -232,7 +200,9 @@ def mptq_vit(
     Raises:
         BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
             not take.
+        PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
     """
+    _check_flags(full=full)
     base = ptq4vit(weight_bits, act_bits, image_bits=image_bits, search=ScaleSearch(opt_m=True))
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     return replace(
@@ -277,7 +247,9 @@ def aiqvit(
 
     Raises:
         BitWidthError: a width is outside 2..16, or act_bits above 8 with the focusing quantizer.
+        PolicyError: an option has the wrong type.
     """
+    _check_flags(low_rank=low_rank, focusing=focusing, curriculum=curriculum)
     weights = WeightTraining.LOW_RANK if low_rank else WeightTraining.NONE
     focus = TensorSpec(
         bits=act_bits,
@@ -299,8 +271,14 @@ def aiqvit(
             ranks=(10, 20, 50, 100, 150),
             curriculum=0.5 if curriculum else 1.0,
         ),
-        rules=(*rules, *_searched_rules(weight_bits, act_bits, image_bits)),
+        rules=(*rules, *searched_rules(weight_bits, act_bits, image_bits)),
     )
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise PolicyError(f"{name} must be true or false, got {value!r:.80}")
 
 
 PRESETS: dict[str, Callable[..., Policy]] = {

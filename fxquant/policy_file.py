@@ -51,6 +51,9 @@ _PARTS = {
     "compensation": Compensation,
     "reconstruction": Reconstruction,
 }
+# A policy needs four: rules, number, spec, bits.
+_DEEPEST = 20
+_TOO_DEEP = "nested too deeply, or an alias (*name) stands inside what it names: write values out"
 # Where in a file a value stands: its keys and positions from the root, e.g. ("rules", 0, "op").
 Location = tuple[str | int, ...]
 
@@ -95,12 +98,14 @@ def read_policy(path: Path) -> Policy:
         raise PolicyError(f"policy file {path} is no UTF-8 text") from error
     except yaml.YAMLError as error:
         raise PolicyError(f"policy file {path} is no YAML: {error}") from error
+    except RecursionError as error:
+        raise PolicyError(f"policy file {path} is {_TOO_DEEP}") from error
     lines: dict[Location, int] = {}
     if root is not None:
         try:
             _collect_lines(root, (), lines)
         except PolicyError as error:
-            raise PolicyError(f"policy file {path}, {error}; keep one") from error
+            raise PolicyError(f"policy file {path}, {error}") from error
     return _policy(values, lambda at: f"{path}:{_nearest(lines, at)}")
 
 
@@ -171,10 +176,14 @@ def _changed(item: Any, default: Any) -> dict[str, Any]:
 
 def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int]) -> None:
     lines[at] = node.start_mark.line + 1
+    if len(at) > _DEEPEST:
+        raise PolicyError(f"line {lines[at]}: {_TOO_DEEP}")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if (*at, key.value) in lines:
-                raise PolicyError(f"line {key.start_mark.line + 1}: {key.value!r} is given twice")
+                raise PolicyError(
+                    f"line {key.start_mark.line + 1}: {key.value!r} is given twice; keep one"
+                )
             _collect_lines(value, (*at, key.value), lines)
             lines[(*at, key.value)] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):

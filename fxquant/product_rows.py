@@ -45,6 +45,8 @@ class ProductRows(ABC):
         self._threshold = 0.0
         self._seen, self._energy = 0, 0.0
         self._offered: tuple[Tensor, Tensor, Tensor] | None = None
+        # Of the last batch; and whether in any batch it had a square.
+        self.largest_gradient, self.reached = 0.0, False
 
     @property
     def filled(self) -> bool:
@@ -69,12 +71,16 @@ class ProductRows(ABC):
         """
         # Where the loss does not reach, no gradient arrives.
         self._offered = lhs, rhs, torch.zeros((), device=lhs.device).expand(out.shape)
+        self.largest_gradient = 0.0
         if self._gradient and out.requires_grad:
             out.register_hook(self._arrive)  # type: ignore[no-untyped-call]
 
     def _arrive(self, gradient: Tensor) -> None:
         assert self._offered is not None
         self._offered = (*self._offered[:2], gradient)
+        largest = gradient.abs().max()
+        self.largest_gradient = float(largest)
+        self.reached = self.reached or bool(largest.square())
 
     def merge(self) -> None:
         """Joins rows of the last batch with those kept so far."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,13 +23,12 @@ from fxquant.network_loss import float_outputs, is_logits
 from fxquant.product_rows import ProductRows, rows_of
 from fxquant.search.output import ProductSample
 from fxquant.spec import GRADIENT_METRICS, GradientLoss, ScaleSearch
-
-# Model outputs and labels (None where the loader gives none) of up to four images to a number,
-# summed over the images: a mean would weigh those of a smaller part more.
-Loss = Callable[[Any, Tensor | None], Tensor]
+from fxquant.user_loss import Loss, check_number, told
 
 # Images in one backward pass: what autograd keeps grows with them.
 _PART = 4
+# Rows are weighed by squares of gradients times squared errors, which float32 must hold (to 1e38).
+_LARGEST_GRADIENT = 1e15
 # Fewer rows than this say too little about a product.
 _LEAST_ROWS = 16
 
@@ -55,20 +54,28 @@ def sample_products(
 
     Raises:
         BatchError: the model does not take the images.
-        CalibrationError: the memory budget is too small, or the loss has no gradient.
+        CalibrationError: the memory budget is too small; or the loss raises an error, or its
+            gradient is missing, not finite, or zero at all products.
         NonFiniteError: an activation holds NaN or infinity.
     """
     wants_gradient = search.metric in GRADIENT_METRICS
     device, generator = device_of(gm), torch.Generator().manual_seed(search.seed)
     sites = _sites(gm, search, generator)
-    loss = loss or OutputLoss(search.loss, search.seed, device)
-    seen = 0
+    backward = _Backward(loss, OutputLoss(search.loss, search.seed, device))
+    seen, reached = 0, False
     for images, labels in batches:
         count = math.ceil(len(images) / _PART)
         parts = [None] * count if labels is None else labels.tensor_split(count)
         for part, its in zip(images.tensor_split(count), parts, strict=True):
-            _run(gm, sites, part.to(device), its, loss if wants_gradient else None)
+            _run(gm, sites, part.to(device), its, backward if wants_gradient else None)
+            reached = reached or any(site.reached for site in sites.values())
         seen += len(images)
+    if loss is not None and wants_gradient and sites and seen and not reached:
+        raise CalibrationError(
+            f"the gradient of the loss given to compile() is zero at all {len(sites)} products, "
+            f"for all {seen} images (or its square is, in float32), so it weighs nothing: compute "
+            "the loss from the model's outputs, without detach() or a constant in their place"
+        )
     return {name: site.sample() for name, site in sites.items() if site.filled}, seen
 
 
@@ -99,38 +106,64 @@ def _sites(
     return found
 
 
+class _Backward:
+    """The backward pass from a loss: the user's, or else that of the search.
+
+    Args:
+        loss: the user's.
+        own: that of the search.
+    """
+
+    def __init__(self, loss: Loss | None, own: OutputLoss) -> None:
+        self._loss, self._own = loss, own
+
+    def __call__(self, outputs: Any, labels: Tensor | None) -> None:
+        """Runs it.
+
+        Raises:
+            CalibrationError: the user's loss raises an error, or a loss has no gradient.
+        """
+        if self._loss is None:
+            value = self._own(outputs)
+            check_number(value)
+            value.backward()  # type: ignore[no-untyped-call]
+            return
+        with told(labels):
+            value = self._loss(outputs, labels)
+        check_number(value)
+        with told(labels, " in its backward pass"):
+            value.backward()  # type: ignore[no-untyped-call]
+
+
 def _run(
     gm: fx.GraphModule,
     sites: dict[str, ProductRows],
     images: Tensor,
     labels: Tensor | None,
-    loss: Loss | None,
+    backward: _Backward | None,
 ) -> None:
-    with torch.set_grad_enabled(loss is not None):
-        if loss is not None:
+    with torch.set_grad_enabled(backward is not None):
+        if backward is not None:
             # A leaf may not be changed in place, as some models do with their input; its copy may.
             images = images.clone().requires_grad_().clone()
         with explained(images):
             outputs = _Recorder(gm, sites).run(images)
-        if loss is not None:
-            value = loss(outputs, None if labels is None else labels.to(images.device))
-            _check_loss(value)
-            value.backward()  # type: ignore[no-untyped-call]
+        if backward is not None:
+            backward(outputs, None if labels is None else labels.to(images.device))
+            _check_gradients(sites)
     for site in sites.values():
         site.merge()
 
 
-def _check_loss(value: Any) -> None:
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        raise CalibrationError(
-            "the loss must be one number with a gradient, computed in torch from the model's "
-            f"outputs; got {value!r:.80}"
-        )
-    if not bool(value.isfinite()):
-        raise CalibrationError(
-            f"the loss of a batch is {value.item()}, so its gradient says nothing; look for "
-            "infinite outputs of the model, or a logarithm of zero or division by zero in the loss"
-        )
+def _check_gradients(sites: dict[str, ProductRows]) -> None:
+    for name, site in sites.items():
+        if not site.largest_gradient <= _LARGEST_GRADIENT:  # NaN is not
+            raise CalibrationError(
+                f"the gradient of the loss at product {name} reaches {site.largest_gradient:.1e} "
+                f"in a batch, and must be finite and at most {_LARGEST_GRADIENT:.0e}, so that its "
+                "square can weigh errors: divide the loss by a constant, or look for a root, "
+                "logarithm or division at zero in the loss or the model"
+            )
 
 
 class _Recorder(fx.Interpreter):

@@ -14,10 +14,11 @@ from fxquant.graph import aten
 from fxquant.network_loss import NetworkLoss
 from fxquant.pick import Picked
 from fxquant.progress import track
-from fxquant.samples import Loss, sample_products
+from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
 from fxquant.search.smoothing import Reading, Smoothing, Trial, finalists, moved
 from fxquant.spec import Arg, Granularity, Metric, ScaleSearch, Scheme, TensorSpec
+from fxquant.user_loss import Loss
 
 # Of the loss without. What finalists are tried with is rougher than the search of scales to follow,
 # which makes up for smaller gains: on glyph_vit at 4 bits, folds of 0.5 to 0.8 raised the loss of

@@ -12,6 +12,10 @@ MIN_BITS, MAX_BITS = 2, 16
 # D_R1 of the twin scheme reaches down to D_R2 / 2^11 (arXiv 2111.12293, section 4.2). A finer one
 # would be the unit of accumulators that biases overflow.
 MAX_SHIFT = 11
+# What torch's generators take.
+MAX_SEED = 2**63 - 1
+# A step this much finer than the min-max one, at 2 to 16 bits, clips all but next to nothing.
+LEAST_LOW = 1e-6
 
 
 class Stage(IntEnum):
@@ -283,12 +287,14 @@ class ScaleSearch:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
                 raise PolicyError(f"{name} must be a whole number >= {bound}, got {value!r}")
+        if self.seed > MAX_SEED:
+            raise PolicyError(f"seed must be at most 2^63 - 1, got {self.seed}")
         for name in ("low", "high"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise PolicyError(f"{name} must be a number, got {value!r}")
-        if not 0 < self.low < 1 <= self.high <= 10:
+        if not LEAST_LOW <= self.low < 1 <= self.high <= 10:
             raise PolicyError(
-                f"the grid needs 0 < low < 1 <= high <= 10, got {self.low} and {self.high}: the "
-                "min-max scale itself is a candidate"
+                f"the grid needs {LEAST_LOW} <= low < 1 <= high <= 10, got {self.low} and "
+                f"{self.high}: the min-max scale itself is a candidate"
             )

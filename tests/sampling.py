@@ -12,9 +12,10 @@ from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
 from fxquant.passes import AssignSpecs, InsertObservers, run_passes
 from fxquant.policy import Rule
-from fxquant.samples import Loss, sample_products
+from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
 from fxquant.spec import GradientLoss, Metric, ScaleSearch
+from fxquant.user_loss import Loss
 from tests.graphs import EIGHT
 
 # The paper's metric and loss, on all rows.

@@ -218,6 +218,7 @@ def bad(value: Any) -> Any:
         ([X[:0]], BatchError, "B >= 1"),
         ([X[0, 0, 0]], BatchError, r"shape \(16,\); add a batch dimension"),
         ([X, X[..., :8]], BatchError, r"shape \(3, 16, 8\), the first batch \(3, 16, 16\)"),
+        ([X, X.half()], BatchError, r"type torch.float16, the first batch torch.float32; give all"),
         ([X, bad(float("nan"))], NonFiniteError, "NaN or infinity in image 1"),
         ([bad(float("inf"))], NonFiniteError, "NaN or infinity in image 1"),
         ([images(2, 24)], BatchError, r"shape \(2, 3, 24, 24\)"),

@@ -116,9 +116,9 @@ def test_a_loss_of_the_users_sees_outputs_and_labels() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda y, _: y, "one number with a gradient"),
-        (lambda y, _: float(y.detach().sum()), "one number with a gradient"),
-        (lambda y, _: y.detach().sum(), "one number with a gradient"),
+        (lambda y, _: y, "one real number with a gradient"),
+        (lambda y, _: float(y.detach().sum()), "one real number with a gradient"),
+        (lambda y, _: y.detach().sum(), "one real number with a gradient"),
         (lambda y, _: None, "got None"),
         (lambda y, _: (y * 0).square().sum().log(), "loss of a batch is -inf"),
     ],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,7 +122,7 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def full_in_safetensors(tensors: Any, path: Path) -> None:
+def full_in_safetensors(tensors: Any, path: Path, metadata: Any) -> None:
     path.write_bytes(b"half")
     raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
 
@@ -187,7 +189,15 @@ def test_foreign_files(saved: Path, text: str) -> None:
         fxquant.load(saved)
 
 
-CONFIG_KEYS = ("graph", "quantizers", "coded_weights", "report", "image_shape", "policy")
+CONFIG_KEYS = (
+    "tensors_sha256",
+    "graph",
+    "quantizers",
+    "coded_weights",
+    "report",
+    "image_shape",
+    "policy",
+)
 
 
 @pytest.mark.parametrize("value", ["absent", None, 3, "x", ["x"], {"x": 1}], ids=repr)
@@ -209,17 +219,82 @@ def test_an_unknown_operator_is_named(saved: Path) -> None:
         fxquant.load(saved)
 
 
-def test_damaged_scales_are_recognised(saved: Path) -> None:
-    tensors = load_file(saved / WEIGHTS_FILE)
-    name = next(name for name in tensors if name.endswith(".scale"))
-    for damage in (torch.full_like(tensors[name], float("nan")), torch.ones(7, 7)):
-        save_file({**tensors, name: damage}, saved / WEIGHTS_FILE)
-        with pytest.raises(FileFormatError):
-            fxquant.load(saved)
+def change(folder: Path, *, settle: bool = True, **changed: Tensor | None) -> None:
+    """Rewrites tensors of a save, None takes one out; the digest is made to fit if ``settle``."""
+    path = folder / WEIGHTS_FILE
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {**load_file(path), **changed}
+    save_file({name: x for name, x in tensors.items() if x is not None}, path, metadata)
+    if settle:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        config["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
-def test_weights_of_another_model_are_recognised(saved: Path, tmp_path: Path) -> None:
-    fxquant.compile(seeded(nn.Linear(DIM, DIM)), [tokens()]).save(tmp_path / "other")
-    os.replace(tmp_path / "other" / WEIGHTS_FILE, saved / WEIGHTS_FILE)
+def first(folder: Path, end: str) -> tuple[str, Tensor]:
+    """The first tensor whose name ends so."""
+    return next(item for item in sorted(load_file(folder / WEIGHTS_FILE).items()) if end in item[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message"),
+    [
+        (".scale", lambda x: x * 0, r"quantizer \S+: its scale is 0\.0, not positive"),
+        (".scale", lambda x: -x, r"its scale is -\S+, not positive"),
+        (".scale", lambda x: x + torch.inf, "its scale is inf, not positive"),
+        (".scale", lambda x: x + torch.nan, r"tensor \S+scale holds NaN"),
+        (".scale", lambda x: torch.ones(7, 7), "do not fit together"),
+        (".zero_point", lambda x: x + 0.5, "a zero point is no whole number in"),
+        (".zero_point", lambda x: x + 1000, "a zero point is no whole number in"),
+        ("bias", lambda x: x + torch.nan, r"tensor \S+bias holds NaN"),
+        (
+            "codes.",
+            lambda x: x.to(torch.int16) + 300,
+            r"from \d+ to \d+, and 8 bits hold -128",
+        ),
+        ("codes.", lambda x: x.float(), "are torch.float32, no integers"),
+    ],
+)
+def test_damaged_tensors_are_recognised(
+    saved: Path, kind: str, damage: Callable[[Tensor], Tensor], message: str
+) -> None:
+    name, tensor = first(saved, kind)
+    change(saved, **{name: damage(tensor)})
+    with pytest.raises(FileFormatError, match=message):
+        fxquant.load(saved)
+
+
+def test_a_tensor_too_many_or_too_few_is_recognised(saved: Path) -> None:
+    change(saved, stray=torch.ones(3))
+    with pytest.raises(FileFormatError, match="tensor stray belongs to nothing"):
+        fxquant.load(saved)
+    change(saved, stray=None)
+    fxquant.load(saved)
+    change(saved, **{first(saved, "bias")[0]: None})
     with pytest.raises(FileFormatError, match="do not fit together"):
+        fxquant.load(saved)
+
+
+def test_an_image_shape_that_only_seems_to_fit_is_recognised(saved: Path) -> None:
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    rows, channels = config["image_shape"]
+    (saved / CONFIG_FILE).write_text(json.dumps({**config, "image_shape": [rows + 1, channels]}))
+    with pytest.raises(FileFormatError, match=r"image_shape is \[6, 8\] .* and \[5, 8\] in"):
+        fxquant.load(saved)
+
+
+def test_a_tensor_that_was_changed_is_recognised(saved: Path) -> None:
+    name, tensor = first(saved, "bias")
+    change(saved, settle=False, **{name: tensor + 1})
+    with pytest.raises(FileFormatError, match="two saves are mixed or one file was changed"):
+        fxquant.load(saved)
+
+
+def test_files_of_two_saves_are_not_mixed(saved: Path, tmp_path: Path) -> None:
+    other = fxquant.compile(seeded(testing.Block(), 1), [tokens(4)])
+    other.save(tmp_path / "other")
+    assert torch.equal(fxquant.load(tmp_path / "other")(tokens()), other(tokens()))
+    os.replace(tmp_path / "other" / WEIGHTS_FILE, saved / WEIGHTS_FILE)
+    with pytest.raises(FileFormatError, match="take both files from one save"):
         fxquant.load(saved)

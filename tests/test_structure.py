@@ -18,13 +18,21 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 # modules in it.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "_version", "budget", "low_rank", "recovery"),
-    ("suggest", "files", "progress", "batches", "pick"),  # helpers that know errors alone
+    (
+        "suggest",
+        "files",
+        "progress",
+        "batches",
+        "pick",
+        "user_loss",
+    ),  # helpers that know errors alone
     ("ops", "log_ops", "quantizers"),
     ("observers", "search", "allocate"),
     (
         "graph",
         "verify",
         "serialize",
+        "saved_checks",
         "rewrite",
         "fold_sites",
         "affine_fold",
@@ -32,7 +40,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "blocks",
         "patches",
     ),
-    ("policy", "policies", "policy_file", "capture", "calibrate"),
+    ("policy", "preset_rules", "policies", "policy_file", "capture", "calibrate"),
     ("product_rows", "samples", "sensitivity", "side_by_side"),
     ("bit_widths", "smoothing_sites", "reconstruction"),
     ("passes",),

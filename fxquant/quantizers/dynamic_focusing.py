@@ -64,6 +64,11 @@ class DynamicFocusingQuantizer(UniformQuantizer):
         return -int(self.zero_point)
 
     @property
+    def zero_range(self) -> tuple[int, int]:
+        """As in the parent class: an interval begins at zero or above it."""
+        return -largest_start(self.bits), 0
+
+    @property
     def interval(self) -> tuple[float, float]:
         """``b1`` and ``b2``."""
         step = float(self.scale)

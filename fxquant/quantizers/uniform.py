@@ -85,6 +85,11 @@ class UniformQuantizer(Quantizer):
         """Bit-width of the codes."""
         return self._bits
 
+    @property
+    def zero_range(self) -> tuple[int, int]:
+        """Smallest and largest value that ``zero_point`` may have."""
+        return self.qmin, self.qmax
+
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of ``x``."""
         codes: Tensor = ops.quantize(

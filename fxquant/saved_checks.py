@@ -1,0 +1,123 @@
+"""What must hold of a saved model beyond that its files can be read.
+
+A wrong number in them would be loaded in silence and give wrong outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, fx
+
+from fxquant.errors import FileFormatError
+from fxquant.quantizers import Quantizer, UniformQuantizer
+
+_ADVICE = "the file is damaged or was changed: compile and save the model again"
+_SHAPE_KEY = "image_shape"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def metadata(image_shape: Iterable[int]) -> dict[str, str]:
+    """What the file of tensors says of itself: the shape of the images they are for."""
+    return {_SHAPE_KEY: json.dumps(list(image_shape))}
+
+
+def check_together(path: Path, expected: Any, image_shape: Any) -> None:
+    """Checks that a file of tensors is the one that a configuration was saved with.
+
+    Args:
+        path: of the tensors.
+        expected: its digest, by the configuration.
+        image_shape: by the configuration.
+
+    Raises:
+        FileFormatError: it is another, or made for images of another shape.
+    """
+    found = digest(path)
+    if found != expected:
+        raise FileFormatError(
+            f"{path} is not the file that the configuration beside it was saved with (SHA-256 "
+            f"{found[:12]}…, expected {str(expected)[:12]}…): two saves are mixed or one file was "
+            "changed; take both files from one save"
+        )
+    with safe_open(path, framework="pt") as file:
+        own = (file.metadata() or {}).get(_SHAPE_KEY)
+    if own != json.dumps(image_shape):
+        raise FileFormatError(
+            f"image_shape is {json.dumps(image_shape)} in the configuration, and {own} in {path}; "
+            f"{_ADVICE}"
+        )
+
+
+def check_numbers(tensors: dict[str, Tensor]) -> None:
+    """Checks that no tensor holds NaN; infinity may stand in attention masks.
+
+    Raises:
+        FileFormatError: one does.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise FileFormatError(f"tensor {name} holds NaN; {_ADVICE}")
+
+
+def check_quantizer(name: str, quantizer: Quantizer) -> None:
+    """Checks the loaded numbers of a quantizer.
+
+    Raises:
+        FileFormatError: a scale is not positive and finite, or a zero point is no code.
+    """
+    scale = dict(quantizer.named_buffers()).get("scale")
+    if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+        raise FileFormatError(
+            f"quantizer {name}: its scale is {_outlier(scale)}, not positive and finite; {_ADVICE}"
+        )
+    if isinstance(quantizer, UniformQuantizer):
+        zero, low, high = quantizer.zero_point, *quantizer.zero_range
+        if not bool(((zero == zero.round()) & (zero >= low) & (zero <= high)).all()):
+            raise FileFormatError(
+                f"quantizer {name}: a zero point is no whole number in {low}..{high}; {_ADVICE}"
+            )
+
+
+def _outlier(scale: Tensor) -> float:
+    """A value of a scale that is not positive and finite."""
+    return float(scale[~(scale.isfinite() & (scale > 0))][0])
+
+
+def check_codes(name: str, codes: Tensor, bits: int) -> None:
+    """Checks the codes of a weight, which are stored signed.
+
+    Raises:
+        FileFormatError: they are no integers, or wider than ``bits``.
+    """
+    half = 1 << (bits - 1)
+    if codes.dtype not in (torch.int8, torch.int16):
+        raise FileFormatError(f"the codes of {name} are {codes.dtype}, no integers; {_ADVICE}")
+    low, high = (int(value) for value in codes.aminmax())
+    if low < -half or high >= half:
+        raise FileFormatError(
+            f"the codes of {name} reach from {low} to {high}, and {bits} bits hold {-half} to "
+            f"{half - 1}; {_ADVICE}"
+        )
+
+
+def check_all_read(names: Iterable[str], graph: fx.Graph) -> None:
+    """Checks that a graph reads all tensors that are no quantizer's.
+
+    Raises:
+        FileFormatError: one is read by nothing.
+    """
+    extra = sorted(set(names) - {str(n.target) for n in graph.nodes if n.op == "get_attr"})
+    if extra:
+        raise FileFormatError(f"tensor {extra[0]} belongs to nothing in the graph; {_ADVICE}")

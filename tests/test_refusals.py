@@ -1,0 +1,127 @@
+"""What is refused, and what is said of it: models, loaders, images, options, files of policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant import policies
+from fxquant.budget import Allocation, Budget
+from fxquant.errors import BatchError, CaptureError, EmptyLoaderError, PolicyError
+from fxquant.policy_file import read_policy
+from fxquant.spec import ScaleSearch
+from fxquant.testing import DIM, images, seeded, tokens
+
+X = images(4, 16)
+
+
+@pytest.fixture(scope="module")
+def quantized(vit: nn.Module) -> fxquant.CompiledModel:
+    return fxquant.compile(vit, [X])
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda model: model, r"graph_module\.quant\.\S+"),
+        (lambda model: nn.Sequential(model, nn.Flatten()), r"0\.graph_module\.quant\.\S+"),
+        (lambda model: model.graph_module, r"quant\.\S+"),
+        (lambda model: model.lower("integer"), r"\(root\)"),
+    ],
+    ids=["compiled", "inside another", "graph", "lowered"],
+)
+def test_a_quantized_model_is_not_quantized_again(
+    quantized: fxquant.CompiledModel, change: Callable[[nn.Module], nn.Module], where: str
+) -> None:
+    with pytest.raises(CaptureError, match=rf"quantized already \(module {where}\)"):
+        fxquant.compile(change(quantized).eval(), [X])
+
+
+class Exhausted:
+    """A loader that can be iterated again, and then has nothing left."""
+
+    def __init__(self) -> None:
+        self._batches = iter([X, X])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self._batches
+
+
+def test_a_loader_that_is_empty_when_read_again_is_explained(vit: nn.Module) -> None:
+    with pytest.raises(EmptyLoaderError, match="no batch when it was read again"):
+        fxquant.compile(vit, Exhausted(), policies.mptq_vit(6, 6))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(DIM, 4)
+
+    def forward(self, x: Tensor, mask: Tensor, scale: float = 1.0) -> Tensor:
+        return self.fc(x * mask) * scale
+
+
+def test_a_model_of_two_inputs_is_explained() -> None:
+    with pytest.raises(CaptureError, match=r"takes 2 inputs \(x, mask\), and one image tensor"):
+        fxquant.compile(seeded(TwoInputs()), [tokens()])
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_images_of_another_size_are_explained_at_run_time(
+    quantized: fxquant.CompiledModel, size: int
+) -> None:
+    channels, height, width = quantized.image_shape
+    expected = rf"shape \(B, {channels}, {height}, {width}\), got \(2, 3, {size}, {size}\)"
+    with pytest.raises(BatchError, match=expected):
+        quantized(torch.randn(2, 3, size, size))
+    with pytest.raises(BatchError, match="got list"):
+        quantized([1.0])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_result_can_be_exported_again(quantized: fxquant.CompiledModel, strict: bool) -> None:
+    batch = torch.randn(2, *quantized.image_shape)
+    program = torch.export.export(quantized, (batch,), strict=strict)
+    assert torch.equal(program.module()(batch), quantized(batch))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: policies.w8a8(full="no"), "full must be true or false, got 'no'"),
+        (lambda: policies.mptq_vit(full="no"), "full must be true or false"),
+        (lambda: policies.mptq_vit(budget=5), "budget must be a Budget, got 5"),
+        (lambda: policies.ptq4vit(twin="no"), "twin must be true or false"),
+        (lambda: policies.ptq4vit(reparameterize=1), "reparameterize must be true or false"),
+        (lambda: policies.ptq4vit(bias_correction=None), "bias_correction must be true or false"),
+        (lambda: policies.ptq4vit(search="fast"), "search must be a ScaleSearch, .* got 'fast'"),
+        (lambda: policies.ptq4vit(search=None), "search must be a ScaleSearch"),
+        (lambda: ScaleSearch(seed=2**70), r"seed must be at most 2\^63 - 1"),
+        (lambda: Allocation(budget=Budget(mean_bits=4), seed=2**63), "seed must be at most"),
+        (lambda: ScaleSearch(low=1e-300), "the grid needs 1e-06 <= low < 1"),
+    ],
+)
+def test_wrong_options_of_presets_raise(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name: a\nrules: &r\n  - *r\n",
+        "&p\nname: a\nsearch: *p\nrules: [{spec: {bits: 8}}]\n",
+        "rules: " + "[" * 30 + "]" * 30,
+        "rules: " + "[" * 5000 + "]" * 5000,
+    ],
+    ids=["list in itself", "mapping in itself", "deep", "beyond the stack"],
+)
+def test_yaml_that_nests_without_end_raises(tmp_path: Path, text: str) -> None:
+    (tmp_path / "policy.yaml").write_text(text)
+    with pytest.raises(PolicyError, match="nested too deeply, or an alias"):
+        read_policy(tmp_path / "policy.yaml")
