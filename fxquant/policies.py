@@ -23,6 +23,12 @@ from fxquant.spec import (
 from fxquant.suggest import did_you_mean
 
 
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise PolicyError(f"{name} must be true or false, got {value!r:.80}")
+
+
 def w8a8(*, full: bool = False) -> Policy:
     """Eight bits everywhere, laid out as integer CPU kernels want it.
 
@@ -256,12 +262,6 @@ def mptq_vit(
         smooth=True,
         allocation=None if budget is None else Allocation(budget=budget, method=Method.GREEDY),
     )
-
-
-def _check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise PolicyError(f"{name} must be true or false, got {value!r:.80}")
 
 
 PRESETS: dict[str, Callable[..., Policy]] = {
