@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from fxquant.budget import Allocation, Budget, Method
 from fxquant.errors import PolicyError, UnknownPresetError
@@ -20,6 +19,7 @@ from fxquant.spec import (
     ScaleSearch,
     Scheme,
     TensorSpec,
+    check_flags,
 )
 from fxquant.suggest import did_you_mean
 
@@ -39,7 +39,7 @@ def w8a8(*, full: bool = False) -> Policy:
     Raises:
         PolicyError: ``full`` is no boolean.
     """
-    _check_flags(full=full)
+    check_flags(full=full)
     besides = ", norms, softmax, GELU and sums" if full else ""
     return Policy(
         name="w8a8_full" if full else "w8a8",
@@ -146,7 +146,7 @@ def ptq4vit(
             not take: turn them off with ``twin=False``.
         PolicyError: ``search`` is no ScaleSearch, or a flag no boolean.
     """
-    _check_flags(twin=twin, reparameterize=reparameterize, bias_correction=bias_correction)
+    check_flags(twin=twin, reparameterize=reparameterize, bias_correction=bias_correction)
     if not isinstance(search, ScaleSearch):
         raise PolicyError(
             f"search must be a ScaleSearch, such as ScaleSearch(rounds=1), got {search!r:.80}"
@@ -202,7 +202,7 @@ def mptq_vit(
             not take.
         PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
     """
-    _check_flags(full=full)
+    check_flags(full=full)
     base = ptq4vit(weight_bits, act_bits, image_bits=image_bits, search=ScaleSearch(opt_m=True))
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     return replace(
@@ -249,7 +249,7 @@ def aiqvit(
         BitWidthError: a width is outside 2..16, or act_bits above 8 with the focusing quantizer.
         PolicyError: an option has the wrong type.
     """
-    _check_flags(low_rank=low_rank, focusing=focusing, curriculum=curriculum)
+    check_flags(low_rank=low_rank, focusing=focusing, curriculum=curriculum)
     weights = WeightTraining.LOW_RANK if low_rank else WeightTraining.NONE
     focus = TensorSpec(
         bits=act_bits,
@@ -273,12 +273,6 @@ def aiqvit(
         ),
         rules=(*rules, *searched_rules(weight_bits, act_bits, image_bits)),
     )
-
-
-def _check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise PolicyError(f"{name} must be true or false, got {value!r:.80}")
 
 
 PRESETS: dict[str, Callable[..., Policy]] = {

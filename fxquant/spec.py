@@ -153,9 +153,14 @@ def check_flag(item: Any, name: str) -> None:
     Raises:
         PolicyError: it is something else, such as the string ``"no"``.
     """
-    value = getattr(item, name)
-    if not isinstance(value, bool):
-        raise PolicyError(f"{name} must be true or false, got {value!r}")
+    check_flags(**{name: getattr(item, name)})
+
+
+def check_flags(**flags: Any) -> None:
+    """Checks that options, given by name, are true or false; raises as :func:`check_flag`."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise PolicyError(f"{name} must be true or false, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,7 +280,7 @@ def test_a_wrong_budget_is_explained(values: dict[str, Any], message: str) -> No
 
 
 def test_an_allocation_of_another_type_is_explained() -> None:
-    with pytest.raises(PolicyError, match="allocation must be an Allocation or None, got 4"):
+    with pytest.raises(PolicyError, match="allocation must be Allocation or None, got 4"):
         Policy(name="p", rules=(Rule(spec=TensorSpec()),), allocation=4)  # type: ignore[arg-type]
 
 
