@@ -250,6 +250,8 @@ def aiqvit(
         PolicyError: an option has the wrong type.
     """
     check_flags(low_rank=low_rank, focusing=focusing, curriculum=curriculum)
+    if not isinstance(reconstruction, Reconstruction):
+        raise PolicyError(f"reconstruction must be a Reconstruction, got {reconstruction!r:.80}")
     weights = WeightTraining.LOW_RANK if low_rank else WeightTraining.NONE
     focus = TensorSpec(
         bits=act_bits,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fxquant.errors import PolicyError
-from fxquant.spec import GradientLoss, check_flag, parse_field
+from fxquant.spec import MAX_SEED, GradientLoss, check_flag, parse_field
 
 
 class WeightTraining(StrEnum):
@@ -130,6 +130,8 @@ class Reconstruction:
         for name in ("iterations", "batch", "rank_iterations", "memory_bytes"):
             check_whole(self, name, 1)
         check_whole(self, "seed", 0)
+        if self.seed > MAX_SEED:
+            raise PolicyError(f"seed must be at most {MAX_SEED}, got {self.seed}")
         check_number(self, "weight_rate", 1e-7, 1.0)
         check_number(self, "scale_rate", 1e-7, 1.0)
         check_number(self, "drop", 0.0, 0.95)
