@@ -40,7 +40,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "blocks",
         "patches",
     ),
-    ("policy", "preset_rules", "policies", "policy_file", "capture", "calibrate"),
+    ("policy", "policies", "policy_file", "capture", "calibrate"),
     ("product_rows", "samples", "sensitivity", "side_by_side"),
     ("bit_widths", "smoothing_sites", "reconstruction"),
     ("passes",),
