@@ -26,7 +26,7 @@ from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.patches import patches
 from fxquant.quantizers import UniformQuantizer
 from fxquant.recovery import Compensation
-from fxquant.rewrite import add_constant, replace_constant
+from fxquant.rewrite import replace_constant, set_bias
 from fxquant.search.rounding import Moments, ridge_update, round_weight
 from fxquant.side_by_side import SideBySide, Station
 from fxquant.spec import OpKind, Stage
@@ -182,26 +182,10 @@ def _improve(
     else:
         values = quantize(latent)
     before, after = whole.error(nearest), whole.error(values)
-    _replace(
-        gm,
-        node,
-        source,
-        latent.reshape(weight.shape),
-        whole.mean_y - values.double() @ whole.mean_x,
-    )
+    latent = latent.reshape(weight.shape)
+    replace_constant(gm, operand(node, 1), source, latent, f"{node.name}_weight")
+    bias = whole.mean_y - values.double() @ whole.mean_x
+    set_bias(gm, node, bias.to(weight.dtype))
     node.meta[_DONE] = True
     ratio = after / before if before > 0 else 1.0
     return Gain(node.name, ", ".join(choice) or "bias", _MEASURE, ratio)
-
-
-def _replace(
-    gm: fx.GraphModule, node: fx.Node, source: fx.Node, weight: Tensor, bias: Tensor
-) -> None:
-    replace_constant(gm, operand(node, 1), source, weight, f"{node.name}_weight")
-    old = node.args[2] if len(node.args) > 2 else None
-    if isinstance(old, fx.Node):
-        replace_constant(gm, node, old, bias.to(weight.dtype), f"{node.name}_bias")
-        return
-    with gm.graph.inserting_before(node):
-        new = add_constant(gm, bias.to(weight.dtype), f"{node.name}_bias", like=node)
-    node.args = (*node.args[:2], new, *node.args[3:])
