@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fxquant.budget import Allocation, Budget, Method
+from fxquant.checks import check_flags
 from fxquant.errors import PolicyError, UnknownPresetError
 from fxquant.policy import Policy, Rule
 from fxquant.preset_rules import elementwise_rules, searched_rules
@@ -19,7 +20,6 @@ from fxquant.spec import (
     ScaleSearch,
     Scheme,
     TensorSpec,
-    check_flags,
 )
 from fxquant.suggest import did_you_mean
 
