@@ -21,7 +21,6 @@ from torch import Tensor, fx
 
 from fxquant.blocks import waves
 from fxquant.graph import arguments, get_parameter, op_kind, operand, submodule
-from fxquant.ops import fake_quantize
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.patches import patches
 from fxquant.quantizers import UniformQuantizer
@@ -129,8 +128,7 @@ def _collect(station: Station, wave: list[fx.Node], ridge: bool) -> dict[fx.Node
     """Statistics of products none of which reads another's output."""
     chunks = list(station.chunks())
     folds = min(_FOLDS, len(chunks)) if ridge and len(chunks) > 1 else 0
-    gm = station.student.module
-    assert isinstance(gm, fx.GraphModule)
+    gm = station.student.graph_module
     found = {
         node: _Statistics(node, get_parameter(gm, operand(operand(node, 1), 0)), folds)
         for node in wave
@@ -162,25 +160,18 @@ def _improve(
     source = operand(operand(node, 1), 0)
     weight = get_parameter(gm, source)
     flat, whole = weight.detach().flatten(1), moments.whole
-    scale, zero = coder.scale, coder.zero_point
-
-    def quantize(values: Tensor) -> Tensor:
-        axis = None if coder.axis is None else 0
-        values = fake_quantize(values, scale, zero, coder.qmin, coder.qmax, axis)
-        return values
-
-    nearest, choice, wanted = quantize(flat), [], flat.double()
+    nearest, choice, wanted = coder(flat), [], flat.double()
     if options.ridge and moments.parts:
         wanted, left = ridge_update(flat, moments.parts, whole)
         if left < 1:
             choice.append(f"ridge, {left:.2f} of the error on images left out")
-    values = latent = wanted.float()
+    latent = wanted.float()
     if options.by_columns:
-        rounded = round_weight(wanted, whole.covariance, quantize, options.damping)
+        rounded = round_weight(wanted, whole.covariance, coder, options.damping)
         latent, values = rounded.latent.float(), rounded.values.float()
         choice.append("rounding by columns")
     else:
-        values = quantize(latent)
+        values = coder(latent)
     before, after = whole.error(nearest), whole.error(values)
     latent = latent.reshape(weight.shape)
     replace_constant(gm, operand(node, 1), source, latent, f"{node.name}_weight")
