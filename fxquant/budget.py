@@ -6,11 +6,16 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.checks import (
+    check_number,
+    check_seed,
+    check_whole,
+    is_number,
+    is_whole,
+    parse_field,
+)
 from fxquant.errors import BitWidthError, PolicyError
-from fxquant.spec import MAX_SEED, MIN_BITS, parse_field
-
-# Integer kernels have codes of up to 8 bits.
-MAX_ALLOCATED_BITS = 8
+from fxquant.spec import MAX_KERNEL_BITS, MIN_BITS
 
 
 class Cost(StrEnum):
@@ -78,8 +83,7 @@ class Budget:
         """
         for cost in Cost:
             value = getattr(self, cost)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value) and value > 0):
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
                 raise PolicyError(f"{cost} must be a positive number or null, got {value!r}")
         if not self.limits:
             raise PolicyError(f"the budget is empty: give at least one of {', '.join(Cost)}")
@@ -133,26 +137,16 @@ class Allocation:
         if not isinstance(self.widths, tuple | list) or not self.widths:
             raise PolicyError(f"widths must be a tuple of widths, got {self.widths!r:.80}")
         for bits in self.widths:
-            whole = isinstance(bits, int) and not isinstance(bits, bool)
-            if not whole or not MIN_BITS <= bits <= MAX_ALLOCATED_BITS:
+            if not is_whole(bits) or not MIN_BITS <= bits <= MAX_KERNEL_BITS:
                 raise BitWidthError(
-                    f"widths must be whole numbers in {MIN_BITS}..{MAX_ALLOCATED_BITS}, got "
+                    f"widths must be whole numbers in {MIN_BITS}..{MAX_KERNEL_BITS}, got "
                     f"{bits!r}; for a wider edge give its rule `pinned: true`"
                 )
         object.__setattr__(self, "widths", tuple(sorted(set(self.widths))))
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        least = {"recheck": 0, "seed": 0, "images": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if name == "images" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise PolicyError(f"{name} must be a whole number >= {bound}, got {value!r}")
-        if self.seed > MAX_SEED:
-            raise PolicyError(f"seed must be at most 2^63 - 1, got {self.seed}")
-        if isinstance(self.work, bool) or not isinstance(self.work, int | float):
-            raise PolicyError(f"work must be a number, got {self.work!r}")
+        check_whole(self, "recheck", 0)
+        check_seed(self)
+        if self.images is not None:
+            check_whole(self, "images", 1)
+        check_number(self, "work")
         if not 0 < self.work < math.inf:
             raise PolicyError(f"work must be a positive number, got {self.work}")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxquant.checks import is_number, is_whole
 from fxquant.errors import BitWidthError, PolicyError
-from fxquant.spec import MIN_BITS
-
-# Integer kernels have codes of up to 8 bits.
-_MAX_BITS = 8
+from fxquant.spec import MAX_KERNEL_BITS, MIN_BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,7 @@ class LowRank:
         """
         for name in ("rank", "share"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if value is not None and not (is_number(value) and value > 0):
                 raise PolicyError(f"{name} must be a positive number, got {value!r}")
         if (self.rank is None) == (self.share is None):
             raise PolicyError(
@@ -51,9 +47,9 @@ class LowRank:
             raise PolicyError(
                 f"rank must be a whole number, or a share below 1 of the channels, got {self.rank}"
             )
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+        if not is_whole(self.bits):
             raise BitWidthError(f"bits must be an integer, got {self.bits!r}")
-        if not MIN_BITS <= self.bits <= _MAX_BITS:
+        if not MIN_BITS <= self.bits <= MAX_KERNEL_BITS:
             raise BitWidthError(
-                f"bits of a branch must be in {MIN_BITS}..{_MAX_BITS}, got {self.bits}"
+                f"bits of a branch must be in {MIN_BITS}..{MAX_KERNEL_BITS}, got {self.bits}"
             )

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from fxquant.budget import Allocation
+from fxquant.checks import check_flag, parse_field
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
 from fxquant.low_rank import LowRank
@@ -17,8 +18,6 @@ from fxquant.spec import (
     OpKind,
     ScaleSearch,
     TensorSpec,
-    check_flag,
-    parse_field,
 )
 
 _CHANGED = " (changed)"

@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.checks import (
+    check_flag,
+    check_number,
+    check_seed,
+    check_whole,
+    is_whole,
+    parse_field,
+)
 from fxquant.errors import PolicyError
-from fxquant.spec import MAX_SEED, GradientLoss, check_flag, parse_field
+from fxquant.spec import GradientLoss
 
 
 class WeightTraining(StrEnum):
@@ -64,7 +72,7 @@ class Compensation:
         """
         check_flag(self, "by_columns")
         check_flag(self, "ridge")
-        check_number(self, "damping", 1e-6, 1.0)
+        check_number(self, "damping", (1e-6, 1.0))
         check_whole(self, "memory_bytes", 1)
         if not (self.by_columns or self.ridge):
             raise PolicyError("compensation does nothing: turn on by_columns, ridge or both")
@@ -129,39 +137,14 @@ class Reconstruction:
         check_flag(self, "bf16")
         for name in ("iterations", "batch", "rank_iterations", "memory_bytes"):
             check_whole(self, name, 1)
-        check_whole(self, "seed", 0)
-        if self.seed > MAX_SEED:
-            raise PolicyError(f"seed must be at most {MAX_SEED}, got {self.seed}")
-        check_number(self, "weight_rate", 1e-7, 1.0)
-        check_number(self, "scale_rate", 1e-7, 1.0)
-        check_number(self, "drop", 0.0, 0.95)
-        check_number(self, "curriculum", 0.01, 1.0)
-        whole = isinstance(self.ranks, tuple | list) and all(type(r) is int for r in self.ranks)
+        check_seed(self)
+        check_number(self, "weight_rate", (1e-7, 1.0))
+        check_number(self, "scale_rate", (1e-7, 1.0))
+        check_number(self, "drop", (0.0, 0.95))
+        check_number(self, "curriculum", (0.01, 1.0))
+        whole = isinstance(self.ranks, tuple | list) and all(map(is_whole, self.ranks))
         if not whole or not self.ranks or min(self.ranks) < 1:
             raise PolicyError(f"ranks must be whole numbers >= 1, got {self.ranks!r:.80}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if self.weights is WeightTraining.NONE and not (self.scales or self.biases):
             raise PolicyError("reconstruction trains nothing: turn on weights, scales or biases")
-
-
-def check_number(item: object, name: str, least: float, most: float) -> None:
-    """Checks that a field is a number within bounds.
-
-    Raises:
-        PolicyError: it is not.
-    """
-    value = getattr(item, name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not least <= value <= most:
-        raise PolicyError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
-
-
-def check_whole(item: object, name: str, least: int) -> None:
-    """Checks that a field is a whole number, at least so large.
-
-    Raises:
-        PolicyError: it is not.
-    """
-    value = getattr(item, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PolicyError(f"{name} must be a whole number >= {least}, got {value!r}")

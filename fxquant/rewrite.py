@@ -64,6 +64,22 @@ def replace_constant(
         gm.graph.erase_node(old)
 
 
+def set_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    """Gives a linear or convolution a constant bias; further readers of the old one keep theirs.
+
+    Args:
+        gm: the graph.
+        node: the product; one without a bias gets one.
+        value: the bias, ``(N,)``.
+    """
+    old = node.args[2] if len(node.args) > 2 else None
+    with gm.graph.inserting_before(node):
+        new = add_constant(gm, value, f"{node.name}_bias", like=node)
+    node.args = (*node.args[:2], new, *node.args[3:])
+    if isinstance(old, fx.Node) and old.op == "get_attr" and not old.users:
+        gm.graph.erase_node(old)
+
+
 def emit(
     gm: fx.GraphModule, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any
 ) -> fx.Node:

@@ -28,13 +28,16 @@ from fxquant.progress import track
 _CHUNK = 8
 
 Values = dict[str, Tensor]
+# A node to run, and the values that nobody in its block reads behind it.
+_Step = tuple[fx.Node, list[fx.Node]]
 
 
 class BlockRunner(fx.Interpreter):
     """Runs one block of a graph on values at its start.
 
     Args:
-        gm: the graph.
+        gm: the graph. Its constants and quantizers may be replaced between runs, the nodes that
+            depend on the image may not.
         quantized: whether its quantizers act; without, their inputs pass.
     """
 
@@ -42,6 +45,8 @@ class BlockRunner(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=False)
         self.extra_traceback = False  # it would be added to our own messages
         self.graph_module, self._quantized = gm, quantized
+        self._own = {node.name: node for node in gm.graph.nodes}
+        self._steps: dict[Block, list[_Step]] = {}
 
     def run_block(
         self,
@@ -64,22 +69,29 @@ class BlockRunner(fx.Interpreter):
         Returns:
             The block's outputs by name; those computed, where ``until`` was given.
         """
-        own = {node.name: node for node in self.graph_module.graph.nodes}
+        own = self._own
         self.env = {own[name]: value for name, value in values.items()}
         batch = len(next(iter(values.values())))
         overrides, watch = overrides or {}, watch or {}
-        dying = _dying(block)
-        for known in block.nodes:
-            node = own[known.name]
+        for node, dying in self._steps_of(block):
             self._provide(node, batch, overrides)
             self._compute(node, overrides)
             if node.name in watch:
                 watch[node.name](self.fetch_args_kwargs_from_env(node)[0], self.env[node])
             if node.name == until:
                 break
-            for name in dying.get(node.name, ()):
-                self.env.pop(own[name], None)
+            for used in dying:
+                self.env.pop(used, None)
         return {n.name: self.env[own[n.name]] for n in block.outputs if own[n.name] in self.env}
+
+    def _steps_of(self, block: Block) -> list[_Step]:
+        if block not in self._steps:
+            own, dying = self._own, _dying(block)
+            self._steps[block] = [
+                (own[node.name], [own[used.name] for used in dying.get(node, ())])
+                for node in block.nodes
+            ]
+        return self._steps[block]
 
     def _provide(self, node: fx.Node, batch: int, overrides: Mapping[str, Override]) -> None:
         """Computes sizes and constants that a node reads."""
@@ -103,13 +115,13 @@ class BlockRunner(fx.Interpreter):
             self.env[node] = getattr(self, node.op)(node.target, args, kwargs)
 
 
-def _dying(block: Block) -> dict[str, list[str]]:
-    """The values that nobody in the block reads after a node, by its name."""
+def _dying(block: Block) -> dict[fx.Node, list[fx.Node]]:
+    """The values that nobody in the block reads after a node."""
     data = {*block.inputs, *block.nodes} - {*block.outputs}
     last = {used: node for node in block.nodes for used in node.all_input_nodes if used in data}
-    found: dict[str, list[str]] = {}
+    found: dict[fx.Node, list[fx.Node]] = {}
     for used, reader in last.items():
-        found.setdefault(reader.name, []).append(used.name)
+        found.setdefault(reader, []).append(used)
     return found
 
 

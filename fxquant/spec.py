@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any
 
-from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
+from fxquant.checks import (
+    check_flag,
+    check_number,
+    check_seed,
+    check_whole,
+    is_whole,
+    parse_field,
+)
+from fxquant.errors import BitWidthError, PolicyError
 
 MIN_BITS, MAX_BITS = 2, 16
+# Integer kernels have codes of up to 8 bits.
+MAX_KERNEL_BITS = 8
 # D_R1 of the twin scheme reaches down to D_R2 / 2^11 (arXiv 2111.12293, section 4.2). A finer one
 # would be the unit of accumulators that biases overflow.
 MAX_SHIFT = 11
-# What torch's generators take.
-MAX_SEED = 2**63 - 1
 # A step this much finer than the min-max one, at 2 to 16 bits, clips all but next to nothing.
 LEAST_LOW = 1e-6
 
@@ -135,34 +142,6 @@ class GradientLoss(StrEnum):
     GAUSSIAN = "gaussian"
 
 
-def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
-    """Turns the plain string in a field of a frozen dataclass into the enum it stands for.
-
-    Raises:
-        UnknownKeyError: it stands for none.
-    """
-    value = getattr(item, name)
-    if not isinstance(value, str) or value not in list(enum):
-        raise UnknownKeyError(f"{name} must be one of {', '.join(enum)}, got {value!r}")
-    object.__setattr__(item, name, enum(value))
-
-
-def check_flag(item: Any, name: str) -> None:
-    """Checks that a field is true or false.
-
-    Raises:
-        PolicyError: it is something else, such as the string ``"no"``.
-    """
-    check_flags(**{name: getattr(item, name)})
-
-
-def check_flags(**flags: Any) -> None:
-    """Checks that options, given by name, are true or false; raises as :func:`check_flag`."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise PolicyError(f"{name} must be true or false, got {value!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """How one edge is quantized.
@@ -201,15 +180,14 @@ class TensorSpec:
         parse_field(self, "granularity", Granularity)
         parse_field(self, "observer", ObserverKind)
         check_flag(self, "symmetric")
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+        if not is_whole(self.bits):
             raise BitWidthError(f"bits must be an integer, got {self.bits!r}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise BitWidthError(
                 f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}; "
                 "to leave a tensor float, give the rule `spec: null`"
             )
-        if isinstance(self.percentile, bool) or not isinstance(self.percentile, int | float):
-            raise PolicyError(f"percentile must be a number, got {self.percentile!r}")
+        check_number(self, "percentile")
         if not 50 < self.percentile <= 100:
             raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
         self._check_shift()
@@ -220,7 +198,7 @@ class TensorSpec:
         shift = self.max_shift
         if shift is None:
             return
-        if isinstance(shift, bool) or not isinstance(shift, int):
+        if not is_whole(shift):
             raise PolicyError(f"max_shift must be a whole number or null, got {shift!r}")
         if self.scheme is not Scheme.TWIN_UNIFORM:
             raise PolicyError("max_shift belongs to scheme twin_uniform alone")
@@ -228,8 +206,10 @@ class TensorSpec:
             raise PolicyError(f"max_shift must be in 1..{MAX_SHIFT}, got {shift}")
 
     def _check_byte_scheme(self) -> None:
-        if self.bits > 8:
-            raise BitWidthError(f"scheme {self.scheme} takes 2 to 8 bits, got {self.bits}")
+        if self.bits > MAX_KERNEL_BITS:
+            raise BitWidthError(
+                f"scheme {self.scheme} takes {MIN_BITS} to {MAX_KERNEL_BITS} bits, got {self.bits}"
+            )
         if self.symmetric or self.granularity is not Granularity.TENSOR:
             raise PolicyError(
                 f"scheme {self.scheme} is neither symmetric nor finer than per tensor: leave out "
@@ -287,17 +267,12 @@ class ScaleSearch:
         parse_field(self, "metric", Metric)
         parse_field(self, "loss", GradientLoss)
         check_flag(self, "opt_m")
-        least = {"rounds": 1, "candidates": 2, "stride": 1, "rows": 1, "memory_bytes": 1, "seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                raise PolicyError(f"{name} must be a whole number >= {bound}, got {value!r}")
-        if self.seed > MAX_SEED:
-            raise PolicyError(f"seed must be at most 2^63 - 1, got {self.seed}")
-        for name in ("low", "high"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise PolicyError(f"{name} must be a number, got {value!r}")
+        check_whole(self, "candidates", 2)
+        for name in ("rounds", "stride", "rows", "memory_bytes"):
+            check_whole(self, name, 1)
+        check_seed(self)
+        check_number(self, "low")
+        check_number(self, "high")
         if not LEAST_LOW <= self.low < 1 <= self.high <= 10:
             raise PolicyError(
                 f"the grid needs {LEAST_LOW} <= low < 1 <= high <= 10, got {self.low} and "

@@ -30,6 +30,7 @@ from fxquant.passes import (
 from fxquant.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
 from fxquant.recovery import Compensation, Reconstruction
+from fxquant.rewrite import set_bias
 from fxquant.smoothing_sites import Choices
 from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, ScaleSearch, Stage, TensorSpec
 from fxquant.testing import (
@@ -40,7 +41,7 @@ from fxquant.testing import (
     seeded,
     tokens,
 )
-from tests.graphs import EIGHT, FOUR, WEIGHT, annotated, observed
+from tests.graphs import EIGHT, FOUR, WEIGHT, annotated, canonical, observed
 
 # InsertObservers, calibrate, Freeze
 
@@ -177,6 +178,31 @@ def test_a_bias_too_large_for_int32_widens_its_channels_scale() -> None:
     x, w = (gm.get_submodule(f"quant.linear__{arg}") for arg in ("input", "weight"))
     assert float((model.bias.data / accumulator_scale(x, w)).abs().max()) < 2**31
     assert_same_function(gm, model, tokens() * 1e-5, 1e-2)
+
+
+class OneBiasOfTwo(nn.Module):
+    """Two linears that read one bias, and one that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.none = nn.Linear(DIM, DIM, bias=False)
+        self.two.bias = self.one.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.none(self.two(self.one(x)))
+
+
+def test_a_bias_is_set_for_one_product_alone() -> None:
+    gm = canonical(OneBiasOfTwo(), tokens())
+    one, two, none = (node for node in gm.graph.nodes if op_kind(node) is OpKind.LINEAR)
+    old = one.args[2]
+    set_bias(gm, one, torch.zeros(DIM))
+    assert two.args[2] is old
+    set_bias(gm, none, torch.ones(DIM))
+    set_bias(gm, two, torch.full((DIM,), 2.0))
+    assert old not in gm.graph.nodes
+    assert [get_parameter(gm, n.args[2])[0] for n in (one, none, two)] == [0, 1, 2]
 
 
 def test_a_row_of_zeros_keeps_its_bias() -> None:

@@ -17,7 +17,7 @@ TESTS = sorted(Path(__file__).parent.glob("*.py"))
 # A module may import those of its own level and of the levels before it. A folder stands for the
 # modules in it.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "_version", "budget", "low_rank", "recovery"),
+    ("errors", "checks", "spec", "_version", "budget", "low_rank", "recovery"),
     (
         "suggest",
         "files",

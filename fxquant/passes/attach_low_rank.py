@@ -29,7 +29,7 @@ from fxquant.low_rank import LowRank
 from fxquant.observers import make_observer
 from fxquant.passes.base import BIAS_CORRECTED, Gain, PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.rewrite import ADDED, add_constant, emit
+from fxquant.rewrite import ADDED, add_constant, emit, set_bias
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.output import ProductSample
 from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
@@ -83,7 +83,6 @@ class AttachLowRank:
             else:
                 reason = f"the output error would fall from {before:.3g} to {after:.3g} only"
                 skips.append(Skip(name, _LEFT_OUT + reason))
-        gm.graph.eliminate_dead_code()
         return PassResult(len(gains), tuple(skips), tuple(gains))
 
     def _factors(self, sites: list[_Site]) -> Iterator[tuple[_Site, Spectrum]]:
@@ -244,10 +243,8 @@ class _Branch:
         _quantize(gm, Edge(up, Arg.INPUT), self._between, self._inner)
         _quantize(gm, Edge(up, Arg.WEIGHT), self._weight, self._up)
         if self._site.centred:
-            with gm.graph.inserting_before(node):
-                mean = self._site.shares @ self.outputs
-                bias = get_parameter(gm, operand(node, 2)) - mean
-                node.update_arg(2, add_constant(gm, bias, f"{node.name}_bias", like=node))
+            mean = self._site.shares @ self.outputs
+            set_bias(gm, node, get_parameter(gm, operand(node, 2)) - mean)
 
     def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, part: str) -> fx.Node:
         node = self._site.node

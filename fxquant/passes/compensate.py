@@ -21,12 +21,11 @@ from torch import Tensor, fx
 
 from fxquant.blocks import waves
 from fxquant.graph import arguments, get_parameter, op_kind, operand, submodule
-from fxquant.ops import fake_quantize
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.patches import patches
 from fxquant.quantizers import UniformQuantizer
 from fxquant.recovery import Compensation
-from fxquant.rewrite import add_constant, replace_constant
+from fxquant.rewrite import replace_constant, set_bias
 from fxquant.search.rounding import Moments, ridge_update, round_weight
 from fxquant.side_by_side import SideBySide, Station
 from fxquant.spec import OpKind, Stage
@@ -129,8 +128,7 @@ def _collect(station: Station, wave: list[fx.Node], ridge: bool) -> dict[fx.Node
     """Statistics of products none of which reads another's output."""
     chunks = list(station.chunks())
     folds = min(_FOLDS, len(chunks)) if ridge and len(chunks) > 1 else 0
-    gm = station.student.module
-    assert isinstance(gm, fx.GraphModule)
+    gm = station.student.graph_module
     found = {
         node: _Statistics(node, get_parameter(gm, operand(operand(node, 1), 0)), folds)
         for node in wave
@@ -162,46 +160,23 @@ def _improve(
     source = operand(operand(node, 1), 0)
     weight = get_parameter(gm, source)
     flat, whole = weight.detach().flatten(1), moments.whole
-    scale, zero = coder.scale, coder.zero_point
-
-    def quantize(values: Tensor) -> Tensor:
-        axis = None if coder.axis is None else 0
-        values = fake_quantize(values, scale, zero, coder.qmin, coder.qmax, axis)
-        return values
-
-    nearest, choice, wanted = quantize(flat), [], flat.double()
+    nearest, choice, wanted = coder(flat), [], flat.double()
     if options.ridge and moments.parts:
         wanted, left = ridge_update(flat, moments.parts, whole)
         if left < 1:
             choice.append(f"ridge, {left:.2f} of the error on images left out")
-    values = latent = wanted.float()
+    latent = wanted.float()
     if options.by_columns:
-        rounded = round_weight(wanted, whole.covariance, quantize, options.damping)
+        rounded = round_weight(wanted, whole.covariance, coder, options.damping)
         latent, values = rounded.latent.float(), rounded.values.float()
         choice.append("rounding by columns")
     else:
-        values = quantize(latent)
+        values = coder(latent)
     before, after = whole.error(nearest), whole.error(values)
-    _replace(
-        gm,
-        node,
-        source,
-        latent.reshape(weight.shape),
-        whole.mean_y - values.double() @ whole.mean_x,
-    )
+    latent = latent.reshape(weight.shape)
+    replace_constant(gm, operand(node, 1), source, latent, f"{node.name}_weight")
+    bias = whole.mean_y - values.double() @ whole.mean_x
+    set_bias(gm, node, bias.to(weight.dtype))
     node.meta[_DONE] = True
     ratio = after / before if before > 0 else 1.0
     return Gain(node.name, ", ".join(choice) or "bias", _MEASURE, ratio)
-
-
-def _replace(
-    gm: fx.GraphModule, node: fx.Node, source: fx.Node, weight: Tensor, bias: Tensor
-) -> None:
-    replace_constant(gm, operand(node, 1), source, weight, f"{node.name}_weight")
-    old = node.args[2] if len(node.args) > 2 else None
-    if isinstance(old, fx.Node):
-        replace_constant(gm, node, old, bias.to(weight.dtype), f"{node.name}_bias")
-        return
-    with gm.graph.inserting_before(node):
-        new = add_constant(gm, bias.to(weight.dtype), f"{node.name}_bias", like=node)
-    node.args = (*node.args[:2], new, *node.args[3:])

@@ -25,7 +25,7 @@ from fxquant.graph import (
 )
 from fxquant.passes.base import BIAS_CORRECTED, PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.rewrite import add_constant
+from fxquant.rewrite import set_bias
 from fxquant.search.output import ProductSample
 from fxquant.spec import OpKind, Stage
 
@@ -53,10 +53,10 @@ class CorrectBias:
             if isinstance(error, str):
                 skips.append(Skip(node.name, error))
             elif bool(error.any()):
-                _subtract(gm, node, error)
+                bias = constant(gm, node.args[2]) if len(node.args) > 2 else None
+                set_bias(gm, node, -error if bias is None else bias - error)
                 node.meta[BIAS_CORRECTED] = True
                 changed += 1
-        gm.graph.eliminate_dead_code()
         return PassResult(changed, tuple(skips))
 
     def _mean_error(self, gm: fx.GraphModule, node: fx.Node) -> Tensor | str:
@@ -86,11 +86,3 @@ class CorrectBias:
             return sample.lhs
         quantized: Tensor = quantizer(sample.lhs)
         return quantized
-
-
-def _subtract(gm: fx.GraphModule, node: fx.Node, error: Tensor) -> None:
-    bias = constant(gm, node.args[2]) if len(node.args) > 2 else None
-    with gm.graph.inserting_before(node):
-        value = -error if bias is None else bias - error
-        new = add_constant(gm, value, f"{node.name}_bias", like=node)
-    node.args = (*node.args[:2], new, *node.args[3:])

@@ -21,7 +21,7 @@ from fxquant.graph import constant, get_parameter, op_kind, operand, submodule
 from fxquant.ops import broadcast
 from fxquant.passes.base import PassResult, Skip
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer, accumulator_scale
-from fxquant.rewrite import add_constant
+from fxquant.rewrite import set_bias
 from fxquant.spec import OpKind, Stage
 
 _Input = UniformQuantizer | TwinUniformQuantizer
@@ -76,11 +76,8 @@ class QuantizeBias:
             rounded = (torch.round(bias.double() / unit) * unit).to(bias.dtype)
             if torch.equal(rounded, bias):
                 continue
-            with gm.graph.inserting_before(node):
-                new = add_constant(gm, rounded, f"{node.name}_bias", like=node)
-            node.update_arg(2, new)
+            set_bias(gm, node, rounded)
             changed += 1
-        gm.graph.eliminate_dead_code()
         return PassResult(changed, tuple(skips))
 
     @staticmethod

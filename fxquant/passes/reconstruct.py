@@ -31,7 +31,7 @@ from fxquant.reconstruction.losses import (
     measure_importance,
 )
 from fxquant.recovery import BlockLoss, Reconstruction
-from fxquant.rewrite import replace_constant
+from fxquant.rewrite import replace_constant, set_bias
 from fxquant.side_by_side import Shelf, SideBySide, Station
 from fxquant.spec import Stage
 
@@ -142,5 +142,4 @@ def apply_changes(gm: fx.GraphModule, changes: Changes) -> None:
         call = nodes[name]
         replace_constant(gm, call, operand(call, 0), weight, f"{name}_trained")
     for name, bias in changes.biases.items():
-        node = nodes[name]
-        replace_constant(gm, node, operand(node, 2), bias, f"{name}_bias")
+        set_bias(gm, nodes[name], bias)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fxquant.checks import check_flags
 from fxquant.policies.rules import elementwise_rules
 from fxquant.policy import Policy, Rule
-from fxquant.spec import Arg, Granularity, ObserverKind, TensorSpec, check_flags
+from fxquant.spec import Arg, Granularity, ObserverKind, TensorSpec
 
 
 def w8a8(*, full: bool = False) -> Policy:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxquant.budget import Allocation, Budget, Method
+from fxquant.checks import check_flags
 from fxquant.errors import PolicyError
 from fxquant.policies.rules import elementwise_rules, searched_rules
 from fxquant.policy import Policy, Rule
-from fxquant.spec import Metric, ScaleSearch, Scheme, TensorSpec, check_flags
+from fxquant.spec import Metric, ScaleSearch, Scheme, TensorSpec
 
 
 def base_ptq(weight_bits: int = 8, act_bits: int = 8, *, image_bits: int = 8) -> Policy:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fxquant.checks import check_flags
 from fxquant.errors import PolicyError
 from fxquant.policies.rules import searched_rules
 from fxquant.policy import Policy, Rule
 from fxquant.recovery import Reconstruction, WeightTraining
-from fxquant.spec import ObserverKind, ScaleSearch, Scheme, TensorSpec, check_flags
+from fxquant.spec import ObserverKind, ScaleSearch, Scheme, TensorSpec
 
 
 def aiqvit(

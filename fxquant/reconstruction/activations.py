@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.ops import broadcast
+from fxquant.ops import broadcast, twin_quantize
 from fxquant.quantizers import (
     DynamicFocusingQuantizer,
     Quantizer,
@@ -137,17 +137,18 @@ class TrainedTwin(TrainedQuantizer):
         self.log_scale = nn.Parameter(torch.zeros_like(start.scale))
 
     def _rounded(self, x: Tensor) -> Tensor:
-        now = self.fitted()
-        most = now.levels - 1
-        fine = self._start.scale * self.log_scale.exp()
+        start = self._start
+        most = start.levels - 1
+        fine = start.scale * self.log_scale.exp()
         zero = torch.zeros_like(fine)
         low = LearnedRounding.apply(
-            x, fine, zero, -most if now.two_sided else 0, 0 if now.two_sided else most
+            x, fine, zero, -most if start.two_sided else 0, 0 if start.two_sided else most
         )
-        high = LearnedRounding.apply(x, fine * 2**now.shift, zero, 0, most)
+        high = LearnedRounding.apply(x, fine * 2**start.shift, zero, 0, most)
         # The regions are those of the quantizer itself.
         with torch.no_grad():
-            coarse = now.quantize(x) >= now.levels
+            words = twin_quantize(x, fine, start.shift, start.bits, start.two_sided)
+            coarse = words >= start.levels
         return torch.where(coarse, high, low)
 
     @torch.no_grad()

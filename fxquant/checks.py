@@ -1,0 +1,83 @@
+"""Checks of the fields of frozen dataclasses when they are made."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from fxquant.errors import PolicyError, UnknownKeyError
+
+# What torch's generators take.
+_MAX_SEED = 2**63 - 1
+
+
+def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
+    """Turns the plain string in a field of a frozen dataclass into the enum it stands for.
+
+    Raises:
+        UnknownKeyError: it stands for none.
+    """
+    value = getattr(item, name)
+    if not isinstance(value, str) or value not in list(enum):
+        raise UnknownKeyError(f"{name} must be one of {', '.join(enum)}, got {value!r}")
+    object.__setattr__(item, name, enum(value))
+
+
+def check_flag(item: Any, name: str) -> None:
+    """Checks that a field is true or false.
+
+    Raises:
+        PolicyError: it is something else, such as the string ``"no"``.
+    """
+    check_flags(**{name: getattr(item, name)})
+
+
+def check_flags(**flags: Any) -> None:
+    """Checks that options, given by name, are true or false; raises as :func:`check_flag`."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise PolicyError(f"{name} must be true or false, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is an ``int`` or a ``float``; a boolean is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether an option is an ``int``; a boolean is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_number(item: Any, name: str, within: tuple[float, float] | None = None) -> None:
+    """Checks that a field is a number and, where bounds are given, not outside them.
+
+    Raises:
+        PolicyError: it is no number, or outside, as NaN always is.
+    """
+    value = getattr(item, name)
+    if not is_number(value) or (within is not None and not within[0] <= value <= within[1]):
+        where = "" if within is None else f" in [{within[0]:g}, {within[1]:g}]"
+        raise PolicyError(f"{name} must be a number{where}, got {value!r}")
+
+
+def check_whole(item: Any, name: str, least: int) -> None:
+    """Checks that a field is a whole number, at least so large.
+
+    Raises:
+        PolicyError: it is not.
+    """
+    value = getattr(item, name)
+    if not is_whole(value) or value < least:
+        raise PolicyError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def check_seed(item: Any) -> None:
+    """Checks that the field ``seed`` is a whole number that torch's generators take.
+
+    Raises:
+        PolicyError: it is not.
+    """
+    check_whole(item, "seed", 0)
+    if item.seed > _MAX_SEED:
+        raise PolicyError(f"seed must be at most 2^63 - 1, got {item.seed}")
