@@ -171,6 +171,11 @@ class Shelf:
         self._files = []
 
 
+def chunks(count: int) -> Iterator[slice]:
+    """So many images in order, a few at a time."""
+    return (slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+
+
 @dataclass(frozen=True)
 class Station:
     """A block with what comes in and what the float network gives.
@@ -199,9 +204,7 @@ class Station:
 
     def chunks(self) -> Iterator[slice]:
         """The images in order, a few at a time."""
-        return (
-            slice(start, min(start + _CHUNK, self.count)) for start in range(0, self.count, _CHUNK)
-        )
+        return chunks(self.count)
 
 
 class SideBySide:

@@ -24,15 +24,10 @@ from fxquant.graph import get_parameter, operand
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.reconstruction.block_trainer import Changes, TrainedBlock, train_block
 from fxquant.reconstruction.checkpoint import Checkpoints
-from fxquant.reconstruction.losses import (
-    Importance,
-    criterion,
-    measure_features,
-    measure_importance,
-)
-from fxquant.recovery import BlockLoss, Reconstruction
+from fxquant.reconstruction.losses import Measured, criterion, measure
+from fxquant.recovery import Reconstruction
 from fxquant.rewrite import replace_constant, set_bias
-from fxquant.side_by_side import Shelf, SideBySide, Station
+from fxquant.side_by_side import SideBySide, Station
 from fxquant.spec import Stage
 
 _DONE = "reconstructed"
@@ -66,20 +61,16 @@ class Reconstruct:
             return PassResult(0)
         changed, gains = 0, list[Gain]()
         skips: list[Skip] = []
-        kept = Checkpoints(self.cache, gm, self.sides.images, repr(self.options))
-        importance: Importance = {}
-        if self.options.block_loss is BlockLoss.FISHER:
-            teacher, blocks = self.sides.teacher(), find_blocks(gm)
-            importance = measure_importance(teacher, blocks, self.sides.images, self.options)
+        teacher, images = self.sides.teacher(), self.sides.images
+        kept = Checkpoints(self.cache, gm, images, repr(self.options))
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
+            measured = measure(teacher, find_blocks(gm), images, self.options, Path(folder))
             walk = self.sides.walk(gm, "reconstruct", self.options.memory_bytes)
-            features = Shelf(len(self.sides.images), Path(folder), self.options.memory_bytes // 8)
             for number, station in enumerate(walk):
                 options = replace(self.options, seed=self.options.seed + number)
                 torch.manual_seed(options.seed)
-                self._reach(station, number, features)
                 changes, before, after = kept.get(number) or self._train(
-                    gm, station, options, importance, features
+                    gm, station, options, measured
                 )
                 kept.put(number, changes, before, after)
                 if changes is None:
@@ -96,26 +87,16 @@ class Reconstruct:
                         after / before,
                     )
                 )
-            features.close()
         gm.meta[_DONE] = True
         return PassResult(changed, tuple(skips), tuple(gains))
 
-    def _reach(self, station: Station, number: int, features: Shelf) -> None:
-        if number == 0 and self.options.block_loss is BlockLoss.FEATURE and station.rest:
-            measure_features(station, features, station.rest[-1].products[-1].name)
-
+    @staticmethod
     def _train(
-        self,
-        gm: fx.GraphModule,
-        station: Station,
-        options: Reconstruction,
-        importance: Importance,
-        features: Shelf,
+        gm: fx.GraphModule, station: Station, options: Reconstruction, measured: Measured
     ) -> tuple[Changes | None, float, float]:
         generator = torch.Generator().manual_seed(options.seed)
         block = TrainedBlock(gm, station, options, generator).to(station.device)
-        last = station.rest[-1].products[-1].name if station.rest else ""
-        loss = criterion(options, importance, station, (features, last))
+        loss = criterion(options, measured, station)
         before, after = train_block(block, station, loss, options)
         return (block.changes() if after < before else None), before, after
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,10 +15,11 @@ from fxquant.capture import device_of
 from fxquant.network_loss import is_logits
 from fxquant.recovery import BlockLoss, Reconstruction
 from fxquant.samples import OutputLoss
-from fxquant.side_by_side import BlockRunner, Shelf, Station, Values, tensors_of
+from fxquant.side_by_side import BlockRunner, Shelf, Station, Values, chunks
 
 # Images in one backward pass of the whole network.
 _PART = 4
+_FEATURES = "features"
 
 # By name of a value at a cut, weights that broadcast against it.
 Importance = dict[str, Tensor]
@@ -68,42 +71,72 @@ class Feature(Criterion):
     Args:
         station: the block; the float rest of the network follows it.
         features: what the last product of the float network reads, of all images.
-        name: of that product.
     """
 
-    def __init__(self, station: Station, features: Shelf, name: str) -> None:
-        self._station, self._features, self._name = station, features, name
+    def __init__(self, station: Station, features: Shelf) -> None:
+        self._station, self._features = station, features
         self._block = SquaredError({}, divergence=False)
         self._sizes: tuple[float, float] | None = None
 
     def __call__(self, found: Values, target: Values, index: Tensor) -> Tensor:
         """See the base class."""
         near = self._block(found, target, index)
-        want = self._features.get(index, self._station.device)[self._name]
-        far = (last_input(self._station, found, self._name) - want).square().flatten(1).mean(1)
+        station = self._station
+        want = self._features.get(index, station.device)[_FEATURES]
+        have = last_input(station.teacher, station.rest, found)
+        far = (have - want).square().flatten(1).mean(1)
         if self._sizes is None:
             self._sizes = float(near.detach().mean()), float(far.detach().mean())
         one, two = (max(size, 1e-12) for size in self._sizes)
         return 2 * near / one + far / two
 
 
-def last_input(station: Station, values: Values, name: str) -> Tensor:
-    """What a product behind a block reads in the float network, from the block's outputs."""
-    seen: list[Tensor] = []
-    for block in station.rest:
-        watch = {name: lambda args, _: seen.append(args[0])}
-        values = station.teacher.run_block(block, values, watch=watch)
-    return seen[0]
+@dataclass(frozen=True)
+class Measured:
+    """What the losses of all blocks take from the float network.
+
+    Attributes:
+        importance: weights of values at cuts; empty where all weigh alike.
+        features: what the last product reads, of all images; None where no loss compares it.
+    """
+
+    importance: Importance
+    features: Shelf | None
 
 
-def criterion(
-    options: Reconstruction, importance: Importance, station: Station, features: tuple[Shelf, str]
-) -> Criterion:
+def measure(
+    teacher: BlockRunner,
+    blocks: tuple[Block, ...],
+    images: Tensor,
+    options: Reconstruction,
+    folder: Path,
+) -> Measured:
+    """Runs the float network for what the loss that the options name needs.
+
+    Args:
+        teacher: runs it.
+        blocks: all.
+        images: ``(n, …)``.
+        options: which loss, and the budget of memory.
+        folder: for features beyond the budget.
+    """
+    importance: Importance = {}
+    features = None
+    if options.block_loss is BlockLoss.FISHER:
+        importance = measure_importance(teacher, blocks, images, options)
+    # A last block is compared by its outputs, so a single one needs no features.
+    if options.block_loss is BlockLoss.FEATURE and len(blocks) > 1:
+        features = Shelf(len(images), folder, options.memory_bytes // 8)
+        measure_features(teacher, blocks, images, features)
+    return Measured(importance, features)
+
+
+def criterion(options: Reconstruction, measured: Measured, station: Station) -> Criterion:
     """The loss that the options name, for one block; the last is compared by its outputs."""
-    if options.block_loss is BlockLoss.FEATURE and station.rest:
-        return Feature(station, *features)
+    if measured.features is not None and station.rest:
+        return Feature(station, measured.features)
     divergence = options.block_loss is not BlockLoss.MSE and not station.rest
-    return SquaredError(importance, divergence=divergence)
+    return SquaredError(measured.importance, divergence=divergence)
 
 
 def measure_importance(
@@ -151,11 +184,28 @@ def _separable(total: Tensor) -> Tensor:
     return out / out.mean().clamp(min=1e-30)
 
 
-def measure_features(station: Station, shelf: Shelf, name: str) -> None:
-    """Keeps what the last product of the float network reads, from the first block on."""
-    with torch.no_grad():
-        for chunk in station.chunks():
-            values = station.teacher.run_block(
-                station.block, station.exact.get(chunk, station.device)
-            )
-            shelf.put(chunk.start, {name: last_input(station, tensors_of(values), name)})
+@torch.no_grad()
+def measure_features(
+    teacher: BlockRunner, blocks: tuple[Block, ...], images: Tensor, shelf: Shelf
+) -> None:
+    """Keeps what the last product reads.
+
+    Args:
+        teacher: runs the float network.
+        blocks: all.
+        images: ``(n, …)``, on the graph's device part by part.
+        shelf: takes it for all images.
+    """
+    device, (start,) = device_of(teacher.graph_module), blocks[0].inputs
+    for chunk in chunks(len(images)):
+        found = last_input(teacher, blocks, {start.name: images[chunk].to(device)})
+        shelf.put(chunk.start, {_FEATURES: found})
+
+
+def last_input(teacher: BlockRunner, blocks: tuple[Block, ...], values: Values) -> Tensor:
+    """What the last product of some blocks reads, from the values at their start."""
+    seen: list[Tensor] = []
+    watch = {blocks[-1].products[-1].name: lambda args, _: seen.append(args[0])}
+    for block in blocks:
+        values = teacher.run_block(block, values, watch=watch)
+    return seen[0]
