@@ -52,6 +52,13 @@ def find_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
     return tuple(_block(stretch.nodes, data, names) for stretch in merged)
 
 
+def whole_network(gm: fx.GraphModule) -> Block:
+    """All blocks of a graph as one."""
+    blocks = find_blocks(gm)
+    nodes = tuple(node for block in blocks for node in block.nodes)
+    return Block("network", nodes, blocks[0].inputs, blocks[-1].outputs)
+
+
 def data_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     """The nodes that depend on the image, sizes left out."""
     found: dict[fx.Node, None] = {}

@@ -16,7 +16,7 @@ from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.files import write_text
 from fxquant.low_rank import LowRank
 from fxquant.policy import Policy, Rule
-from fxquant.recovery import BlockLoss, Compensation, Reconstruction, WeightTraining
+from fxquant.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
 from fxquant.spec import (
     Arg,
     GradientLoss,
@@ -40,6 +40,7 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "loss": GradientLoss,
     "method": Method,
     "sensitivity": Sensitivity,
+    "scope": Scope,
     "weights": WeightTraining,
     "block_loss": BlockLoss,
     "gradient": GradientLoss,

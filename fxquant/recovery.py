@@ -31,6 +31,17 @@ class WeightTraining(StrEnum):
     NONE = "none"
 
 
+class Scope(StrEnum):
+    """What is trained at once.
+
+    ``block``: one transformer block after another, each to give what the float block gives;
+    ``network``: all blocks together, to give the float network's outputs.
+    """
+
+    BLOCK = "block"
+    NETWORK = "network"
+
+
 class BlockLoss(StrEnum):
     """How far a quantized block's output is from the float one.
 
@@ -83,11 +94,13 @@ class Reconstruction:
     """Training of each block against the float one, inputs from the quantized blocks before it.
 
     Attributes:
+        scope: block after block, or all together.
         weights: what of them is trained.
         scales: train the scales and zero points of activations, and the scales of those weights
             that are trained.
         biases: train the biases of products.
-        block_loss: what is minimised.
+        block_loss: what is minimised; the last block, and a network, are compared by their
+            outputs: logits by their divergence, others, and all with ``mse``, by squared error.
         gradient: the loss of the outputs whose gradient weighs errors, for ``fisher``.
         iterations: steps for each block.
         batch: images of a step.
@@ -95,6 +108,9 @@ class Reconstruction:
         scale_rate: first learning rate of logarithms of scales, and of zero points as shares of
             the code range. Both rates fall to zero along a cosine.
         drop: share of the activations left unquantized in a step (QDrop, arXiv 2203.05740).
+        held_out: share of the images that are not trained on. By their loss, measured eight times
+            on the way, the best state is kept; where it never falls, all stays as it was. 0
+            trains on all images and judges by the same.
         curriculum: share of the images, those of smallest loss, that the first step draws from;
             it grows to 1 (AIQViT, section 3.3). 1 draws from all.
         ranks: of low-rank factors, each cut at half of what the weight can have; where there are
@@ -105,6 +121,7 @@ class Reconstruction:
         seed: of images, drops and first factors.
     """
 
+    scope: Scope = Scope.BLOCK
     weights: WeightTraining = WeightTraining.STRAIGHT_THROUGH
     scales: bool = True
     biases: bool = True
@@ -115,6 +132,7 @@ class Reconstruction:
     weight_rate: float = 2e-3
     scale_rate: float = 1e-3
     drop: float = 0.5
+    held_out: float = 0.125
     curriculum: float = 1.0
     ranks: tuple[int, ...] = (16,)
     rank_iterations: int = 200
@@ -126,9 +144,10 @@ class Reconstruction:
         """Checks the values.
 
         Raises:
-            UnknownKeyError: rounding, loss or gradient is unknown.
+            UnknownKeyError: scope, rounding, loss or gradient is unknown.
             PolicyError: a number is none, or out of its range, or nothing is trained.
         """
+        parse_field(self, "scope", Scope)
         parse_field(self, "weights", WeightTraining)
         parse_field(self, "block_loss", BlockLoss)
         parse_field(self, "gradient", GradientLoss)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.blocks import Block, find_blocks, is_size, size_for
+from fxquant.blocks import Block, is_size, size_for
 from fxquant.capture import device_of
 from fxquant.graph import submodule
 from fxquant.network_loss import Override
@@ -226,17 +226,20 @@ class SideBySide:
         return BlockRunner(self._teacher, quantized=False)
 
     @torch.no_grad()
-    def walk(self, gm: fx.GraphModule, label: str, memory_bytes: int) -> Iterator[Station]:
+    def walk(
+        self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: str, memory_bytes: int
+    ) -> Iterator[Station]:
         """Goes through the blocks of a graph; each may be changed when it is given out.
 
         Args:
             gm: the quantized graph, whose nodes are those of the teacher and constants besides.
+            blocks: of it, in order, all.
             label: of the progress.
             memory_bytes: budget for values at cuts.
         """
         teacher = self.teacher()
         student = BlockRunner(gm, quantized=True)
-        blocks, count = find_blocks(gm), len(self.images)
+        count = len(self.images)
         device = device_of(gm)
         share = memory_bytes // 4
         with tempfile.TemporaryDirectory(prefix="fxquant-") as name:

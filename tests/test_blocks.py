@@ -111,7 +111,7 @@ def test_sizes_follow_the_batch() -> None:
 def test_both_walk_as_the_graph_runs() -> None:
     model = Stack()
     gm, x = frozen(model), tokens(11)
-    walk = SideBySide(gm, x).walk(gm, "walk", 1 << 20)
+    walk = SideBySide(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20)
     for station in walk:
         last = station
         target = station.target.get(slice(None), x.device)
@@ -125,7 +125,7 @@ def test_both_walk_as_the_graph_runs() -> None:
 def test_what_is_changed_at_a_block_is_seen_behind_it() -> None:
     gm, x = frozen(Stack()), tokens()
     expected = None
-    for station in SideBySide(gm, x).walk(gm, "walk", 1 << 20):
+    for station in SideBySide(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20):
         if station.block.name == "stem":
             with torch.no_grad():
                 gm.get_parameter("stem.weight").mul_(2)

@@ -191,7 +191,7 @@ def test_presets_take_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
     read = fxquant.policy_file.read_policy(tmp_path / "mine.yaml")
     assert read == fxquant.policies.ptq4vit(4, 6)
-    assert "fixed widths" in fails(capsys, "policies", "w8a8", "--act-bits", "4")
+    assert "w8a8 has no act_bits" in fails(capsys, "policies", "w8a8", "--act-bits", "4")
     out = tmp_path / "out"
     compiled = [
         "compile",

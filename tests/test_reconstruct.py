@@ -14,9 +14,11 @@ from torch import Tensor, fx
 
 import fxquant
 from fxquant import policies
+from fxquant.blocks import whole_network
 from fxquant.calibrate import calibrate
 from fxquant.errors import FileFormatError, PolicyError
 from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reconstruct, run_passes
+from fxquant.passes import reconstruct as reconstruct_pass
 from fxquant.policy import Policy, Rule
 from fxquant.policy_file import policy_from_dict, policy_to_dict
 from fxquant.quantizers import (
@@ -25,8 +27,8 @@ from fxquant.quantizers import (
     TwinUniformQuantizer,
     UniformQuantizer,
 )
-from fxquant.reconstruction import block_trainer
 from fxquant.reconstruction.activations import trained
+from fxquant.reconstruction.block_trainer import TrainedBlock, split
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough
 from fxquant.recovery import Compensation, Reconstruction
@@ -76,6 +78,7 @@ def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -
         {"drop": 0.5},
         {"curriculum": 0.5},
         {"bf16": True},
+        {"held_out": 0.0},
     ],
     ids=str,
 )
@@ -93,6 +96,40 @@ def test_blocks_come_nearer_to_the_float_ones(options: dict[str, Any]) -> None:
     assert bool(ranks) == (options.get("weights") == "low_rank")
     with torch.no_grad():
         assert (gm(BATCH) - exact).square().mean() < before
+
+
+@pytest.mark.parametrize("block_loss", ["mse", "fisher", "feature"])
+def test_a_network_is_trained_as_one(block_loss: str) -> None:
+    gm = frozen()
+    with torch.no_grad():
+        exact = seeded(Tower())(BATCH)
+        before = (gm(BATCH) - exact).square().mean()
+    result = reconstruct(gm, scope="network", block_loss=block_loss)
+    assert [gain.site for gain in result.gains] == ["network"]
+    with torch.no_grad():
+        assert (gm(BATCH) - exact).square().mean() < before
+
+
+def test_images_held_out_judge() -> None:
+    gm = frozen()
+    judges, _ = split(len(BATCH), 0.5, torch.Generator().manual_seed(0))
+    own = BATCH[judges]
+    with torch.no_grad():
+        exact = seeded(Tower())(own)
+        before = (gm(own) - exact).square().mean()
+        (gain,) = reconstruct(gm, scope="network", block_loss="mse", held_out=0.5, batch=6).gains
+        assert gain.ratio == pytest.approx(float((gm(own) - exact).square().mean() / before), 1e-3)
+
+
+@given(st.integers(1, 300), st.floats(0, 0.5))
+def test_images_held_out_are_not_trained_on(count: int, share: float) -> None:
+    judges, own = split(count, share, torch.Generator().manual_seed(count))
+    assert torch.equal(torch.cat((judges, own)).unique(), torch.arange(count))
+    if round(share * count):
+        assert len(judges) == round(share * count)
+        assert len(own) == count - len(judges)
+    else:
+        assert torch.equal(judges, own)
 
 
 def test_the_second_run_changes_nothing() -> None:
@@ -118,20 +155,20 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
 ) -> None:
     whole = frozen()
     reconstruct(whole, drop=0.5)
-    real, calls = block_trainer.image_losses, []
+    real, calls = reconstruct_pass.train_block, []
 
-    def interrupted(*args: Any) -> Tensor:
+    def interrupted(*args: Any) -> Any:
         calls.append(1)
-        if len(calls) > 3:
+        if len(calls) > 1:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(block_trainer, "image_losses", interrupted)
+    monkeypatch.setattr(reconstruct_pass, "train_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reconstruct(frozen(), tmp_path, drop=0.5)
     (folder,) = tmp_path.iterdir()
     assert [path.name for path in folder.iterdir()] == ["block-0.safetensors"]
-    monkeypatch.setattr(block_trainer, "image_losses", real)
+    monkeypatch.setattr(reconstruct_pass, "train_block", real)
     again = frozen()
     result = reconstruct(again, tmp_path, drop=0.5)
     assert result.changed + len(result.skips) == 4
@@ -139,6 +176,17 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
     resumed = frozen()
     reconstruct(resumed, tmp_path, drop=0.5)
     assert torch.equal(resumed(BATCH), whole(BATCH))
+
+
+def test_parameters_are_in_the_order_of_the_graph() -> None:
+    """Sums over them would else differ from run to run."""
+    gm = frozen()
+    walk = SideBySide(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)
+    (station,) = walk
+    block = TrainedBlock(gm, station, Reconstruction(), torch.Generator())
+    order = [node.name for node in gm.graph.nodes if node.name in block.biases]
+    assert len(order) > 4
+    assert list(block.biases) == order
 
 
 def test_blocks_of_other_options_are_not_taken(tmp_path: Path) -> None:

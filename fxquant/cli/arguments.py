@@ -9,7 +9,10 @@ from typing import Any
 
 from fxquant._version import __version__
 from fxquant.budget import Cost, Method
+from fxquant.policies import Effort
 
+# Options of presets that the command line has.
+PRESET_OPTIONS = ("weight_bits", "act_bits", "effort", "full")
 _MODEL_HELP = "timm/NAME, torchvision/NAME, NAME (timm first), glyph_vit or glyph_swin"
 _DATA_HELP = "folder of images, or `demo` for the built-in glyph images"
 
@@ -62,9 +65,9 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=_count, default=32, help="calibration images (32)")
     parser.add_argument("--batch-size", type=_count, default=8)
     parser.add_argument(
-        "--policy", default="w8a8", help="preset (see `fxquant policies`) or YAML file (w8a8)"
+        "--policy", default="best", help="preset (see `fxquant policies`) or YAML file (best)"
     )
-    _add_widths(parser)
+    _add_preset_options(parser)
     _add_budget(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="for the choice of images, and random weights (0)"
@@ -126,7 +129,7 @@ def _add_policies(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("policies", parents=[common], help="list or print the presets")
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one as YAML")
     parser.add_argument("--describe", action="store_true", help="explain it instead")
-    _add_widths(parser)
+    _add_preset_options(parser)
 
 
 def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -138,11 +141,24 @@ def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the files here")
 
 
-def _add_widths(parser: argparse.ArgumentParser) -> None:
+def _add_preset_options(parser: argparse.ArgumentParser) -> None:
+    """Those in ``PRESET_OPTIONS``."""
     for kind, of in (("weight", "weights"), ("act", "activations")):
         parser.add_argument(
             f"--{kind}-bits", type=_count, metavar="N", help=f"width of the preset's {of} (8)"
         )
+    parser.add_argument(
+        "--effort",
+        choices=[str(effort) for effort in Effort],
+        help="how long preset best may take (seconds); minutes and hours train, on hundreds of "
+        "--images",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        default=None,
+        help="the preset quantizes what stands between products as well",
+    )
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:

@@ -11,11 +11,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxquant import policies
+from fxquant.cli.arguments import PRESET_OPTIONS
 from fxquant.cli.data import DEMO, Batches, batches, open_data
 from fxquant.cli.evaluation import Runtime, evaluate, onnx_runtime, torch_runtime
 from fxquant.cli.models import (
@@ -32,7 +33,7 @@ from fxquant.cli.preprocess import (
     plain_preprocessing,
     read_preprocessing,
 )
-from fxquant.cli.widths import with_budget
+from fxquant.cli.widths import budget_of, with_budget
 from fxquant.compiler import compile
 from fxquant.errors import DataError, FileFormatError, ModelError, OutputError, PolicyError
 from fxquant.files import write_text, write_together
@@ -233,19 +234,20 @@ def run_doctor(options: Namespace) -> int:
 
 
 def _policy(options: Namespace) -> Policy:
-    """The policy asked for, a preset at the widths asked for."""
-    widths = _widths(options)
-    if not any(widths.values()):
+    """The policy asked for, a preset with the options asked for."""
+    given = _preset_options(options)
+    if options.policy == "best":
+        given["budget"] = budget_of(options)
+    if all(value is None for value in given.values()):
         return resolve(options.policy)
     if Path(options.policy).suffix in (".yaml", ".yml"):
-        raise PolicyError(
-            f"--weight-bits and --act-bits are for presets; {options.policy} has its own widths"
-        )
-    return policies.preset(options.policy, **widths)
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise PolicyError(f"{names} are for presets; {options.policy} has its own widths and rules")
+    return policies.preset(options.policy, **given)
 
 
-def _widths(options: Namespace) -> dict[str, int | None]:
-    return {"weight_bits": options.weight_bits, "act_bits": options.act_bits}
+def _preset_options(options: Namespace) -> dict[str, Any]:
+    return {key: getattr(options, key) for key in PRESET_OPTIONS}
 
 
 def run_policies(options: Namespace) -> int:
@@ -259,5 +261,5 @@ def run_policies(options: Namespace) -> int:
         make_one: Callable[..., object] = policies.PRESETS[options.name]
         print(f"{options.name}{inspect.signature(make_one)}\n\n{inspect.getdoc(make_one)}")
     else:
-        print(to_yaml(policies.preset(options.name, **_widths(options))), end="")
+        print(to_yaml(policies.preset(options.name, **_preset_options(options))), end="")
     return 0

@@ -18,26 +18,35 @@ CSV_FILE, PLOT_FILE = "pareto.csv", "pareto.png"
 _STYLES = {"uniform": "s", "greedy": "o-", "exact": ".-"}
 
 
+def budget_of(options: Namespace) -> Budget | None:
+    """The budget asked for on the command line, if any.
+
+    Raises:
+        PolicyError: it is malformed.
+    """
+    limits = {str(cost): getattr(options, cost, None) for cost in Cost}
+    given = {cost: limit for cost, limit in limits.items() if limit is not None}
+    return Budget(**given) if given else None
+
+
 def with_budget(policy: Policy, options: Namespace) -> Policy:
     """The policy with the budget asked for on the command line, if any, instead of its own.
 
     Raises:
         PolicyError: the budget is malformed, or a method is given without one.
     """
-    limits = {cost: getattr(options, cost, None) for cost in Cost}
-    given = {str(cost): limit for cost, limit in limits.items() if limit is not None}
-    own = policy.allocation
-    if not given and own is None:
+    budget, own = budget_of(options), policy.allocation
+    if budget is None and own is None:
         if options.allocate is not None:
             raise PolicyError(
                 "--allocate chooses how a budget is met, and there is none: give --mean-bits, "
                 "--weight-bytes or --bitops"
             )
         return policy
-    if given:
-        budget, name = Budget(**given), f"{policy.name}_mixed"
-        own = Allocation(budget=budget) if own is None else dataclasses.replace(own, budget=budget)
-        policy = dataclasses.replace(policy, name=name)
+    if budget is not None:
+        if own is None:
+            policy = dataclasses.replace(policy, name=f"{policy.name}_mixed")
+        own = dataclasses.replace(own or Allocation(budget=budget), budget=budget)
     assert own is not None
     if options.allocate is not None:
         own = dataclasses.replace(own, method=options.allocate)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.blocks import waves
+from fxquant.blocks import find_blocks, waves
 from fxquant.graph import arguments, get_parameter, op_kind, operand, submodule
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.patches import patches
@@ -64,7 +64,8 @@ class Compensate:
                 else:
                     wanted[node] = found
         if wanted:
-            for station in self.sides.walk(gm, "compensate", self.options.memory_bytes):
+            blocks, memory = find_blocks(gm), self.options.memory_bytes
+            for station in self.sides.walk(gm, blocks, "compensate", memory):
                 for wave in waves(station.block.nodes, set(wanted)):
                     for node, moments in _collect(station, wave, self.options.ridge).items():
                         gains.append(_improve(gm, node, wanted[node], moments, self.options))

@@ -5,8 +5,9 @@ After:  the same block, with the roundings, scales, biases or low-rank factors t
         ``|B_q(x^) - B(x)|`` least, x^ from the blocks reconstructed before it
 
 Low-rank factors are added to the weight before it is rounded, so nothing is left of them in the
-graph. A block whose loss does not fall stays as it was. Gains are losses of all images after over
-before.
+graph. A block whose loss does not fall stays as it was. With the scope ``network`` all blocks are
+trained as one, to give what the float network gives. Gains are losses after over before, of images
+that were not trained on.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.blocks import find_blocks
+from fxquant.blocks import find_blocks, whole_network
 from fxquant.graph import get_parameter, operand
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.reconstruction.block_trainer import Changes, TrainedBlock, train_block
 from fxquant.reconstruction.checkpoint import Checkpoints
 from fxquant.reconstruction.losses import Measured, criterion, measure
-from fxquant.recovery import Reconstruction
+from fxquant.recovery import Reconstruction, Scope
 from fxquant.rewrite import replace_constant, set_bias
 from fxquant.side_by_side import SideBySide, Station
 from fxquant.spec import Stage
@@ -64,8 +65,10 @@ class Reconstruct:
         teacher, images = self.sides.teacher(), self.sides.images
         kept = Checkpoints(self.cache, gm, images, repr(self.options))
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
-            measured = measure(teacher, find_blocks(gm), images, self.options, Path(folder))
-            walk = self.sides.walk(gm, "reconstruct", self.options.memory_bytes)
+            together = self.options.scope is Scope.NETWORK
+            blocks = (whole_network(gm),) if together else find_blocks(gm)
+            measured = measure(teacher, blocks, images, self.options, Path(folder))
+            walk = self.sides.walk(gm, blocks, "reconstruct", self.options.memory_bytes)
             for number, station in enumerate(walk):
                 options = replace(self.options, seed=self.options.seed + number)
                 torch.manual_seed(options.seed)
@@ -97,8 +100,7 @@ class Reconstruct:
         generator = torch.Generator().manual_seed(options.seed)
         block = TrainedBlock(gm, station, options, generator).to(station.device)
         loss = criterion(options, measured, station)
-        before, after = train_block(block, station, loss, options)
-        return (block.changes() if after < before else None), before, after
+        return train_block(block, station, loss, options)
 
 
 def _ranks(gm: fx.GraphModule, changes: Changes) -> list[Gain]:

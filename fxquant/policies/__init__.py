@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from fxquant.errors import PolicyError, UnknownPresetError
+from fxquant.policies.best import Effort, best
 from fxquant.policies.plain import minmax, w8a8, w8a8_full
 from fxquant.policies.searched import base_ptq, mptq_vit, ptq4vit
 from fxquant.policies.trained import aiqvit
@@ -14,8 +16,10 @@ from fxquant.suggest import did_you_mean
 
 __all__ = [
     "PRESETS",
+    "Effort",
     "aiqvit",
     "base_ptq",
+    "best",
     "minmax",
     "mptq_vit",
     "preset",
@@ -25,6 +29,7 @@ __all__ = [
 ]
 
 PRESETS: dict[str, Callable[..., Policy]] = {
+    "best": best,
     "w8a8": w8a8,
     "w8a8_full": w8a8_full,
     "minmax": minmax,
@@ -35,23 +40,25 @@ PRESETS: dict[str, Callable[..., Policy]] = {
 }
 
 
-def preset(name: str, *, weight_bits: int | None = None, act_bits: int | None = None) -> Policy:
-    """The preset of that name, with its default options but for the widths given.
+def preset(name: str, **options: Any) -> Policy:
+    """The preset of that name.
+
+    Args:
+        name: of a function here.
+        **options: of it; those that are None stay at their defaults.
 
     Raises:
         UnknownPresetError: there is none; the message names the nearest.
-        PolicyError: it has its own fixed widths.
+        PolicyError: it does not take an option.
     """
     if name not in PRESETS:
         raise UnknownPresetError(
             f"no preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}. "
             "A policy file must exist and end in .yaml or .yml"
         )
-    given = {"weight_bits": weight_bits, "act_bits": act_bits}
-    widths = {key: bits for key, bits in given.items() if bits is not None}
-    if widths and not set(widths) <= set(inspect.signature(PRESETS[name]).parameters):
-        takers = [
-            n for n, make in PRESETS.items() if "act_bits" in inspect.signature(make).parameters
-        ]
-        raise PolicyError(f"preset {name} has fixed widths; {', '.join(takers)} take any")
-    return PRESETS[name](**widths)
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        takers = [n for n, make in PRESETS.items() if key in inspect.signature(make).parameters]
+        if name not in takers:
+            raise PolicyError(f"preset {name} has no {key}: {', '.join(takers) or 'none'} take it")
+    return PRESETS[name](**given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,8 +31,10 @@ from fxquant.spec import Arg, OpKind
 
 # The regularizer of roundings beside a loss that starts at one.
 _PUSH = 1.0
-# How often a curriculum sorts the images anew.
-_SORTS = 8
+# How often the loss is looked at, and a curriculum sorts the images anew.
+_LOOKS = 8
+# Images run at a time where nothing is trained.
+_CHUNK = 8
 # Largest norm of the gradient of a step, of a loss that starts at one.
 _CLIP = 10.0
 
@@ -75,7 +77,7 @@ class TrainedBlock(nn.Module):
         self.quantizers, self.weights = nn.ModuleDict(), nn.ModuleDict()
         self.biases = nn.ParameterDict()
         self._station, self._bf16 = station, options.bf16
-        own = set(station.block.nodes)
+        own = station.block.nodes  # in order: sums over parameters then are the same in each run
         for edge in quantized_edges(gm):
             if edge.node in own:
                 self._add_edge(gm, edge, options, generator)
@@ -188,7 +190,7 @@ def _ignoring(call: Callable[[], Tensor]) -> Callable[..., Tensor]:
     return lambda *_: call()
 
 
-def _biases(gm: fx.GraphModule, own: set[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
+def _biases(gm: fx.GraphModule, own: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
     """Those of products in the block that nothing else reads."""
     for node in own:
         if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or len(node.args) < 3:
@@ -200,40 +202,41 @@ def _biases(gm: fx.GraphModule, own: set[fx.Node]) -> Iterator[tuple[fx.Node, Te
 
 def train_block(
     block: TrainedBlock, station: Station, criterion: Criterion, options: Reconstruction
-) -> tuple[float, float]:
+) -> tuple[Changes | None, float, float]:
     """Trains a block.
 
     Args:
         block: its trained parts; changed.
         station: its data.
         criterion: its loss.
-        options: steps and rates.
+        options: steps, rates, share of images held out.
 
     Returns:
-        The mean loss of all images before and after, without drops.
+        What the block was when its loss was least, None where that is before the first step; and
+        the loss before and then: without drops, the mean over the images held out.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    plan = Curriculum(
-        station.count, options.batch, options.iterations, options.curriculum, generator
-    )
-    first = image_losses(block, station, criterion)
-    before = float(first.mean())
+    judges, own = split(station.count, options.held_out, generator)
+    before = least = float(image_losses(block, station, criterion, judges).mean())
+    best: Changes | None = None
     if not block.groups(options) or before == 0:
-        return before, before
+        return None, before, before
     if block.searches_ranks:
-        _search_ranks(block, station, criterion, options, before)
+        _search_ranks(block, station, criterion, options, before, own)
     groups = block.groups(options)
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.iterations))
     )
     parameters = [p for group in groups for p in group["params"]]
+    plan = Curriculum(len(own), options.batch, options.iterations, options.curriculum, generator)
+    every = max(1, options.iterations // _LOOKS)
     for step in range(options.iterations):
-        if plan.sorts and step % max(1, options.iterations // _SORTS) == 0:
-            plan.sort(image_losses(block, station, criterion) if step else first)
-        index = plan.draw(step)
+        if plan.sorts and step % every == 0:
+            plan.sort(image_losses(block, station, criterion, own))
         block.train()
         with torch.enable_grad():
+            index = own[plan.draw(step)]
             loss = _step_loss(block, station, criterion, index, options.drop) / before
             push = block.regularizer(step / options.iterations)
             total = loss if push is None else loss + _PUSH * push
@@ -242,7 +245,20 @@ def train_block(
         nn.utils.clip_grad_norm_(parameters, _CLIP)
         optimizer.step()
         schedule.step()
-    return before, float(image_losses(block, station, criterion).mean())
+        if (step + 1) % every == 0 or step + 1 == options.iterations:
+            now = float(image_losses(block, station, criterion, judges).mean())
+            if now < least:
+                least, best = now, block.changes()
+    return best, before, least
+
+
+def split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers of the images that judge and of those that train; all do both where share is 0."""
+    held = round(share * count)
+    if not held:
+        return torch.arange(count), torch.arange(count)
+    order = torch.randperm(count, generator=generator)
+    return order[:held].sort().values, order[held:].sort().values
 
 
 def _search_ranks(
@@ -251,6 +267,7 @@ def _search_ranks(
     criterion: Criterion,
     options: Reconstruction,
     unit: float,
+    images: Tensor,
 ) -> None:
     """Trains factors on one half of the images and preferences on the other, in turns.
 
@@ -260,6 +277,7 @@ def _search_ranks(
         criterion: its loss.
         options: steps and rates; preferences take ten times the rate of the weights.
         unit: the loss that counts as one.
+        images: numbers of those it takes.
     """
     generator = torch.Generator().manual_seed(options.seed)
     named = dict(block.named_parameters())
@@ -269,7 +287,7 @@ def _search_ranks(
     ]
     rates = options.weight_rate, 10 * options.weight_rate
     optimizers = [torch.optim.Adam(p, lr=r) for p, r in zip(turns, rates, strict=True)]
-    halves = torch.randperm(station.count, generator=generator).chunk(2)
+    halves = images[torch.randperm(len(images), generator=generator)].chunk(2)
     block.train()
     for step in range(options.rank_iterations):
         turn = step % len(halves)
@@ -297,14 +315,22 @@ def _step_loss(
 
 
 @torch.no_grad()
-def image_losses(block: TrainedBlock, station: Station, criterion: Criterion) -> Tensor:
-    """The loss of each image, ``(n,)``, without drops."""
+def image_losses(
+    block: TrainedBlock, station: Station, criterion: Criterion, images: Tensor
+) -> Tensor:
+    """The loss of each of some images, ``(n,)``, without drops.
+
+    Args:
+        block: its trained parts.
+        station: its data.
+        criterion: its loss.
+        images: their numbers, ``(n,)``.
+    """
     block.eval()
     found = []
-    for chunk in station.chunks():
+    for index in torch.split(images, _CHUNK):
         given, target = (
-            shelf.get(chunk, station.device) for shelf in (station.given, station.target)
+            shelf.get(index, station.device) for shelf in (station.given, station.target)
         )
-        index = torch.arange(chunk.start, chunk.stop)
         found.append(criterion(block(given), target, index))
     return torch.cat(found)

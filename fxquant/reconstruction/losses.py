@@ -122,9 +122,9 @@ def measure(
     """
     importance: Importance = {}
     features = None
-    if options.block_loss is BlockLoss.FISHER:
+    # The last block is compared by its outputs, so a single one needs neither.
+    if options.block_loss is BlockLoss.FISHER and len(blocks) > 1:
         importance = measure_importance(teacher, blocks, images, options)
-    # A last block is compared by its outputs, so a single one needs no features.
     if options.block_loss is BlockLoss.FEATURE and len(blocks) > 1:
         features = Shelf(len(images), folder, options.memory_bytes // 8)
         measure_features(teacher, blocks, images, features)

@@ -1,0 +1,90 @@
+"""The presets' best parts, put together for each width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+
+from fxquant.budget import Allocation, Budget
+from fxquant.checks import check_flags
+from fxquant.errors import UnknownKeyError
+from fxquant.policies.plain import w8a8
+from fxquant.policies.rules import elementwise_rules
+from fxquant.policies.searched import mptq_vit, ptq4vit
+from fxquant.policy import Policy
+from fxquant.recovery import Compensation, Reconstruction, Scope
+from fxquant.suggest import did_you_mean
+
+# Codes of at most this width have twin quantizers; nothing is lost at more bits without them.
+_LOW = 8
+
+
+class Effort(StrEnum):
+    """How long a compilation may take.
+
+    ``seconds``: no training; ``minutes``, ``hours``: the whole network is trained for a while, or
+    for long, on the calibration images, of which there should be hundreds.
+    """
+
+    SECONDS = "seconds"
+    MINUTES = "minutes"
+    HOURS = "hours"
+
+
+_TRAINING = {
+    Effort.MINUTES: Reconstruction(scope=Scope.NETWORK, iterations=300),
+    Effort.HOURS: Reconstruction(scope=Scope.NETWORK, iterations=3000),
+}
+
+
+def best(
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    effort: Effort | str = Effort.SECONDS,
+    *,
+    budget: Budget | None = None,
+    full: bool = False,
+) -> Policy:
+    """What loses least at these widths, of all that fxquant has.
+
+    At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
+    :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), and, given the
+    time, the network trained to give what the float one gives (:class:`fxquant.Reconstruction`).
+    README has the measurements; ``benchmarks/accuracy.py`` makes them.
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of activations.
+        effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds.
+        budget: mixed precision within it, as in :func:`mptq_vit`.
+        full: also quantize what norms, softmax, activation functions and additions read, to 8
+            bits.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+        UnknownKeyError: the effort is unknown.
+        PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
+    """
+    check_flags(full=full)
+    if effort not in list(Effort):
+        raise UnknownKeyError(
+            f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
+            f"{', '.join(Effort)}"
+        )
+    widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
+    name = f"best_{widths}_{effort}{'_full' if full else ''}"
+    if weight_bits == act_bits == _LOW and budget is None:
+        return replace(w8a8(full=full), name=name)
+    if act_bits > _LOW:
+        base = ptq4vit(weight_bits, act_bits, twin=False)
+    else:
+        base = mptq_vit(weight_bits, act_bits)
+    return replace(
+        base,
+        name=name,
+        rules=(*(elementwise_rules() if full else ()), *base.rules),
+        description=f"our own pick: {base.description}; weights rounded by columns",
+        allocation=None if budget is None else Allocation(budget=budget),
+        compensation=Compensation(),
+        reconstruction=_TRAINING.get(Effort(effort)),
+    )
