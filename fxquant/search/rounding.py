@@ -165,22 +165,31 @@ def ridge_update(weight: Tensor, parts: list[Moments], whole: Moments) -> tuple[
     """
     own = weight.double()
     before = least = sum(part.error(own) for part in parts)
+    folds = [
+        (held_out, _equation(own, [part for part in parts if part is not held_out]))
+        for held_out in parts
+    ]
     best = None
     for share in (10.0, 1.0, 1e-1, 1e-2):
-        error = 0.0
-        for i, held_out in enumerate(parts):
-            others = [part for j, part in enumerate(parts) if j != i]
-            error += held_out.error(_solved(own, others, share))
+        error = sum(
+            held_out.error(own + _solution(equation, share)) for held_out, equation in folds
+        )
         if error >= least:
             break
         best, least = share, error
     if best is None:
         return own, 1.0
-    return _solved(own, [whole], best), least / before
+    return own + _solution(_equation(own, [whole]), best), least / before
 
 
-def _solved(weight: Tensor, parts: list[Moments], share: float) -> Tensor:
+def _equation(weight: Tensor, parts: list[Moments]) -> tuple[Tensor, Tensor]:
+    """``G`` and ``C``, sums over parts."""
     covariance = sum((part.covariance for part in parts[1:]), parts[0].covariance)
     cross = sum((part.cross for part in parts[1:]), parts[0].cross)
-    factor = damped_factor(covariance, share)
-    return weight + torch.cholesky_solve((cross - weight @ covariance).T, factor).T
+    return covariance, cross - weight @ covariance
+
+
+def _solution(equation: tuple[Tensor, Tensor], share: float) -> Tensor:
+    """``dW``, lambda a share of the mean variance."""
+    covariance, cross = equation
+    return torch.cholesky_solve(cross.T, damped_factor(covariance, share)).T
