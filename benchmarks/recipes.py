@@ -1,0 +1,113 @@
+"""The rows of the ablation: policies by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from fxquant import (
+    Allocation,
+    Budget,
+    Compensation,
+    Policy,
+    Reconstruction,
+    Rule,
+    TensorSpec,
+    policies,
+)
+from fxquant.budget import Method
+from fxquant.policies import Effort
+from fxquant.spec import GradientLoss, Metric, ScaleSearch, Scheme
+
+# At these the same mean of mixed widths is measured as well.
+MIXED_WIDTHS = (5, 4)
+# Far fewer steps than the paper's 6,000 and 2,000, the same for all rows of AIQViT.
+_SHORT = Reconstruction(iterations=150, rank_iterations=50, batch=16)
+
+
+def methods(bits: int) -> dict[str, Policy]:
+    """The steps of the ablation, all weights and activations at one width."""
+    base, whole = policies.base_ptq(bits, bits), policies.ptq4vit(bits, bits)
+    assert base.search is not None and whole.search is not None
+    by_cosine = replace(whole.search, metric=Metric.COSINE)
+    by_row = replace(whole.search, metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
+    uniform = policies.ptq4vit(bits, bits, twin=False)
+    symmetric = TensorSpec(bits=bits, symmetric=True)
+    skewed = tuple(Rule(fed_by=name, spec=symmetric) for name in ("softmax", "gelu"))
+    steps = {
+        "min-max": policies.minmax(bits, bits),
+        "base PTQ": base,
+        "+ rounds": replace(base, search=by_cosine),
+        "+ Hessian, symmetric": uniform.with_rules(*skewed),
+        "+ Hessian": uniform,
+        "+ twin": replace(whole, search=base.search),
+        "+ both": whole,
+        "+ both, RepQ": replace(whole, reparameterize=True),
+        "+ both, row by row": replace(whole, search=by_row),
+        "+ both, OPT-m": replace(whole, search=replace(whole.search, opt_m=True)),
+        "MPTQ-ViT": policies.mptq_vit(bits, bits),
+        **compensated(bits),
+        **attention(whole, bits),
+        **tiers(bits),
+        **aiqvit(bits),
+    }
+    if bits == 8:
+        return {**steps, "w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
+    return {**steps, **mixed(bits)} if bits in MIXED_WIDTHS else steps
+
+
+def attention(base: Policy, bits: int) -> dict[str, Policy]:
+    """Other quantizers than twins behind softmax, all else as it is."""
+    schemes = {
+        "uniform": Scheme.UNIFORM,
+        "focusing": Scheme.DYNAMIC_FOCUSING,
+        "log2": Scheme.LOG2,
+        "AdaLog": Scheme.ADALOG,
+    }
+    return {
+        f"+ both, {name}": base.with_rules(
+            Rule(fed_by="softmax", spec=TensorSpec(bits=bits, scheme=scheme))
+        )
+        for name, scheme in schemes.items()
+    }
+
+
+def compensated(bits: int) -> dict[str, Policy]:
+    """Weights rounded column by column, and moved by the ridge before."""
+    whole = policies.ptq4vit(bits, bits, search=ScaleSearch(opt_m=True))
+    by_columns = Compensation()
+    return {
+        "+ OPT-m, by columns": replace(whole, compensation=by_columns),
+        "+ OPT-m, ridge": replace(whole, compensation=replace(by_columns, ridge=True)),
+        "MPTQ-ViT, by columns": replace(policies.mptq_vit(bits, bits), compensation=by_columns),
+    }
+
+
+def mixed(bits: int) -> dict[str, Policy]:
+    """Widths of 3 to 8 bits of that mean over all weights and activations."""
+    budget = Budget(mean_bits=bits)
+    uniform, whole = policies.ptq4vit(twin=False), policies.ptq4vit()
+    exact, greedy = (Allocation(budget=budget, method=method) for method in Method)
+    return {
+        "+ Hessian, mixed": replace(uniform, allocation=exact),
+        "+ Hessian, mixed greedily": replace(uniform, allocation=greedy),
+        "+ both, mixed": replace(whole, allocation=exact),
+        "MPTQ-ViT, mixed": policies.mptq_vit(budget=budget),
+    }
+
+
+def tiers(bits: int) -> dict[str, Policy]:
+    """Our own pick, by effort."""
+    return {f"best, {effort}": policies.best(bits, bits, effort) for effort in Effort}
+
+
+def aiqvit(bits: int) -> dict[str, Policy]:
+    """AIQViT (arXiv 2502.04628), part after part, block by block; and networks trained as one."""
+    make = partial(policies.aiqvit, bits, bits, reconstruction=_SHORT)
+    return {
+        "AIQViT, vanilla": make(low_rank=False, focusing=False, curriculum=False),
+        "AIQViT, low rank": make(focusing=False, curriculum=False),
+        "AIQViT, focusing": make(low_rank=False, curriculum=False),
+        "AIQViT, curriculum": make(low_rank=False, focusing=False),
+        "AIQViT": make(),
+    }
