@@ -21,16 +21,7 @@ from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reco
 from fxquant.passes import reconstruct as reconstruct_pass
 from fxquant.policy import Policy, Rule
 from fxquant.policy_file import policy_from_dict, policy_to_dict
-from fxquant.quantizers import (
-    DynamicFocusingQuantizer,
-    Quantizer,
-    TwinUniformQuantizer,
-    UniformQuantizer,
-)
-from fxquant.reconstruction.activations import trained
 from fxquant.reconstruction.block_trainer import TrainedBlock, split
-from fxquant.reconstruction.curriculum import Curriculum
-from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough
 from fxquant.recovery import Compensation, Reconstruction
 from fxquant.side_by_side import SideBySide
 from fxquant.spec import Arg, Granularity, TensorSpec
@@ -201,87 +192,6 @@ def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(FileFormatError, match=r"block-1.*damaged.*delete it"):
         reconstruct(frozen(), tmp_path)
-
-
-def quantizers() -> list[Quantizer]:
-    spec = TensorSpec(bits=4)
-    lo, hi = torch.tensor(-0.7), torch.tensor(2.0)
-    head = UniformQuantizer(
-        torch.tensor([0.1, 0.3, 0.2]), torch.tensor([4.0, 7.0, 9.0]), bits=4, signed=False, axis=1
-    )
-    return [
-        UniformQuantizer.from_range(lo, hi, spec, None),
-        head,
-        DynamicFocusingQuantizer(torch.tensor(0.1), start=2, bits=4),
-        TwinUniformQuantizer(torch.tensor(0.05), shift=2, bits=4, two_sided=True),
-        TwinUniformQuantizer(torch.tensor(0.02), shift=3, bits=4, two_sided=False),
-    ]
-
-
-@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
-def test_what_is_trained_starts_where_the_quantizer_is(start: Quantizer) -> None:
-    form = trained(start, 0.5)
-    assert form is not None
-    x = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
-    form.eval()
-    assert torch.allclose(form(x), start(x), atol=1e-6)
-    assert torch.equal(form.fitted()(x), start(x))
-    form.train()
-    left = form(x) == x
-    assert 0.3 < float(left.float().mean()) < 0.7
-
-
-@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
-def test_the_fitted_quantizer_is_the_trained_one(start: Quantizer) -> None:
-    form = trained(start, 0.0)
-    assert form is not None
-    with torch.no_grad():
-        for parameter in form.parameters():
-            parameter.add_(0.13)
-    x = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(form(x), form.fitted()(x), atol=1e-5)
-
-
-def test_scale_and_zero_point_have_their_gradients() -> None:
-    """Where nothing is rounded to another code, differences of the loss are the gradient's."""
-    start = UniformQuantizer(torch.tensor(0.25), torch.tensor(3.0), bits=3, signed=False, axis=None)
-    form = trained(start, 0.0)
-    assert form is not None
-    x = torch.tensor([-5.0, -2.0, 4.0, 9.0])  # all beyond the range
-    (form(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
-    ends = torch.tensor([-3.0, -3.0, 4.0, 4.0]) * 0.25  # d/dlog(s) = value
-    expected = float((ends * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum())
-    assert float(form.log_scale.grad) == pytest.approx(expected)
-    assert float(form.offset.grad) == pytest.approx(-10 * 0.25 * 7)
-
-
-@given(st.integers(0, 100), st.sampled_from([StraightThrough, AdaRound, LowRank]))
-def test_weights_start_at_their_rounding_and_train_to_one(seed: int, kind: Any) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(5, 7, generator=generator)
-    start = UniformQuantizer.from_range(weight.amin(1), weight.amax(1), THREE, 0)
-    more = {"rank": 2, "generator": generator} if kind is LowRank else {}
-    form = kind(weight, start, scales=True, **more).eval()
-    assert torch.allclose(form(), start(weight), atol=1e-6)
-    with torch.no_grad():
-        for parameter in form.parameters():
-            parameter.add_(0.2)
-    latent, quantizer = form.fitted()
-    assert torch.allclose(quantizer(latent), form(), atol=1e-5)
-
-
-@given(st.integers(2, 200), st.integers(1, 64), st.floats(0.01, 1.0))
-def test_a_curriculum_begins_with_the_easy_ones(count: int, batch: int, start: float) -> None:
-    plan = Curriculum(count, batch, 100, start, torch.Generator().manual_seed(0))
-    losses = torch.randn(count, generator=torch.Generator().manual_seed(1))
-    plan.sort(losses)
-    for step in (0, 50, 100):
-        drawn = plan.draw(step)
-        assert len(drawn) == len(set(drawn.tolist())) == min(batch, count)
-        allowed = max(min(batch, count), round(plan.share(step) * count))
-        assert bool((losses[drawn] <= losses.sort().values[allowed - 1]).all())
-    assert plan.share(0) == start
-    assert plan.share(100) == 1
 
 
 def policy() -> Policy:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")])
+FILES = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")])
+SCRIPTS = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

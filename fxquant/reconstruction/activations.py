@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.ops import broadcast, twin_quantize
+from fxquant.ops import broadcast, twin_fake_quantize
 from fxquant.quantizers import (
     DynamicFocusingQuantizer,
     Quantizer,
@@ -18,57 +18,88 @@ from fxquant.quantizers import (
 from fxquant.quantizers.dynamic_focusing import largest_start
 
 
-class LearnedRounding(torch.autograd.Function):
-    """``(clamp(round(x / s) + round(z)) - round(z)) s`` with gradients for x, s and z (LSQ+).
+class _OnGrid(torch.autograd.Function):
+    """Values of a grid in the place of ``x``, with gradients for x, scale s and zero point (LSQ+).
 
-    Those of arXiv 1902.08153 and 2004.09576: inside the range rounding counts as the identity.
+    Those of arXiv 1902.08153 and 2004.09576: inside the range rounding counts as the identity. What
+    is dropped passes unquantized. Products with masks, since choosing by them is far slower.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Scale and zero point broadcast against x."""
-        steps = x / scale
-        zero = zero.round()
-        codes = steps.round().add_(zero)
-        inside = (codes >= qmin) & (codes <= qmax)
-        whole = codes.clamp_(qmin, qmax).sub_(zero)
-        ctx.save_for_backward(torch.addcmul(whole, steps, inside, value=-1), inside, scale)
-        return whole * scale
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        values: Tensor,
+        inside: Tensor,
+        dropped: Tensor | None,
+    ) -> Tensor:
+        """Scale and zero point broadcast against x; ``dropped`` is 1 where x passes, else 0."""
+        gate = inside.to(x.dtype)
+        slope = torch.addcmul(values, x, gate, value=-1)  # s dy/ds
+        out = values
+        if dropped is not None:
+            slope, gate = slope.mul_(1 - dropped), torch.maximum(gate, dropped)
+            out = torch.lerp(values, x, dropped)
+        ctx.save_for_backward(gate, slope, scale)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Of x, and of those of s and z that are trained."""
         (grad,) = grads
-        by_scale, inside, scale = ctx.saved_tensors
+        gate, slope, scale = ctx.saved_tensors
         wants = ctx.needs_input_grad
-        inner = grad * inside
-        grad_scale = (grad * by_scale).sum_to_size(scale.shape) if wants[1] else None
+        inner = grad * gate
+        grad_scale = (grad * slope).sum_to_size(scale.shape) / scale if wants[1] else None
         grad_zero = ((inner - grad) * scale).sum_to_size(scale.shape) if wants[2] else None
-        return inner, grad_scale, grad_zero, None, None
+        return inner, grad_scale, grad_zero, None, None, None
+
+
+def draw_mask(x: Tensor, share: float) -> Tensor:
+    """Ones at a share of the places of ``x``, to 1/256, zeros elsewhere; of its shape and dtype.
+
+    A byte decides on a place, which draws eight at a time.
+    """
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
+    drawn = words.random_(-(1 << 63), None).view(torch.uint8)[: x.numel()]
+    return (drawn < round(share * 256)).to(x.dtype).view(x.shape)
 
 
 class TrainedQuantizer(nn.Module, ABC):
-    """A quantizer of an activation while it is trained.
+    """A quantizer of an activation while it is trained: its scale by the logarithm.
 
     Args:
+        start: as it is before.
         drop: share of the values left as they are, drawn anew at each call in training mode
             (QDrop, arXiv 2203.05740).
     """
 
-    def __init__(self, drop: float) -> None:
+    def __init__(self, start: UniformQuantizer | TwinUniformQuantizer, drop: float) -> None:
         super().__init__()
-        self._drop = drop
+        self._first, self._drop = start.scale, drop
+        self.log_scale = nn.Parameter(torch.zeros_like(start.scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantizes ``x``, of any shape."""
-        rounded = self._rounded(x)
-        if not self.training or self._drop == 0:
-            return rounded
-        return torch.where(torch.rand_like(x) < self._drop, x, rounded)
+        scale, zero = self._grid(x.ndim)
+        with torch.no_grad():
+            values, inside = self._rounded(x, scale, zero)
+            dropped = draw_mask(x, self._drop) if self.training and self._drop else None
+        out: Tensor = _OnGrid.apply(x, scale, zero, values, inside, dropped)
+        return out
+
+    def _scale(self) -> Tensor:
+        return self._first * self.log_scale.exp()
 
     @abstractmethod
-    def _rounded(self, x: Tensor) -> Tensor:
-        """All values on the grid, with gradients."""
+    def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, broadcast against a tensor of so many axes, with gradients."""
+
+    @abstractmethod
+    def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """All values on the grid, and where they are within its range."""
 
     @abstractmethod
     def fitted(self) -> Quantizer:
@@ -76,24 +107,27 @@ class TrainedQuantizer(nn.Module, ABC):
 
 
 class TrainedUniform(TrainedQuantizer):
-    """A uniform quantizer: scale by its logarithm, zero point as a share of the code range."""
+    """A uniform quantizer: its zero point as a share of the code range."""
 
     def __init__(self, start: UniformQuantizer, drop: float) -> None:
-        super().__init__(drop)
+        super().__init__(start, drop)
         self._start = start
-        self.log_scale = nn.Parameter(torch.zeros_like(start.scale))
         self.offset = nn.Parameter(torch.zeros_like(start.zero_point), not start.signed)
 
     def _zero(self) -> Tensor:
         start = self._start
         return start.zero_point + self.offset * (start.qmax - start.qmin)
 
-    def _rounded(self, x: Tensor) -> Tensor:
-        start = self._start
-        scale = broadcast(start.scale * self.log_scale.exp(), x.ndim, start.axis)
-        zero = broadcast(self._zero(), x.ndim, start.axis)
-        out: Tensor = LearnedRounding.apply(x, scale, zero, start.qmin, start.qmax)
-        return out
+    def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
+        axis = self._start.axis
+        return broadcast(self._scale(), ndim, axis), broadcast(self._zero(), ndim, axis)
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        zero = zero.round()
+        codes = (x / scale).round_().add_(zero)
+        kept = codes.clamp(self._start.qmin, self._start.qmax)
+        inside = codes == kept
+        return kept.sub_(zero).mul_(scale), inside
 
     @torch.no_grad()
     def fitted(self) -> UniformQuantizer:
@@ -101,7 +135,7 @@ class TrainedUniform(TrainedQuantizer):
         start = self._start
         zero = self._zero().round().clamp(start.qmin, start.qmax)
         return UniformQuantizer(
-            start.scale * self.log_scale.exp(),
+            self._scale(),
             zero,
             bits=start.bits,
             signed=start.signed,
@@ -124,39 +158,33 @@ class TrainedFocusing(TrainedUniform):
         """See the base class."""
         start = self._start
         steps = -int(self._zero().round())
-        scale = start.scale * self.log_scale.exp()
-        return DynamicFocusingQuantizer(scale, start=steps, bits=start.bits)
+        return DynamicFocusingQuantizer(self._scale(), start=steps, bits=start.bits)
 
 
 class TrainedTwin(TrainedQuantizer):
-    """A twin uniform quantizer: its one scale by the logarithm; the shift stays."""
+    """A twin uniform quantizer; its shift stays."""
 
     def __init__(self, start: TwinUniformQuantizer, drop: float) -> None:
-        super().__init__(drop)
+        super().__init__(start, drop)
         self._start = start
-        self.log_scale = nn.Parameter(torch.zeros_like(start.scale))
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
+        scale = self._scale()
+        return scale, torch.zeros_like(scale)
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         start = self._start
-        most = start.levels - 1
-        fine = start.scale * self.log_scale.exp()
-        zero = torch.zeros_like(fine)
-        low = LearnedRounding.apply(
-            x, fine, zero, -most if start.two_sided else 0, 0 if start.two_sided else most
-        )
-        high = LearnedRounding.apply(x, fine * 2**start.shift, zero, 0, most)
-        # The regions are those of the quantizer itself.
-        with torch.no_grad():
-            words = twin_quantize(x, fine, start.shift, start.bits, start.two_sided)
-            coarse = words >= start.levels
-        return torch.where(coarse, high, low)
+        least = 0.5 - start.levels if start.two_sided else -0.5
+        most = (start.levels - 0.5) * 2**start.shift
+        values = twin_fake_quantize(x, scale, start.shift, start.bits, start.two_sided)
+        return values, x.clamp(least * scale, most * scale) == x
 
     @torch.no_grad()
     def fitted(self) -> TwinUniformQuantizer:
         """See the base class."""
         start = self._start
         return TwinUniformQuantizer(
-            start.scale * self.log_scale.exp(),
+            self._scale(),
             shift=start.shift,
             bits=start.bits,
             two_sided=start.two_sided,

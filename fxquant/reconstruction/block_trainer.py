@@ -20,7 +20,7 @@ from fxquant.graph import (
     submodule,
 )
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.reconstruction.activations import TrainedQuantizer, trained
+from fxquant.reconstruction.activations import TrainedQuantizer, draw_mask, trained
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.losses import Criterion
 from fxquant.reconstruction.rank_search import RankSearch, candidate_ranks
@@ -308,7 +308,7 @@ def _step_loss(
     if drop:  # what comes in is left unquantized for as large a share as what is computed
         exact = station.exact.get(index, station.device)
         given = {
-            name: torch.where(torch.rand_like(value) < drop, exact[name], value)
+            name: torch.lerp(value, exact[name], draw_mask(value, drop))
             for name, value in given.items()
         }
     return criterion(block(given), station.target.get(index, station.device), index).mean()

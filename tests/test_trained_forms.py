@@ -1,0 +1,126 @@
+"""Quantizers and weights while they are trained, and the images that training sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxquant.quantizers import (
+    DynamicFocusingQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+)
+from fxquant.reconstruction.activations import draw_mask, trained
+from fxquant.reconstruction.curriculum import Curriculum
+from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough
+from fxquant.spec import TensorSpec
+from tests.test_reconstruct import THREE
+
+
+def quantizers() -> list[Quantizer]:
+    spec = TensorSpec(bits=4)
+    lo, hi = torch.tensor(-0.7), torch.tensor(2.0)
+    head = UniformQuantizer(
+        torch.tensor([0.1, 0.3, 0.2]), torch.tensor([4.0, 7.0, 9.0]), bits=4, signed=False, axis=1
+    )
+    return [
+        UniformQuantizer.from_range(lo, hi, spec, None),
+        head,
+        DynamicFocusingQuantizer(torch.tensor(0.1), start=2, bits=4),
+        TwinUniformQuantizer(torch.tensor(0.05), shift=2, bits=4, two_sided=True),
+        TwinUniformQuantizer(torch.tensor(0.02), shift=3, bits=4, two_sided=False),
+    ]
+
+
+@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
+def test_what_is_trained_starts_where_the_quantizer_is(start: Quantizer) -> None:
+    form = trained(start, 0.5)
+    assert form is not None
+    x = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
+    form.eval()
+    assert torch.allclose(form(x), start(x), atol=1e-6)
+    assert torch.equal(form.fitted()(x), start(x))
+    form.train()
+    left = form(x) == x
+    assert 0.3 < float(left.float().mean()) < 0.7
+
+
+@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
+def test_the_fitted_quantizer_is_the_trained_one(start: Quantizer) -> None:
+    form = trained(start, 0.0)
+    assert form is not None
+    with torch.no_grad():
+        for parameter in form.parameters():
+            parameter.add_(0.13)
+    x = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(form(x), form.fitted()(x), atol=1e-5)
+
+
+def test_scale_and_zero_point_have_their_gradients() -> None:
+    """Where nothing is rounded to another code, differences of the loss are the gradient's."""
+    start = UniformQuantizer(torch.tensor(0.25), torch.tensor(3.0), bits=3, signed=False, axis=None)
+    form = trained(start, 0.0)
+    assert form is not None
+    x = torch.tensor([-5.0, -2.0, 4.0, 9.0])  # all beyond the range
+    (form(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    ends = torch.tensor([-3.0, -3.0, 4.0, 4.0]) * 0.25  # d/dlog(s) = value
+    expected = float((ends * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum())
+    assert float(form.log_scale.grad) == pytest.approx(expected)
+    assert float(form.offset.grad) == pytest.approx(-10 * 0.25 * 7)
+
+
+@given(st.integers(0, 100), st.sampled_from([StraightThrough, AdaRound, LowRank]))
+def test_weights_start_at_their_rounding_and_train_to_one(seed: int, kind: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 7, generator=generator)
+    start = UniformQuantizer.from_range(weight.amin(1), weight.amax(1), THREE, 0)
+    more = {"rank": 2, "generator": generator} if kind is LowRank else {}
+    form = kind(weight, start, scales=True, **more).eval()
+    assert torch.allclose(form(), start(weight), atol=1e-6)
+    with torch.no_grad():
+        for parameter in form.parameters():
+            parameter.add_(0.2)
+    latent, quantizer = form.fitted()
+    assert torch.allclose(quantizer(latent), form(), atol=1e-5)
+
+
+@given(st.integers(2, 200), st.integers(1, 64), st.floats(0.01, 1.0))
+def test_a_curriculum_begins_with_the_easy_ones(count: int, batch: int, start: float) -> None:
+    plan = Curriculum(count, batch, 100, start, torch.Generator().manual_seed(0))
+    losses = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    plan.sort(losses)
+    for step in (0, 50, 100):
+        drawn = plan.draw(step)
+        assert len(drawn) == len(set(drawn.tolist())) == min(batch, count)
+        allowed = max(min(batch, count), round(plan.share(step) * count))
+        assert bool((losses[drawn] <= losses.sort().values[allowed - 1]).all())
+    assert plan.share(0) == start
+    assert plan.share(100) == 1
+
+
+@given(st.integers(1, 400), st.integers(0, 255))
+def test_a_mask_drops_its_share(count: int, part: int) -> None:
+    mask = draw_mask(torch.zeros(count, 3), part / 256)
+    assert mask.shape == (count, 3)
+    assert bool(((mask == 0) | (mask == 1)).all())
+    expected = 3 * count * part / 256
+    spread = (expected * (1 - part / 256)) ** 0.5
+    assert abs(float(mask.sum()) - expected) <= 6 * spread + 1e-6
+
+
+def test_what_is_dropped_passes_with_its_gradient() -> None:
+    form = trained(quantizers()[0], 0.5)
+    assert form is not None
+    x = torch.linspace(-9, 9, 999, requires_grad=True)  # most of it beyond the range
+    form.train()
+    y = form(x)
+    y.sum().backward()
+    assert x.grad is not None
+    beyond = (x < -1) | (x > 3)
+    assert torch.equal(x.grad[beyond] == 1, y[beyond] == x[beyond])
+    assert bool((x.grad[~beyond & (x > -0.5) & (x < 1.8)] == 1).all())
