@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxquant.blocks import Block, is_size, size_for
 from fxquant.capture import device_of
 from fxquant.graph import submodule
-from fxquant.network_loss import Override
+from fxquant.network_loss import Override, float_outputs
 from fxquant.progress import track
 
 # Images run at a time where nothing is trained.
@@ -262,22 +262,21 @@ class SideBySide:
                 exact, given = target, result
 
 
-@torch.no_grad()
 def _run(runner: BlockRunner, station: Station, inputs: Shelf, outputs: Shelf) -> None:
     for chunk in station.chunks():
         values = inputs.get(chunk, station.device)
         # Some models change their input in place.
         found = runner.run_block(station.block, {k: v.clone() for k, v in values.items()})
-        outputs.put(chunk.start, tensors_of(found))
+        outputs.put(chunk.start, tensors_of(station.block, found))
 
 
-def tensors_of(values: Mapping[str, Any]) -> Values:
-    """The tensors by name; of the ``output`` node the float tensors in what it gives."""
+def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
+    """What a block gave, tensor by tensor; of the ``output`` node the float tensors alone."""
     found: Values = {}
-    for name, value in values.items():
-        leaves = torch.utils._pytree.tree_leaves(value)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        found |= {f"{name}.{i}" if i else name: tensor for i, tensor in enumerate(tensors)}
+    for node in block.outputs:
+        value = values[node.name]
+        tensors = float_outputs(value) if node.op == "output" else [value]
+        found |= {f"{node.name}.{i}" if i else node.name: x for i, x in enumerate(tensors)}
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies
@@ -42,8 +42,9 @@ class Tower(Stack):
         return self.head(self.norm(self.two(self.one(self.stem(x)))))
 
 
-def frozen() -> fx.GraphModule:
-    gm, _ = annotated(Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=FIVE), model=Tower())
+def frozen(model: nn.Module | None = None) -> fx.GraphModule:
+    rules = Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=FIVE)
+    gm, _ = annotated(*rules, model=model or Tower())
     run_passes(gm, [InsertObservers()])
     calibrate(gm, [BATCH])
     run_passes(gm, [Freeze()])
@@ -121,6 +122,32 @@ def test_images_held_out_are_not_trained_on(count: int, share: float) -> None:
         assert len(own) == count - len(judges)
     else:
         assert torch.equal(judges, own)
+
+
+class Classes(Tower):
+    """Gives class numbers as well, or nothing else."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+
+    def forward(self, x: Tensor) -> Any:
+        found = super().forward(x)
+        return found.argmax(-1) if self.alone else (found.argmax(-1), found)
+
+
+@pytest.mark.parametrize("block_loss", ["mse", "fisher"])
+def test_class_numbers_are_no_part_of_the_loss(block_loss: str) -> None:
+    plain, both = frozen(), frozen(Classes(alone=False))
+    expected, found = (reconstruct(g, block_loss=block_loss, iterations=6) for g in (plain, both))
+    assert found.gains == expected.gains and found.gains
+    assert torch.equal(both(BATCH)[1], plain(BATCH))
+
+
+def test_a_last_block_without_float_outputs_is_left() -> None:
+    result = reconstruct(frozen(Classes(alone=True)), block_loss="mse", iterations=6)
+    assert result.changed
+    assert result.skips[-1].site == "head"
 
 
 def test_the_second_run_changes_nothing() -> None:

@@ -123,7 +123,7 @@ class TrainedBlock(nn.Module):
             overrides[name] = _ignoring(partial(self.biases.__getitem__, node))
         with torch.autocast(station.device.type, torch.bfloat16, enabled=self._bf16):
             found = station.student.run_block(station.block, values, overrides=overrides)
-        return {name: value.float() for name, value in tensors_of(found).items()}
+        return {name: value.float() for name, value in tensors_of(station.block, found).items()}
 
     def groups(self, options: Reconstruction) -> list[dict[str, Any]]:
         """Parameters with their learning rates; those of biases follow the scales."""
