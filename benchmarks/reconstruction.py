@@ -87,7 +87,7 @@ def main() -> None:
     """Prints a row for each thing that can be trained."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="glyph_vit")
-    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--images", type=positive, default=32)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=8, help="of the shorter training")
