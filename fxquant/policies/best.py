@@ -12,7 +12,7 @@ from fxquant.policies.plain import w8a8
 from fxquant.policies.rules import elementwise_rules
 from fxquant.policies.searched import mptq_vit, ptq4vit
 from fxquant.policy import Policy
-from fxquant.recovery import Compensation, Reconstruction, Scope
+from fxquant.recovery import Compensation, Reconstruction, Scope, WeightTraining
 from fxquant.suggest import did_you_mean
 
 # Codes of at most this width have twin quantizers; nothing is lost at more bits without them.
@@ -31,10 +31,17 @@ class Effort(StrEnum):
     HOURS = "hours"
 
 
-_TRAINING = {
-    Effort.MINUTES: Reconstruction(scope=Scope.NETWORK, iterations=300),
-    Effort.HOURS: Reconstruction(scope=Scope.NETWORK, iterations=3000),
-}
+# Low-rank changes of weights: all weights free fit the images rather than the network.
+_MINUTES = Reconstruction(
+    scope=Scope.NETWORK,
+    weights=WeightTraining.LOW_RANK,
+    ranks=(8,),
+    iterations=300,
+    weight_rate=1e-2,
+    scale_rate=3e-3,
+    drop=0.0,
+)
+_TRAINING = {Effort.MINUTES: _MINUTES, Effort.HOURS: replace(_MINUTES, iterations=3000)}
 
 
 def best(
