@@ -53,6 +53,6 @@ def test_policies_in_yaml_compile(text: str, vit: object, tmp_path: Path) -> Non
 
 
 def test_methods_named_in_the_text_are_those_of_the_ablation() -> None:
-    methods = runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"))["methods"](8)
+    methods = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))["methods"](8)
     named = set(re.findall(r"`(\+ [^`]+)`", TEXT.replace("\n", " ")))
     assert named and named <= methods.keys(), named - methods.keys()
