@@ -91,6 +91,12 @@ def float_outputs(name: str, images: int) -> Tensor:
     return outputs(build(name), images)
 
 
+def score(found: Tensor, exact: Tensor, labels: Tensor) -> Score:
+    """Of the log-probabilities of a model, beside those of the float model."""
+    right = 100 * float((found.argmax(1) == labels).float().mean())
+    return Score(right, float(kl_div(found, exact, log_target=True, reduction="batchmean")))
+
+
 def measure(job: Job, sensitivities: Path) -> Score:
     """Runs one job; what mixed precision measures is kept in a folder."""
     exact = found = float_outputs(job.model, job.images)
@@ -99,9 +105,7 @@ def measure(job: Job, sensitivities: Path) -> Score:
         policy = methods(job.bits)[job.method]
         model = fxquant.compile(build(job.model), images.split(16), policy, cache=sensitivities)
         found = outputs(model, job.images)
-    right = found.argmax(1) == load("test", 0, job.images)[1]
-    divergence = kl_div(found, exact, log_target=True, reduction="batchmean")
-    return Score(100 * float(right.float().mean()), float(divergence))
+    return score(found, exact, load("test", 0, job.images)[1])
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:

@@ -17,11 +17,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from accuracy import float_outputs, load, outputs, positive
+from accuracy import float_outputs, load, outputs, positive, score
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx
-from torch.nn.functional import kl_div
 
 import fxquant
 from fxquant import LowRank, Policy, policies
@@ -76,12 +75,10 @@ def measure(name: str, policy: Policy, draw: int, options: argparse.Namespace) -
         gm, layers = copy.deepcopy(base), 0
         if low_rank is not None:
             layers = run_passes(gm, [AttachLowRank(rows, low_rank)])["AttachLowRank"].changed
-        result = outputs(gm, options.images)
-        right = float((result.argmax(1) == labels).float().mean())
-        divergence = float(kl_div(result, exact, log_target=True, reduction="batchmean"))
+        quality = score(outputs(gm, options.images), exact, labels)
         bytes_now = weight_bytes(gm)[1]
         added = (bytes_now - size) / 1e3, 100 * (multiplications(gm) / work - 1)
-        found.append([100 * right, divergence, bytes_now / 1e3, *added, float(layers)])
+        found.append([*quality, bytes_now / 1e3, *added, float(layers)])
     return found
 
 

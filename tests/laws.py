@@ -18,6 +18,18 @@ def assert_idempotent(quantizer: Quantizer, x: Tensor) -> None:
     assert torch.equal(quantizer.quantize(once), quantizer.quantize(x))
 
 
+def assert_monotone(quantizer: Quantizer, x: Tensor) -> None:
+    ordered = quantizer(x.flatten().sort().values)
+    assert bool((ordered.diff() >= 0).all())
+
+
+def assert_codes_are_whole(quantizer: Quantizer, x: Tensor) -> None:
+    """Whole numbers from zero up, of as many bits as the quantizer says."""
+    codes = quantizer.quantize(x)
+    assert torch.equal(codes, codes.round())
+    assert codes.min() >= 0 and codes.max() < 2**quantizer.bits
+
+
 def assert_state_is_complete(quantizer: Quantizer, x: Tensor) -> None:
     again = from_config(quantizer.config())
     again.load_state_dict(quantizer.state_dict())

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 import fxquant
-from fxquant import CompiledModel, Policy, Rule, TensorSpec
+from fxquant import Rule
 from fxquant.backends.integer.log import LogFromCodes, LogRequantize, LogSide, LogToCodes
 from fxquant.backends.onnx_qdq import TARGETS, make_session
 from fxquant.backends.onnx_qdq.focusing import rewrite_focusing
@@ -25,6 +22,7 @@ from fxquant.testing import Block, images, seeded, tokens
 from tests.agreement import assert_same_codes
 from tests.integer_helpers import assert_integer_equals_simulation
 from tests.softmax_nets import NETS, SCHEMES, compiled, found, policy
+from tests.through import beside, through
 
 LOGS = [Scheme.LOG2, Scheme.ADALOG]
 
@@ -127,41 +125,20 @@ def test_products_fuse_for_every_target(tmp_path: Path) -> None:
         assert model.export_onnx(tmp_path / "m.onnx", target=target).unfused == ()
 
 
-class Identity(nn.Module):
-    """A product with one, whose output so is its quantized input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, 1)`` to the same."""
-        return functional.linear(x, self.weight)
-
-
-@cache
-def identity() -> CompiledModel:
-    spec = TensorSpec(bits=4, scheme=Scheme.DYNAMIC_FOCUSING)
-    rules = (Rule(arg="weight", spec=None), Rule(spec=spec))
-    return fxquant.compile(Identity().eval(), [torch.rand(2, 3, 1)], Policy(name="t", rules=rules))
-
-
 @given(bits=st.integers(2, 8), scale=st.floats(1e-6, 1e3), share=st.floats(0, 1))
 def test_a_clip_and_a_uniform_quantizer_give_the_same_value_to_the_last_bit(
     bits: int, scale: float, share: float
 ) -> None:
-    gm = copy.deepcopy(identity().graph_module)
     start = round(share * largest_start(bits))
     own = DynamicFocusingQuantizer(torch.tensor(scale), start=start, bits=bits)
-    gm.set_submodule("quant.linear__input", own)
+    gm = through(own)
     borders = torch.arange(-3, 2 * (start + 2**bits) + 5) / 2 * own.scale
-    infinity = torch.tensor(torch.inf)
-    x = torch.cat([borders, borders.nextafter(infinity), borders.nextafter(-infinity)])
-    expected = gm(x.view(1, -1, 1))
+    x = beside(borders)
+    expected = gm(x)
     rewrite_focusing(gm)
     gm.recompile()
     assert not isinstance(gm.get_submodule("quant.linear__input"), DynamicFocusingQuantizer)
-    assert torch.equal(gm(x.view(1, -1, 1)), expected)
+    assert torch.equal(gm(x), expected)
 
 
 @pytest.mark.parametrize("scheme", LOGS)

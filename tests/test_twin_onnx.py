@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,20 +13,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import fxquant
-from fxquant import CompiledModel, Rule, TensorSpec
+from fxquant import CompiledModel, Rule
 from fxquant.backends.onnx_qdq import TARGETS, OnnxExport, doctor, make_session
 from fxquant.backends.onnx_qdq.twin import rewrite_twins
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
 from fxquant.ops import twin_threshold
-from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import TwinUniformQuantizer
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.agreement import assert_same_codes
 from tests.integer_helpers import assert_integer_equals_simulation
+from tests.through import beside, through
 from tests.twin_nets import NETS, compiled, found, twins
 
 Export = Callable[[str, int, int | None], OnnxExport]
@@ -142,29 +141,6 @@ def test_the_comparison_of_codes_sees_one_wrong_constant(
         assert_same_codes(compiled("block", 4, None), tmp_path / "wrong.onnx", tokens(6))
 
 
-class Through(nn.Module):
-    """A product with one, whose output so is its quantized input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, N, 1)`` to the same."""
-        return functional.linear(x, self.weight)
-
-
-@cache
-def through(weight_bits: int | None) -> CompiledModel:
-    rule = Rule(arg="weight", spec=weight_bits and TensorSpec(bits=weight_bits, symmetric=True))
-    model = fxquant.compile(Through().eval(), [torch.rand(2, 3, 1)], twins(8).with_rules(rule))
-    if weight_bits:
-        one, zero = torch.ones(()), torch.zeros(())
-        unit = UniformQuantizer(one, zero, bits=weight_bits, signed=True, axis=None)
-        model.graph_module.set_submodule("quant.linear__weight", unit)
-    return model
-
-
 @given(
     bits=st.integers(2, 8),
     shift=st.integers(1, 11),
@@ -176,20 +152,18 @@ def test_every_form_gives_the_same_value_to_the_last_bit(
     bits: int, shift: int, two_sided: bool, scale: float, weight_bits: int | None
 ) -> None:
     """One product, two products and values in float, on and beside every border."""
-    gm = copy.deepcopy(through(weight_bits).graph_module)
     twin = TwinUniformQuantizer(torch.tensor(scale), shift=shift, bits=bits, two_sided=two_sided)
-    gm.set_submodule("quant.linear__input", twin)
+    gm = through(twin, weight_bits)
     halves = torch.arange(-2 * twin.levels, 2 * twin.levels + 2) / 2
     borders = torch.cat([halves * twin.scale, halves * twin.coarse_scale])
     if not two_sided:
         borders = torch.cat([borders, (twin.scale * twin_threshold(shift, bits)).view(1)])
-    infinity = torch.tensor(torch.inf)
-    x = torch.cat([borders, borders.nextafter(infinity), borders.nextafter(-infinity)])
-    expected = gm(x.view(1, -1, 1))
+    x = beside(borders)
+    expected = gm(x)
     (form,) = rewrite_twins(gm)
     gm.recompile()
     assert form.products == (1 if twin.grid_size <= 256 else 2 if weight_bits else 0)
-    assert torch.equal(gm(x.view(1, -1, 1)), expected)
+    assert torch.equal(gm(x), expected)
 
 
 def test_a_float_operand_gets_the_values(tmp_path: Path) -> None:

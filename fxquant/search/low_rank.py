@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxquant.search.rounding import damped_factor
+
 # Share of the mean variance that is added to each: rows are a sample, often fewer than channels.
 DAMPENING = 0.01
 
@@ -50,12 +52,9 @@ def spectrum(
         error: ``(N, K)``.
         rows: of the layer's input, ``(n, K)``.
         importance: of the outputs, ``(N,)``, positive; None where all are alike.
-        dampening: share of the mean variance of a channel that is added to each.
+        dampening: share of the mean variance of a channel that is added to each, at the least.
     """
-    moment = rows.double().t() @ rows.double() / len(rows)
-    mean = moment.diagonal().mean().clamp(min=1e-30)
-    moment.diagonal().add_(dampening * mean + 1e-30)
-    root = torch.linalg.cholesky(moment)
+    root = damped_factor(rows.double().t() @ rows.double() / len(rows), dampening)
     heavy = torch.ones(len(error), device=error.device) if importance is None else importance
     weights = heavy.double().unsqueeze(1)
     left, values, right = torch.linalg.svd(weights * error.double() @ root, full_matrices=False)
