@@ -6,7 +6,6 @@ all places before it (teacher forcing), so that a tie there cannot hide or excus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +40,7 @@ class Exported:
     """One QuantizeLinear of a file: its input where it was asked for, and its stored codes."""
 
     name: str
+    reads: str
     scale_name: str
     source: NDArray[np.float32] | None
     scale: NDArray[np.float32]
@@ -52,6 +52,11 @@ class Exported:
         """What the codes stand for, float32."""
         steps = torch.from_numpy(self.codes - int(self.zero_point)).float()
         return steps * float(self.scale)
+
+    def other_type_of(self, other: Exported) -> bool:
+        """Whether both store the same steps of the same value, signed and unsigned."""
+        same = (self.reads, self.scale_name) == (other.reads, other.scale_name)
+        return same and self.zero_point.dtype != other.zero_point.dtype
 
 
 def exported_codes(path: Path, images: Tensor, *, sources: bool = False) -> list[Exported]:
@@ -84,6 +89,7 @@ def exported_codes(path: Path, images: Tensor, *, sources: bool = False) -> list
     return [
         Exported(
             name=node.name,
+            reads=node.input[0],
             scale_name=node.input[1],
             source=results[node.input[0]] if sources else None,
             scale=numpy_helper.to_array(constants[node.input[1]]),
@@ -119,7 +125,7 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
     """
     for item in exported_codes(path, images, sources=True):
         _assert_exact(item)
-    exported, quantizers = iter(exported_codes(path, images)), activation_quantizers(model)
+    exported, quantizers = exported_codes(path, images), activation_quantizers(model)
     differing: dict[str, int] = {}
 
     def force(name: str, items: list[Exported]):  # type: ignore[no-untyped-def]
@@ -139,7 +145,7 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
         module.register_forward_hook(force(name, _take(module, exported)))
         for name, module in quantizers
     ]
-    assert next(exported, None) is None
+    assert not exported
     try:
         with torch.no_grad():
             model(images)
@@ -150,9 +156,18 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
     return sum(differing.values())
 
 
-def _take(quantizer: Coded, exported: Iterator[Exported]) -> list[Exported]:
-    """The QuantizeLinears of a quantizer: one for a uniform, two for a twin."""
-    return [next(exported) for _ in range(1 + isinstance(quantizer, TwinUniformQuantizer))]
+def _take(quantizer: Coded, exported: list[Exported]) -> list[Exported]:
+    """Takes the QuantizeLinears of a quantizer from the front: two of a twin, else one.
+
+    Another of the same value and scale, stored as the other type, stands behind a uniform one that
+    products read on both sides: CPUs with VNNI want their right operands signed.
+    """
+    if isinstance(quantizer, TwinUniformQuantizer):
+        return [exported.pop(0), exported.pop(0)]
+    first = exported.pop(0)
+    if exported and first.other_type_of(exported[0]):
+        exported.pop(0)
+    return [first]
 
 
 def _codes(quantizer: Coded, items: list[Exported], x: Tensor) -> Tensor:
