@@ -48,9 +48,10 @@ def methods(bits: int) -> dict[str, Policy]:
         "MPTQ-ViT": policies.mptq_vit(bits, bits),
         **compensated(bits),
         **attention(whole, bits),
-        **tiers(bits),
         **aiqvit(bits),
     }
+    if bits < 8:
+        steps |= tiers(bits)
     if bits == 8:
         return {**steps, "w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
     return {**steps, **mixed(bits)} if bits in MIXED_WIDTHS else steps
@@ -102,7 +103,7 @@ def tiers(bits: int) -> dict[str, Policy]:
 
 
 def aiqvit(bits: int) -> dict[str, Policy]:
-    """AIQViT (arXiv 2502.04628), part after part, block by block; and networks trained as one."""
+    """AIQViT (arXiv 2502.04628), part after part."""
     make = partial(policies.aiqvit, bits, bits, reconstruction=_SHORT)
     return {
         "AIQViT, vanilla": make(low_rank=False, focusing=False, curriculum=False),

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import timm
@@ -57,7 +58,9 @@ def float_pass(station: Station, index: Tensor) -> None:
 def steps(gm: fx.GraphModule, station: Station, options: Reconstruction) -> None:
     """Trains the block, and forgets what it became."""
     block = TrainedBlock(gm, station, options, torch.Generator().manual_seed(0))
-    train_block(block, station, criterion(options, Measured({}, None), station), options)
+    every = torch.arange(station.count)
+    loss = criterion(options, Measured({}, None), station)
+    train_block(block, station, loss, options, (every, every))
 
 
 def middle(gm: fx.GraphModule, sides: SideBySide) -> Iterator[Station]:
@@ -74,7 +77,7 @@ def ratios(
 ) -> list[float]:
     """Of each round: a step over a float pass."""
     index, count, found = torch.arange(options.batch), options.iterations, []
-    more = Reconstruction(**{**vars(options), "iterations": 3 * count})
+    more = replace(options, iterations=3 * count)
     for _ in range(rounds):
         one = seconds(lambda: [float_pass(station, index) for _ in range(2 * count)])
         # What is done once for a block is in both.
@@ -112,6 +115,7 @@ def main() -> None:
                 block_loss=BlockLoss.MSE,
                 iterations=options.steps,
                 batch=options.batch,
+                held_out=0.0,
             )
             found = ratios(gm, station, chosen, options.rounds)
             shown = (statistics.median(found), min(found), max(found))

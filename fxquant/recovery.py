@@ -94,7 +94,8 @@ class Reconstruction:
     """Training of each block against the float one, inputs from the quantized blocks before it.
 
     Attributes:
-        scope: block after block, or all together.
+        scope: block after block, or all together, which holds the values of the whole network
+            for the images of a step; checkpoints are of what is done, so it has one at its end.
         weights: what of them is trained.
         scales: train the scales and zero points of activations, and the scales of those weights
             that are trained.
@@ -108,9 +109,10 @@ class Reconstruction:
         scale_rate: first learning rate of logarithms of scales, and of zero points as shares of
             the code range. Both rates fall to zero along a cosine.
         drop: share of the activations left unquantized in a step (QDrop, arXiv 2203.05740).
-        held_out: share of the images that are not trained on. By their loss, measured eight times
-            on the way, the best state is kept; where it never falls, all stays as it was. 0
-            trains on all images and judges by the same.
+        held_out: share of the images that are not trained on, at least one. By their loss,
+            looked at eight times on the way, the best state is kept, and where it never falls all
+            stays as it was; so the reported loss is the least of eight. 0 trains on all images and
+            judges by the same.
         curriculum: share of the images, those of smallest loss, that the first step draws from;
             it grows to 1 (AIQViT, section 3.3). 1 draws from all.
         ranks: of low-rank factors, each cut at half of what the weight can have; where there are
@@ -160,6 +162,7 @@ class Reconstruction:
         check_number(self, "weight_rate", (1e-7, 1.0))
         check_number(self, "scale_rate", (1e-7, 1.0))
         check_number(self, "drop", (0.0, 0.95))
+        check_number(self, "held_out", (0.0, 0.5))
         check_number(self, "curriculum", (0.01, 1.0))
         whole = isinstance(self.ranks, tuple | list) and all(map(is_whole, self.ranks))
         if not whole or not self.ranks or min(self.ranks) < 1:

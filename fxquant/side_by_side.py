@@ -9,6 +9,7 @@ into it.
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from fxquant.network_loss import Override, float_outputs
 from fxquant.progress import track
 
 # Images run at a time where nothing is trained.
-_CHUNK = 8
+CHUNK = 8
 
 Values = dict[str, Tensor]
 # A node to run, and the values that nobody in its block reads behind it.
@@ -152,7 +153,9 @@ class Shelf:
         if size <= self._left:
             self._left -= size
             return torch.empty(shape, dtype=value.dtype)
-        path = Path(tempfile.mkstemp(dir=self._folder, prefix=f"{name}-")[1])
+        handle, path_name = tempfile.mkstemp(dir=self._folder, prefix=f"{name}-")
+        os.close(handle)
+        path = Path(path_name)
         self._files.append(path)
         flat = torch.from_file(
             str(path), shared=True, size=self._count * value[0].numel(), dtype=value.dtype
@@ -173,7 +176,7 @@ class Shelf:
 
 def chunks(count: int) -> Iterator[slice]:
     """So many images in order, a few at a time."""
-    return (slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ def test_a_damaged_line_or_another_fingerprint_raises(tmp_path: Path) -> None:
     cache.put(("a", (4,)), 0.5)
     cache.close()
     path, whole = lines(tmp_path)
+    for line in ("nonsense", "\udcff", whole[1].replace("0.5", "NaN"), "[" * 100_000):
+        data = f"{whole[0]}\n{line}\n{whole[1]}\n".encode(errors="surrogateescape")
+        path.write_bytes(data)
+        with pytest.raises(FileFormatError, match=r"line 2 is damaged .*delete the file"):
+            LossCache(tmp_path, "f" * 64, {})
     path.write_text(f"{whole[0]}\nnonsense\n{whole[1]}\n")
     with pytest.raises(FileFormatError, match=r"line 2 is damaged .*delete the file"):
         LossCache(tmp_path, "f" * 64, {})

@@ -117,9 +117,9 @@ def test_images_held_out_judge() -> None:
 def test_images_held_out_are_not_trained_on(count: int, share: float) -> None:
     judges, own = split(count, share, torch.Generator().manual_seed(count))
     assert torch.equal(torch.cat((judges, own)).unique(), torch.arange(count))
-    if round(share * count):
-        assert len(judges) == round(share * count)
-        assert len(own) == count - len(judges)
+    if share and count > 1:
+        assert len(judges) == max(1, round(share * count))
+        assert len(own) == count - len(judges) > 0
     else:
         assert torch.equal(judges, own)
 
@@ -219,6 +219,12 @@ def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(FileFormatError, match=r"block-1.*damaged.*delete it"):
         reconstruct(frozen(), tmp_path)
+    path = next(tmp_path.rglob("block-0.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match=r"block-0.*damaged \(its checksum is another\)"):
+        reconstruct(frozen(), tmp_path)
 
 
 def policy() -> Policy:
@@ -260,6 +266,9 @@ def test_what_cannot_be_is_refused() -> None:
         Reconstruction(weights="none", scales=False, biases=False)
     with pytest.raises(PolicyError, match=r"drop must be a number in \[0, 0.95\], got 1"):
         Reconstruction(drop=1)
+    for share in (1.0, -0.5, float("nan"), "half"):
+        with pytest.raises(PolicyError, match="held_out must be a number"):
+            Reconstruction(held_out=share)
     with pytest.raises(PolicyError, match="iterations must be a whole number >= 1, got 0"):
         Reconstruction(iterations=0)
 

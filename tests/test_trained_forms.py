@@ -124,3 +124,29 @@ def test_what_is_dropped_passes_with_its_gradient() -> None:
     beyond = (x < -1) | (x > 3)
     assert torch.equal(x.grad[beyond] == 1, y[beyond] == x[beyond])
     assert bool((x.grad[~beyond & (x > -0.5) & (x < 1.8)] == 1).all())
+
+
+@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
+def test_bfloat16_goes_through_with_drops(start: Quantizer) -> None:
+    form = trained(start, 0.5)
+    assert form is not None
+    x = torch.randn(4, 3, 50).bfloat16().requires_grad_()
+    form.train()
+    y = form(x)
+    y.sum().backward()
+    assert y.dtype == torch.float32
+    assert x.grad is not None and bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("move", [-0.4, -0.1, 0.1, 0.7])
+@pytest.mark.parametrize("start", quantizers()[:3], ids=lambda q: type(q).__name__)
+def test_zero_points_stay_among_the_codes_and_come_back(start: Quantizer, move: float) -> None:
+    form = trained(start, 0.0)
+    assert form is not None
+    with torch.no_grad():
+        form.offset.add_(move)
+    x = torch.linspace(-4, 4, 600).reshape(4, 3, 50)
+    out = form(x)
+    assert torch.allclose(out, form.fitted()(x), atol=1e-5)
+    out.square().sum().backward()
+    assert bool((form.offset.grad != 0).any()), "values beyond the ends pull at it"

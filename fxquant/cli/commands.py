@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 ONNX_FILE = "model.onnx"
 # Edges named for one reason; quant_config.json has them all.
 _SHOWN = 6
+# With fewer, the command line says so.
+_TRAINING_IMAGES = 128
 _FILES = (ONNX_FILE, CONFIG_FILE, WEIGHTS_FILE, PREPROCESSING_FILE)
 
 
@@ -73,6 +75,8 @@ def run_compile(options: Namespace) -> int:
     compiled = compile(model, images, policy, cache=options.out, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
+    if policy.reconstruction is not None and options.images < _TRAINING_IMAGES:
+        print(f"note: it was trained on {options.images} images; hundreds (--images) train better")
     if compiled.report.allocation is not None:
         print(compiled.report.allocation.summary())
     print_left_float(compiled.report)
@@ -241,7 +245,7 @@ def _policy(options: Namespace) -> Policy:
     if all(value is None for value in given.values()):
         return resolve(options.policy)
     if Path(options.policy).suffix in (".yaml", ".yml"):
-        names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        names = ", ".join(f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None)
         raise PolicyError(f"{names} are for presets; {options.policy} has its own widths and rules")
     return policies.preset(options.policy, **given)
 

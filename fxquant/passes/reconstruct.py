@@ -12,18 +12,19 @@ that were not trained on.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.blocks import find_blocks, whole_network
-from fxquant.graph import get_parameter, operand
+from fxquant.graph import get_parameter, operand, submodule
 from fxquant.passes.base import Gain, PassResult, Skip
-from fxquant.reconstruction.block_trainer import Changes, TrainedBlock, train_block
+from fxquant.reconstruction.block_trainer import Changes, TrainedBlock, split, train_block
 from fxquant.reconstruction.checkpoint import Checkpoints
 from fxquant.reconstruction.losses import Measured, criterion, measure
 from fxquant.recovery import Reconstruction, Scope
@@ -64,6 +65,9 @@ class Reconstruct:
         skips: list[Skip] = []
         teacher, images = self.sides.teacher(), self.sides.images
         kept = Checkpoints(self.cache, gm, images, repr(self.options))
+        parts = split(
+            len(images), self.options.held_out, torch.Generator().manual_seed(self.options.seed)
+        )
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
             together = self.options.scope is Scope.NETWORK
             blocks = (whole_network(gm),) if together else find_blocks(gm)
@@ -72,12 +76,13 @@ class Reconstruct:
             for number, station in enumerate(walk):
                 options = replace(self.options, seed=self.options.seed + number)
                 torch.manual_seed(options.seed)
-                changes, before, after = kept.get(number) or self._train(
-                    gm, station, options, measured
-                )
+                done = kept.get(number, station.device)
+                changes, before, after = done or self._train(gm, station, options, measured, parts)
                 kept.put(number, changes, before, after)
                 if changes is None:
-                    skips.append(Skip(station.block.name, "left as it was: its loss did not fall"))
+                    fell = "its loss did not fall"
+                    reason = fell if 0 < before < math.inf else f"its loss was {before:g}"
+                    skips.append(Skip(station.block.name, f"left as it was: {reason}"))
                     continue
                 changed += 1
                 gains += _ranks(gm, changes)
@@ -95,24 +100,33 @@ class Reconstruct:
 
     @staticmethod
     def _train(
-        gm: fx.GraphModule, station: Station, options: Reconstruction, measured: Measured
+        gm: fx.GraphModule,
+        station: Station,
+        options: Reconstruction,
+        measured: Measured,
+        parts: tuple[Tensor, Tensor],
     ) -> tuple[Changes | None, float, float]:
         generator = torch.Generator().manual_seed(options.seed)
         block = TrainedBlock(gm, station, options, generator).to(station.device)
         loss = criterion(options, measured, station)
-        return train_block(block, station, loss, options)
+        return train_block(block, station, loss, options, parts)
 
 
 def _ranks(gm: fx.GraphModule, changes: Changes) -> list[Gain]:
-    """The rank of each low-rank change, and the size of the change beside the weight's."""
+    """The rank of each low-rank change, and how far it moved the rounded weight."""
     nodes = {node.name: node for node in gm.graph.nodes}
     found = []
     for name, rank in changes.ranks.items():
         call = nodes[name]
-        old = get_parameter(gm, operand(call, 0))
-        size = float((changes.weights[name] - old).norm() / old.norm().clamp(min=1e-30))
+        coder = submodule(gm, call)
+        assert coder is not None
+        old = coder(get_parameter(gm, operand(call, 0)))
+        new = changes.quantizers[name](changes.weights[name])
+        size = float((new - old).norm() / old.norm().clamp(min=1e-30))
         (reader,) = call.users
-        found.append(Gain(reader.name, f"rank {rank}", "size of the weight, of its change", size))
+        found.append(
+            Gain(reader.name, f"rank {rank}", "change of the rounded weight, of its size", size)
+        )
     return found
 
 

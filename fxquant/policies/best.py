@@ -13,10 +13,8 @@ from fxquant.policies.rules import elementwise_rules
 from fxquant.policies.searched import mptq_vit, ptq4vit
 from fxquant.policy import Policy
 from fxquant.recovery import Compensation, Reconstruction, Scope, WeightTraining
+from fxquant.spec import MAX_KERNEL_BITS
 from fxquant.suggest import did_you_mean
-
-# Codes of at most this width have twin quantizers; nothing is lost at more bits without them.
-_LOW = 8
 
 
 class Effort(StrEnum):
@@ -31,7 +29,6 @@ class Effort(StrEnum):
     HOURS = "hours"
 
 
-# Low-rank changes of weights: all weights free fit the images rather than the network.
 _MINUTES = Reconstruction(
     scope=Scope.NETWORK,
     weights=WeightTraining.LOW_RANK,
@@ -52,18 +49,19 @@ def best(
     budget: Budget | None = None,
     full: bool = False,
 ) -> Policy:
-    """What loses least at these widths, of all that fxquant has.
+    """Our own pick, by what was measured on the example models.
 
     At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
     :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), and, given the
     time, the network trained to give what the float one gives (:class:`fxquant.Reconstruction`).
-    README has the measurements; ``benchmarks/accuracy.py`` makes them.
+    ``benchmarks/accuracy.py`` has its rows.
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of activations.
-        effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds.
-        budget: mixed precision within it, as in :func:`mptq_vit`.
+        effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds; at 8 bits alike.
+        budget: mixed precision within it, chosen exactly, instead of those widths; at
+            ``weight_bits`` and ``act_bits`` it is then decided what to smooth.
         full: also quantize what norms, softmax, activation functions and additions read, to 8
             bits.
 
@@ -79,16 +77,16 @@ def best(
             f"{', '.join(Effort)}"
         )
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
-    name = f"best_{widths}_{effort}{'_full' if full else ''}"
-    if weight_bits == act_bits == _LOW and budget is None:
-        return replace(w8a8(full=full), name=name)
-    if act_bits > _LOW:
+    suffix = "_full" if full else ""
+    if weight_bits == act_bits == MAX_KERNEL_BITS and budget is None:
+        return replace(w8a8(full=full), name=f"best_{widths}{suffix}")
+    if act_bits > MAX_KERNEL_BITS:
         base = ptq4vit(weight_bits, act_bits, twin=False)
     else:
         base = mptq_vit(weight_bits, act_bits)
     return replace(
         base,
-        name=name,
+        name=f"best_{widths}_{effort}{suffix}",
         rules=(*(elementwise_rules() if full else ()), *base.rules),
         description=f"our own pick: {base.description}; weights rounded by columns",
         allocation=None if budget is None else Allocation(budget=budget),

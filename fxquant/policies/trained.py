@@ -38,8 +38,9 @@ def aiqvit(
         low_rank: train factors; without, weights stay and scales and biases alone are trained.
         focusing: the focusing quantizer; without, a uniform one.
         curriculum: easy images first.
-        reconstruction: steps, rates, loss. The paper takes 2,000 ``rank_iterations`` and 6,000
-            ``iterations`` of 24 images out of 1,024.
+        reconstruction: steps, rates, loss; its weights, ranks and curriculum are set here. The
+            paper takes 2,000 ``rank_iterations`` and 6,000 ``iterations`` of 24 images out of
+            1,024.
 
     Raises:
         BitWidthError: a width is outside 2..16, or act_bits above 8 with the focusing quantizer.

@@ -21,8 +21,9 @@ from fxquant.quantizers.dynamic_focusing import largest_start
 class _OnGrid(torch.autograd.Function):
     """Values of a grid in the place of ``x``, with gradients for x, scale s and zero point (LSQ+).
 
-    Those of arXiv 1902.08153 and 2004.09576: inside the range rounding counts as the identity. What
-    is dropped passes unquantized. Products with masks, since choosing by them is far slower.
+    Those of arXiv 1902.08153 and 2004.09576, not divided by the root of the number of values, which
+    Adam makes up for: inside the range rounding counts as the identity. What is dropped passes
+    unquantized. Products with masks, since choosing by them is far slower.
     """
 
     @staticmethod
@@ -36,11 +37,10 @@ class _OnGrid(torch.autograd.Function):
         dropped: Tensor | None,
     ) -> Tensor:
         """Scale and zero point broadcast against x; ``dropped`` is 1 where x passes, else 0."""
-        gate = inside.to(x.dtype)
-        slope = torch.addcmul(values, x, gate, value=-1)  # s dy/ds
-        out = values
+        slope = torch.addcmul(values, x, inside.to(x.dtype), value=-1)  # s dy/ds
+        gate, out = inside, values
         if dropped is not None:
-            slope, gate = slope.mul_(1 - dropped), torch.maximum(gate, dropped)
+            slope, gate = slope.mul_(1 - dropped), inside | (dropped > 0)
             out = torch.lerp(values, x, dropped)
         ctx.save_for_backward(gate, slope, scale)
         return out
@@ -82,7 +82,8 @@ class TrainedQuantizer(nn.Module, ABC):
         self.log_scale = nn.Parameter(torch.zeros_like(start.scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantizes ``x``, of any shape."""
+        """Quantizes ``x``, of any shape, in float32."""
+        x = x.float()
         scale, zero = self._grid(x.ndim)
         with torch.no_grad():
             values, inside = self._rounded(x, scale, zero)
@@ -111,12 +112,14 @@ class TrainedUniform(TrainedQuantizer):
 
     def __init__(self, start: UniformQuantizer, drop: float) -> None:
         super().__init__(start, drop)
-        self._start = start
+        self._start, self._ends = start, (start.qmin, start.qmax)
         self.offset = nn.Parameter(torch.zeros_like(start.zero_point), not start.signed)
 
     def _zero(self) -> Tensor:
+        """Within the codes, the gradient passing the ends, so that it comes back from there."""
         start = self._start
-        return start.zero_point + self.offset * (start.qmax - start.qmin)
+        free = start.zero_point + self.offset * (start.qmax - start.qmin)
+        return free + (free.clamp(*self._ends) - free).detach()
 
     def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
         axis = self._start.axis
@@ -133,10 +136,9 @@ class TrainedUniform(TrainedQuantizer):
     def fitted(self) -> UniformQuantizer:
         """See the base class; zero stays on the grid."""
         start = self._start
-        zero = self._zero().round().clamp(start.qmin, start.qmax)
         return UniformQuantizer(
             self._scale(),
-            zero,
+            self._zero().round(),
             bits=start.bits,
             signed=start.signed,
             axis=start.axis,
@@ -148,10 +150,7 @@ class TrainedFocusing(TrainedUniform):
 
     def __init__(self, start: DynamicFocusingQuantizer, drop: float) -> None:
         super().__init__(start, drop)
-        self._most = largest_start(start.bits)
-
-    def _zero(self) -> Tensor:
-        return super()._zero().clamp(-self._most, 0)
+        self._ends = -largest_start(start.bits), 0
 
     @torch.no_grad()
     def fitted(self) -> DynamicFocusingQuantizer:

@@ -26,15 +26,13 @@ from fxquant.reconstruction.losses import Criterion
 from fxquant.reconstruction.rank_search import RankSearch, candidate_ranks
 from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough, TrainedWeight
 from fxquant.recovery import Reconstruction, WeightTraining
-from fxquant.side_by_side import Station, Values, tensors_of
+from fxquant.side_by_side import CHUNK, Station, Values, tensors_of
 from fxquant.spec import Arg, OpKind
 
 # The regularizer of roundings beside a loss that starts at one.
 _PUSH = 1.0
 # How often the loss is looked at, and a curriculum sorts the images anew.
 _LOOKS = 8
-# Images run at a time where nothing is trained.
-_CHUNK = 8
 # Largest norm of the gradient of a step, of a loss that starts at one.
 _CLIP = 10.0
 
@@ -201,7 +199,11 @@ def _biases(gm: fx.GraphModule, own: Iterable[fx.Node]) -> Iterator[tuple[fx.Nod
 
 
 def train_block(
-    block: TrainedBlock, station: Station, criterion: Criterion, options: Reconstruction
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    parts: tuple[Tensor, Tensor],
 ) -> tuple[Changes | None, float, float]:
     """Trains a block.
 
@@ -209,17 +211,18 @@ def train_block(
         block: its trained parts; changed.
         station: its data.
         criterion: its loss.
-        options: steps, rates, share of images held out.
+        options: steps and rates.
+        parts: numbers of the images that judge, and of those that train (:func:`split`).
 
     Returns:
         What the block was when its loss was least, None where that is before the first step; and
         the loss before and then: without drops, the mean over the images held out.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    judges, own = split(station.count, options.held_out, generator)
+    judges, own = parts
     before = least = float(image_losses(block, station, criterion, judges).mean())
     best: Changes | None = None
-    if not block.groups(options) or before == 0:
+    if not block.groups(options) or not 0 < before < math.inf:
         return None, before, before
     if block.searches_ranks:
         _search_ranks(block, station, criterion, options, before, own)
@@ -253,9 +256,12 @@ def train_block(
 
 
 def split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Numbers of the images that judge and of those that train; all do both where share is 0."""
-    held = round(share * count)
-    if not held:
+    """Numbers of the images that judge and of those that train.
+
+    At least one judges; where there is no other, or share is 0, all do both.
+    """
+    held = max(1, round(share * count)) if share else 0
+    if not 0 < held < count:
         return torch.arange(count), torch.arange(count)
     order = torch.randperm(count, generator=generator)
     return order[:held].sort().values, order[held:].sort().values
@@ -305,7 +311,8 @@ def _step_loss(
     block: TrainedBlock, station: Station, criterion: Criterion, index: Tensor, drop: float
 ) -> Tensor:
     given = station.given.get(index, station.device)
-    if drop:  # what comes in is left unquantized for as large a share as what is computed
+    # What comes in is left unquantized for as large a share as what is computed.
+    if drop and station.given is not station.exact:
         exact = station.exact.get(index, station.device)
         given = {
             name: torch.lerp(value, exact[name], draw_mask(value, drop))
@@ -328,7 +335,7 @@ def image_losses(
     """
     block.eval()
     found = []
-    for index in torch.split(images, _CHUNK):
+    for index in torch.split(images, CHUNK):
         given, target = (
             shelf.get(index, station.device) for shelf in (station.given, station.target)
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
@@ -15,7 +17,18 @@ from fxquant.quantizers import Quantizer, from_config
 from fxquant.reconstruction.block_trainer import Changes
 from fxquant.sensitivity.cache import fingerprint
 
+# Raised with any change of the training, so that nothing trained before it is taken.
+_FORMAT = 2
+
 Trained = tuple[Changes | None, float, float]
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a file holds."""
+    found = hashlib.sha256(text.encode())
+    for key in sorted(tensors):
+        found.update(key.encode() + tensors[key].numpy().tobytes())
+    return found.hexdigest()
 
 
 class Checkpoints:
@@ -34,7 +47,7 @@ class Checkpoints:
         self._folder: Path | None = None
         if folder is not None:
             configs = [q.config() for _, q in gm.named_modules() if isinstance(q, Quantizer)]
-            name = fingerprint(gm, images, settings, configs)[:16]
+            name = fingerprint(gm, images, f"{_FORMAT} {settings}", configs)[:16]
             self._folder = folder / f"reconstruction-{name}"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +63,8 @@ class Checkpoints:
     def _path(self, number: int) -> Path | None:
         return None if self._folder is None else self._folder / f"block-{number}.safetensors"
 
-    def get(self, number: int) -> Trained | None:
-        """What a block became: None if it is not there.
+    def get(self, number: int, device: torch.device) -> Trained | None:
+        """What a block became, on a device: None if it is not there.
 
         Raises:
             FileFormatError: the file is damaged.
@@ -61,9 +74,12 @@ class Checkpoints:
             return None
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["fxquant"])
+                about, digest = (file.metadata()[key] for key in ("fxquant", "sha256"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return self._read(about, tensors)
+            if _digest(about, tensors) != digest:
+                raise ValueError("its checksum is another")
+            moved = {key: tensor.to(device) for key, tensor in tensors.items()}
+            return self._read(json.loads(about), moved)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise FileFormatError(
                 f"{path} is damaged ({error}): delete it to train its block anew"
@@ -88,7 +104,7 @@ class Checkpoints:
                 for k, t in parts["state"].items()
                 if k.rpartition("/")[0] == name
             }
-            quantizers[name].load_state_dict(own)
+            quantizers[name].load_state_dict(own, assign=True)
         ranks = about["ranks"]
         assert isinstance(ranks, dict)
         return Changes(quantizers, parts["weight"], parts["bias"], ranks), before, after
@@ -117,9 +133,9 @@ class Checkpoints:
             about["ranks"] = dict(changes.ranks)
             about["quantizers"] = {n: q.config() for n, q in changes.quantizers.items()}
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        text = json.dumps(about)
+        metadata = {"fxquant": text, "sha256": _digest(text, whole)}
         try:
-            write_whole(
-                path, lambda to: save_file(whole, to, metadata={"fxquant": json.dumps(about)})
-            )
+            write_whole(path, lambda to: save_file(whole, to, metadata=metadata))
         except OSError as error:
             raise self._not_written(error) from error

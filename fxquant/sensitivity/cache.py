@@ -81,19 +81,19 @@ class LossCache:
     def _open(self, path: Path, fingerprint: str) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            data = path.read_bytes() if path.exists() else b""
             # What an interrupted run left of a line has no end.
-            whole = text[: text.rfind("\n") + 1]
+            whole = data[: data.rfind(b"\n") + 1]
             self._read(path, whole.splitlines(), fingerprint)
-            if whole != text:
-                os.truncate(path, len(whole.encode()))
+            if whole != data:
+                os.truncate(path, len(whole))
             self._file = path.open("a", encoding="utf-8")
             if not whole:
                 self._write(self._head)
         except OSError as error:
             raise self._not_written(error) from error
 
-    def _read(self, path: Path, lines: list[str], fingerprint: str) -> None:
+    def _read(self, path: Path, lines: list[bytes], fingerprint: str) -> None:
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
@@ -101,8 +101,11 @@ class LossCache:
                     if values["fingerprint"] != fingerprint:
                         raise ValueError("the fingerprint in it is another than in its name")
                     continue
-                self._losses[values["what"], tuple(values["bits"])] = float(values["loss"])
-            except (ValueError, LookupError, TypeError) as error:
+                loss = float(values["loss"])
+                if not 0 <= loss < float("inf"):
+                    raise ValueError(f"a loss of {loss}")
+                self._losses[values["what"], tuple(values["bits"])] = loss
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise FileFormatError(
                     f"{path}, line {number} is damaged ({error}): delete the file to measure anew"
                 ) from error
