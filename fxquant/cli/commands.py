@@ -75,8 +75,9 @@ def run_compile(options: Namespace) -> int:
     compiled = compile(model, images, policy, cache=options.out, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
-    if policy.reconstruction is not None and options.images < _TRAINING_IMAGES:
-        print(f"note: it was trained on {options.images} images; hundreds (--images) train better")
+    count = sum(map(len, images))
+    if policy.reconstruction is not None and count < _TRAINING_IMAGES:
+        print(f"note: it was trained on {count} images; hundreds (--images) train better")
     if compiled.report.allocation is not None:
         print(compiled.report.allocation.summary())
     print_left_float(compiled.report)
