@@ -75,9 +75,12 @@ def attention(base: Policy, bits: int) -> dict[str, Policy]:
 
 def compensated(bits: int) -> dict[str, Policy]:
     """Weights rounded column by column, and moved by the ridge before."""
-    whole = policies.ptq4vit(bits, bits, search=ScaleSearch(opt_m=True))
+    plain, whole = (
+        policies.ptq4vit(bits, bits, search=ScaleSearch(opt_m=m)) for m in (False, True)
+    )
     by_columns = Compensation()
     return {
+        "+ both, by columns": replace(plain, compensation=by_columns),
         "+ OPT-m, by columns": replace(whole, compensation=by_columns),
         "+ OPT-m, ridge": replace(whole, compensation=replace(by_columns, ridge=True)),
         "MPTQ-ViT, by columns": replace(policies.mptq_vit(bits, bits), compensation=by_columns),

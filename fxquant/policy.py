@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fxquant.budget import Allocation
 from fxquant.checks import check_flag, parse_field
+from fxquant.ends import is_at
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph import PRODUCER_NAMES, Edge, fed_by
 from fxquant.low_rank import LowRank
@@ -14,6 +15,7 @@ from fxquant.recovery import Compensation, Reconstruction
 from fxquant.spec import (
     GRADIENT_METRICS,
     Arg,
+    End,
     Metric,
     OpKind,
     ScaleSearch,
@@ -42,6 +44,8 @@ class Rule:
         arg: which of its inputs.
         fed_by: what computed the values, data movement looked through: ``softmax``, ``gelu``,
             ``layer_norm``, ``image`` … (``graph.PRODUCER_NAMES``).
+        end: ``first`` or ``last``: products with no product before, or none after, which are
+            often kept at 8 bits (BRECQ, arXiv 2102.05426, section 4).
         optional: a rule that matches nothing is an error unless it is optional.
         pinned: a search of bit-widths (:class:`fxquant.budget.Allocation`) leaves its edges at
             the width of ``spec``.
@@ -52,6 +56,7 @@ class Rule:
     op: OpKind | None = None
     arg: Arg | None = None
     fed_by: str | None = None
+    end: End | None = None
     optional: bool = False
     pinned: bool = False
 
@@ -61,7 +66,7 @@ class Rule:
         Raises:
             PolicyError: ``spec`` is no TensorSpec, ``path`` no regular expression, ``optional``
                 or ``pinned`` no boolean.
-            UnknownKeyError: ``fed_by`` names no producer, or ``op`` or ``arg`` is unknown.
+            UnknownKeyError: ``fed_by`` names no producer, or ``op``, ``arg`` or ``end`` is unknown.
         """
         if self.spec is not None and not isinstance(self.spec, TensorSpec):
             raise PolicyError(
@@ -71,6 +76,8 @@ class Rule:
             parse_field(self, "op", OpKind)
         if self.arg is not None:
             parse_field(self, "arg", Arg)
+        if self.end is not None:
+            parse_field(self, "end", End)
         check_flag(self, "optional")
         check_flag(self, "pinned")
         if not isinstance(self.path, str):
@@ -91,6 +98,7 @@ class Rule:
             and (self.arg is None or self.arg is edge.arg)
             and re.fullmatch(self.path, edge.path) is not None
             and (self.fed_by is None or self.fed_by == fed_by(edge))
+            and (self.end is None or is_at(edge.node, self.end))
         )
 
 

@@ -19,6 +19,7 @@ from fxquant.policy import Policy, Rule
 from fxquant.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
 from fxquant.spec import (
     Arg,
+    End,
     GradientLoss,
     Granularity,
     Metric,
@@ -33,6 +34,7 @@ from fxquant.suggest import did_you_mean
 _ENUMS: dict[str, type[StrEnum]] = {
     "op": OpKind,
     "arg": Arg,
+    "end": End,
     "scheme": Scheme,
     "granularity": Granularity,
     "observer": ObserverKind,

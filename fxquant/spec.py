@@ -64,6 +64,13 @@ class Arg(StrEnum):
     RHS = "rhs"
 
 
+class End(StrEnum):
+    """The ends of a network: products with none before them, and products with none after."""
+
+    FIRST = "first"
+    LAST = "last"
+
+
 class Scheme(StrEnum):
     """Families of quantizers.
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
 import fxquant
 from fxquant import policies
 from fxquant.cli import main
-from fxquant.errors import PolicyError, UnknownKeyError
+from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 from fxquant.policies import Effort
 from fxquant.policy_file import policy_from_dict, policy_to_dict, read_policy
 from fxquant.recovery import Scope
-from fxquant.spec import Arg
-from fxquant.testing import relative_error, seeded, tokens
+from fxquant.spec import Arg, End
+from fxquant.testing import DIM, relative_error, seeded, tokens
 from tests.test_blocks import Stack
+
+
+class Ends(nn.Module):
+    """A first, a middle and a last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = (nn.Linear(DIM, DIM) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.gelu(self.stem(x))
+        return self.head(nn.functional.relu(self.middle(x)))
 
 
 def test_eight_bits_are_those_of_integer_kernels() -> None:
@@ -35,8 +48,9 @@ def test_fewer_bits_are_compensated_and_trained_given_time(
     trained = policy.reconstruction
     assert (trained is None) == (effort is Effort.SECONDS)
     assert trained is None or trained.scope is Scope.NETWORK
-    found = {rule.spec.bits for rule in policy.rules if rule.spec and rule.arg is Arg.WEIGHT}
-    assert found == {widths[0]}
+    weights = [r for r in policy.rules if r.spec and r.arg is Arg.WEIGHT]
+    found = {(rule.end, rule.spec.bits) for rule in weights if rule.spec}
+    assert found == {(None, widths[0]), *((end, 8) for end in End if widths[0] < 8)}
     assert policy_from_dict(policy_to_dict(policy)) == policy
 
 
@@ -60,6 +74,24 @@ def test_it_compiles() -> None:
     plain = fxquant.compile(model, [batch], policies.minmax(4, 6))
     exact = model(batch)
     assert relative_error(compiled(batch), exact) < relative_error(plain(batch), exact)
+
+
+def test_the_first_and_last_layers_keep_their_bits() -> None:
+    def widths(**options: int) -> dict[str, int]:
+        policy = policies.best(4, 5, **options)
+        report = fxquant.compile(seeded(Ends()), [tokens(8)], policy).report
+        return {entry.edge: entry.spec.bits for entry in report.plan if entry.spec}
+
+    inner = {"middle__input": 5, "middle__weight": 4, "stem__input": 8}
+    ends = dict.fromkeys(("stem__weight", "head__weight", "head__input"), 8)
+    assert widths() == {**inner, **ends}
+    assert widths(end_bits=6) == {**inner, **dict.fromkeys(ends, 6)}
+    least = {"stem__weight": 4, "head__weight": 4, "head__input": 5}
+    assert widths(end_bits=2) == {**inner, **least}
+    names = [policies.best(4, 4, end_bits=bits).name for bits in (2, 6, 8)]
+    assert names == ["best_w4a4_seconds_ends2", "best_w4a4_seconds_ends6", "best_w4a4_seconds"]
+    with pytest.raises(BitWidthError):
+        policies.best(4, 4, end_bits=1)
 
 
 def test_the_command_line_has_its_options(

@@ -43,6 +43,11 @@ def test_the_first_matching_rule_decides() -> None:
         ({"fed_by": "linear", "arg": Arg.LHS}, {"attn_matmul__lhs"}),
         ({"fed_by": "parameter", "path": r"fc\d"}, {"fc1__weight", "fc2__weight"}),
         ({"op": OpKind.MATMUL, "arg": Arg.RHS}, {"attn_matmul__rhs", "attn_matmul_1__rhs"}),
+        (
+            {"end": "first"},
+            {f"attn_qkv{copy}__{arg}" for copy in ("", "_1", "_2") for arg in ("input", "weight")},
+        ),
+        ({"end": "last", "arg": Arg.WEIGHT}, {"fc2__weight"}),
         ({"path": "fc", "optional": True}, set()),  # the whole path must match
     ],
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
@@ -56,6 +61,33 @@ def test_the_first_layer_is_fed_by_the_image() -> None:
     gm = canonical(testing.ConvNorm(), images())
     run_passes(gm, [AssignSpecs((Rule(fed_by="image", op=OpKind.CONV, spec=FOUR),))])
     assert specs(gm) == {"conv__input": FOUR, "conv__weight": None}
+
+
+class Heads(nn.Module):
+    """Images are normalised inside; two heads are averaged, as in distilled models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.table = nn.Parameter(torch.eye(DIM))
+        self.heads = nn.ModuleList(nn.Linear(DIM, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(nn.functional.gelu(self.stem((x - 0.5) / 0.25)))
+        x = x + nn.functional.linear(self.table, self.middle.weight).mean(0)
+        first, second = (head(x) for head in self.heads)
+        return ((first + second) / 2).softmax(-1)
+
+
+def test_the_ends_are_products_with_none_before_or_after() -> None:
+    gm = canonical(Heads(), tokens())
+    run_passes(gm, [AssignSpecs((Rule(end="first", spec=EIGHT), Rule(end="last", spec=FOUR)))])  # type: ignore[arg-type]
+    found = {name: spec for name, spec in specs(gm).items() if spec is not None}
+    assert found == {
+        "stem__input": EIGHT,
+        "stem__weight": EIGHT,
+        **{f"heads_{i}__{arg}": FOUR for i in range(2) for arg in ("input", "weight")},
+    }
 
 
 def test_an_unused_rule_is_an_error_that_shows_what_there_is() -> None:

@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("observers", "search", "allocate"),
     (
         "graph",
+        "ends",
         "verify",
         "serialize",
         "saved_checks",

@@ -9,7 +9,7 @@ from typing import Any
 from fxquant.errors import PolicyError, UnknownPresetError
 from fxquant.policies.best import Effort, best
 from fxquant.policies.plain import minmax, w8a8, w8a8_full
-from fxquant.policies.rules import elementwise_rules
+from fxquant.policies.rules import elementwise_rules, end_rules
 from fxquant.policies.searched import base_ptq, mptq_vit, ptq4vit
 from fxquant.policies.trained import aiqvit
 from fxquant.policy import Policy
@@ -22,6 +22,7 @@ __all__ = [
     "base_ptq",
     "best",
     "elementwise_rules",
+    "end_rules",
     "minmax",
     "mptq_vit",
     "preset",

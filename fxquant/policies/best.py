@@ -9,11 +9,11 @@ from fxquant.budget import Allocation, Budget
 from fxquant.checks import check_flags
 from fxquant.errors import UnknownKeyError
 from fxquant.policies.plain import w8a8
-from fxquant.policies.rules import elementwise_rules
+from fxquant.policies.rules import elementwise_rules, end_rules
 from fxquant.policies.searched import mptq_vit, ptq4vit
-from fxquant.policy import Policy
+from fxquant.policy import Policy, Rule
 from fxquant.recovery import Compensation, Reconstruction, Scope, WeightTraining
-from fxquant.spec import MAX_KERNEL_BITS
+from fxquant.spec import MAX_KERNEL_BITS, Arg
 from fxquant.suggest import did_you_mean
 
 
@@ -29,6 +29,7 @@ class Effort(StrEnum):
     HOURS = "hours"
 
 
+_END_BITS = 8
 _MINUTES = Reconstruction(
     scope=Scope.NETWORK,
     weights=WeightTraining.LOW_RANK,
@@ -46,21 +47,24 @@ def best(
     act_bits: int = 8,
     effort: Effort | str = Effort.SECONDS,
     *,
+    end_bits: int = _END_BITS,
     budget: Budget | None = None,
     full: bool = False,
 ) -> Policy:
     """Our own pick, by what was measured on the example models.
 
     At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
-    :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), and, given the
-    time, the network trained to give what the float one gives (:class:`fxquant.Reconstruction`).
-    ``benchmarks/accuracy.py`` has its rows.
+    :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), the first and
+    last layers at 8 bits, and, given the time, the network trained to give what the float one gives
+    (:class:`fxquant.Reconstruction`). ``benchmarks/accuracy.py`` has its rows.
 
     Args:
-        weight_bits: width of all weights, symmetric per output channel.
+        weight_bits: width of weights, symmetric per output channel.
         act_bits: width of activations.
         effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds; at 8 bits alike.
-        budget: mixed precision within it, chosen exactly, instead of those widths; at
+        end_bits: least width of the weights of the first and last layers, and of what the last
+            reads (:func:`fxquant.policies.end_rules`); 2 gives them no width of their own.
+        budget: mixed precision within it, chosen exactly, instead of all those widths; at
             ``weight_bits`` and ``act_bits`` it is then decided what to smooth.
         full: also quantize what norms, softmax, activation functions and additions read, to 8
             bits.
@@ -84,10 +88,17 @@ def best(
         base = ptq4vit(weight_bits, act_bits, twin=False)
     else:
         base = mptq_vit(weight_bits, act_bits)
+    ends: list[Rule] = []
+    for rule in end_rules(end_bits) if budget is None else ():
+        bits = weight_bits if rule.arg is Arg.WEIGHT else act_bits
+        if rule.spec is not None and rule.spec.bits > bits:
+            ends.append(rule)
+    if end_bits != _END_BITS and budget is None:
+        suffix = f"_ends{end_bits}{suffix}"
     return replace(
         base,
         name=f"best_{widths}_{effort}{suffix}",
-        rules=(*(elementwise_rules() if full else ()), *base.rules),
+        rules=(*(elementwise_rules() if full else ()), *ends, *base.rules),
         description=f"our own pick: {base.description}; weights rounded by columns",
         allocation=None if budget is None else Allocation(budget=budget),
         compensation=Compensation(),

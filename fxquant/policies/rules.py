@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxquant.policy import Rule
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, TensorSpec
+from fxquant.spec import Arg, End, Granularity, ObserverKind, OpKind, TensorSpec
 
 
 def searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Rule, ...]:
@@ -32,6 +32,26 @@ def searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Ru
             optional=True,
         ),
         Rule(spec=TensorSpec(bits=act_bits)),
+    )
+
+
+def end_rules(bits: int = 8) -> tuple[Rule, ...]:
+    """Rules for the first and last products, which post-training methods often keep at 8 bits.
+
+    They are a small part of the network, and what they lose is lost for all of it (BRECQ, arXiv
+    2102.05426, section 4). What the first reads is left to other rules.
+
+    Args:
+        bits: width of their weights, symmetric per output channel, and of what the last ones
+            read, asymmetric per tensor.
+
+    Raises:
+        BitWidthError: it is outside 2..16.
+    """
+    weight = TensorSpec(bits=bits, symmetric=True, granularity=Granularity.CHANNEL)
+    return (
+        *(Rule(arg=Arg.WEIGHT, end=end, spec=weight, optional=True) for end in End),
+        Rule(arg=Arg.INPUT, end=End.LAST, spec=TensorSpec(bits=bits), optional=True),
     )
 
 
