@@ -48,6 +48,26 @@ def picker(gm: fx.GraphModule, allocation: Allocation | None) -> Picked:
     return Picked(count, allocation.seed)
 
 
+def check_budget(gm: fx.GraphModule, policy: Policy) -> None:
+    """Looks whether there are widths within the policy's budget, before long work.
+
+    Args:
+        gm: in stage OBSERVED, no data seen.
+        policy: with an allocation.
+
+    Raises:
+        PolicyError: the budget cannot be met, or no edge has a width to choose.
+    """
+    options, layout = policy.allocation, Layout(gm)
+    assert options is not None
+    if not layout.groups:
+        raise PolicyError(
+            f"policy {policy.name!r} has no width to choose: every quantized edge is pinned"
+        )
+    unknown = [(0.0,) * len(options.widths)] * len(layout.groups)
+    _problem(layout, options, unknown).bounds(options.budget)
+
+
 def choose_widths(
     gm: fx.GraphModule,
     picked: Picked,
@@ -64,7 +84,7 @@ def choose_widths(
         picked: images that losses are measured on.
         samples: rows of each product by node name, with gradients.
         seen: number of images that they were sampled from.
-        policy: with an allocation.
+        policy: with an allocation that :func:`check_budget` lets pass.
         cache: folder for measured losses, so that an interrupted search goes on; None keeps none.
         progress: show progress on stderr.
 
@@ -72,7 +92,6 @@ def choose_widths(
         Edge name -> bits, and what was found.
 
     Raises:
-        PolicyError: the budget cannot be met, or no edge has a width to choose.
         CalibrationError: losses cannot be measured or estimated for this model.
         FileFormatError: the file of measured losses is damaged.
         OutputError: it cannot be written.
@@ -80,13 +99,6 @@ def choose_widths(
     options, search = policy.allocation, policy.samples
     assert options is not None and search is not None
     layout = Layout(gm)
-    if not layout.groups:
-        raise PolicyError(
-            f"policy {policy.name!r} has no width to choose: every quantized edge is pinned"
-        )
-    # What cannot be met is said before the long work.
-    unknown = [(0.0,) * len(options.widths)] * len(layout.groups)
-    _problem(layout, options, unknown).bounds(options.budget)
     opt_m = policy.search is not None and policy.search.opt_m
     trials = Trials(gm, least_squares=policy.search is not None, opt_m=opt_m)
     estimates = _estimate(layout, Estimates(gm, trials, samples, search.metric, seen), options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,10 +13,17 @@ from torch import Tensor, fx, nn
 
 from fxquant.allocate.outcome import Outcome
 from fxquant.batches import CalibrationImages
-from fxquant.bit_widths import choose_widths, picker
+from fxquant.bit_widths import check_budget, choose_widths, picker
 from fxquant.calibrate import calibrate, norm_ranges
 from fxquant.capture import capture, check_model, device_of
-from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError, PolicyError
+from fxquant.errors import (
+    BatchError,
+    CaptureError,
+    NonFiniteError,
+    OutputError,
+    PassError,
+    PolicyError,
+)
 from fxquant.model import CompiledModel
 from fxquant.network_loss import float_outputs
 from fxquant.passes import (
@@ -108,10 +116,10 @@ def compile(
         CaptureError: the model cannot be captured, or holds nothing to quantize.
         PolicyError: the policy is malformed or does not fit the model.
         CalibrationError: calibration data or loss cannot be used, or the model gives NaN.
-        OutputError: the cache cannot be written.
+        OutputError: the cache is no path, or cannot be written.
     """
     recipe = resolve(policy)
-    _check_loss(recipe, loss)
+    _check_options(recipe, loss, cache)
     check_model(model)
     twice = recipe.smooth or recipe.reparameterize or recipe.recovers
     images = CalibrationImages(calib_loader, twice=twice)
@@ -124,7 +132,7 @@ def compile(
         ranges = norm_ranges(gm, track(images, label="ranges", total=len(images), enabled=progress))
         results |= run_passes(gm, (Reparameterize(ranges),))
         clock.lap("reparameterize")
-    results |= run_passes(gm, (AssignSpecs(recipe.rules),))
+    results |= _annotate(gm, recipe)
     samples: dict[str, ProductSample] = {}
     if recipe.smooth:
         choices = _choose_smoothing(gm, images, recipe, loss, progress)
@@ -187,7 +195,20 @@ def _recover(
     return results
 
 
-def _check_loss(recipe: Policy, loss: Loss | None) -> None:
+def _annotate(gm: fx.GraphModule, recipe: Policy) -> dict[str, PassResult]:
+    """Rules become annotations; a budget that they cannot meet is refused before the long work."""
+    results = run_passes(gm, (AssignSpecs(recipe.rules),))
+    if recipe.allocation is not None:
+        observed = fx.GraphModule(gm, copy.deepcopy(gm.graph))  # shares the parameters
+        observed.meta = dict(gm.meta)
+        run_passes(observed, (InsertObservers(),))
+        check_budget(observed, recipe)
+    return results
+
+
+def _check_options(recipe: Policy, loss: Loss | None, cache: Any) -> None:
+    if cache is not None and not isinstance(cache, str | Path):
+        raise OutputError(f"cache must be the path of a folder, or None, got {cache!r:.80}")
     samples = recipe.samples
     if loss is not None:
         check_callable(loss)

@@ -212,6 +212,15 @@ def test_a_budget_that_cannot_be_met_says_the_least_before_measuring(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_it_says_so_before_channels_are_smoothed(
+    vit: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.compiler.choose_smoothing", pytest.fail)
+    policy = policies.mptq_vit(4, 4, budget=Budget(mean_act_bits=2))
+    with pytest.raises(PolicyError, match="mean_act_bits is at least"):
+        compiled(vit, policy)
+
+
 def test_a_policy_whose_edges_are_all_pinned_has_no_width_to_choose(vit: nn.Module) -> None:
     policy = Policy(
         name="p",

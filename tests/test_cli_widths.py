@@ -55,6 +55,9 @@ def test_a_budget_that_cannot_be_met_ends_with_the_least(
     start = ["compile", VIT, *ARGS, "--random-weights", "--data", flat, "--out", tmp_path]
     assert "weight_bytes is at least" in fails(capsys, *start, "--weight-bytes", "10")
     assert "must be a positive number" in fails(capsys, *start, "--bitops", "-1")
+    own = ["--policy", "mptq_vit", "--mean-act-bits", "1"]
+    assert "mean_act_bits is at least" in fails(capsys, *start, *own)
+    assert "mean_weight_bits is at least" in fails(capsys, *start, "--mean-weight-bits", "1")
     assert "there is none: give --mean-bits" in fails(capsys, *start, "--allocate", "exact")
     assert list(tmp_path.iterdir()) == []
 

@@ -267,6 +267,13 @@ def test_names_that_are_no_policy(tmp_path: Path) -> None:
         resolve(binary)
 
 
+def test_options_that_no_preset_takes() -> None:
+    with pytest.raises(PolicyError, match="ptq4vit has no image_bit; did you mean 'image_bits'"):
+        policies.preset("ptq4vit", image_bit=8)
+    with pytest.raises(PolicyError, match="ptq4vit has no budget: best, mptq_vit take it"):
+        policies.preset("ptq4vit", budget=4)
+
+
 def test_a_policy_without_rules_would_do_nothing() -> None:
     with pytest.raises(PolicyError, match="would quantize nothing"):
         Policy(name="empty")

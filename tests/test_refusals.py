@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import policies
 from fxquant.budget import Allocation, Budget
-from fxquant.errors import BatchError, CaptureError, EmptyLoaderError, PolicyError
+from fxquant.errors import BatchError, CaptureError, EmptyLoaderError, OutputError, PolicyError
 from fxquant.policy_file import read_policy
 from fxquant.spec import ScaleSearch
 from fxquant.testing import DIM, images, seeded, tokens
@@ -125,3 +125,8 @@ def test_yaml_that_nests_without_end_raises(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.yaml").write_text(text)
     with pytest.raises(PolicyError, match="nested too deeply, or an alias"):
         read_policy(tmp_path / "policy.yaml")
+
+
+def test_a_cache_that_is_no_folder_s_path(vit: nn.Module) -> None:
+    with pytest.raises(OutputError, match="cache must be the path of a folder, or None, got 5"):
+        fxquant.compile(vit, [X], cache=5)  # type: ignore[arg-type]

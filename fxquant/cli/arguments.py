@@ -167,6 +167,8 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     )
     for cost, of in (
         (Cost.MEAN_BITS, "mean width of all weights and activations"),
+        (Cost.MEAN_WEIGHT_BITS, "mean width of the weights"),
+        (Cost.MEAN_ACT_BITS, "mean width of the activations of one image"),
         (Cost.WEIGHT_BYTES, "bytes of all weights"),
         (Cost.BITOPS, "multiplications times both widths, for one image"),
     ):

@@ -241,7 +241,7 @@ def run_doctor(options: Namespace) -> int:
 def _policy(options: Namespace) -> Policy:
     """The policy asked for, a preset with the options asked for."""
     given = _preset_options(options)
-    if options.policy == "best":
+    if policies.takes(options.policy, "budget"):
         given["budget"] = budget_of(options)
     if all(value is None for value in given.values()):
         return resolve(options.policy)

@@ -14,6 +14,7 @@ from fxquant.files import write_together, write_utf8
 from fxquant.model import load
 from fxquant.policy import Policy
 
+_BUDGETS = "--mean-bits, --mean-weight-bits, --mean-act-bits, --weight-bytes or --bitops"
 CSV_FILE, PLOT_FILE = "pareto.csv", "pareto.png"
 _STYLES = {"uniform": "s", "greedy": "o-", "exact": ".-"}
 
@@ -39,8 +40,7 @@ def with_budget(policy: Policy, options: Namespace) -> Policy:
     if budget is None and own is None:
         if options.allocate is not None:
             raise PolicyError(
-                "--allocate chooses how a budget is met, and there is none: give --mean-bits, "
-                "--weight-bytes or --bitops"
+                f"--allocate chooses how a budget is met, and there is none: give {_BUDGETS}"
             )
         return policy
     if budget is not None:
@@ -59,7 +59,7 @@ def run_pareto(options: Namespace) -> int:
     if outcome is None:
         raise PolicyError(
             f"{options.path} was compiled without a budget, so it has no sensitivities: compile "
-            "with --mean-bits, --weight-bytes or --bitops"
+            f"with {_BUDGETS}"
         )
     cost = Cost(options.cost)
     points = sweep(outcome.problem, cost, options.steps)

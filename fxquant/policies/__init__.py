@@ -61,7 +61,14 @@ def preset(name: str, **options: Any) -> Policy:
         )
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
-        takers = [n for n, make in PRESETS.items() if key in inspect.signature(make).parameters]
+        takers = [other for other in PRESETS if takes(other, key)]
         if name not in takers:
-            raise PolicyError(f"preset {name} has no {key}: {', '.join(takers) or 'none'} take it")
+            own = inspect.signature(PRESETS[name]).parameters
+            who = f": {', '.join(takers)} take it" if takers else did_you_mean(key, own)
+            raise PolicyError(f"preset {name} has no {key}{who}")
     return PRESETS[name](**given)
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether there is a preset of that name, and it has the option."""
+    return name in PRESETS and option in inspect.signature(PRESETS[name]).parameters
