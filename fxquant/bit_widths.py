@@ -42,7 +42,7 @@ def picker(gm: fx.GraphModule, allocation: Allocation | None) -> Picked:
         return Picked(0, 0)
     count = allocation.images
     if count is None:
-        work = Layout(gm).work(len(allocation.widths))
+        work = len(allocation.widths) * Layout(gm).behind()
         count = int(allocation.work // max(work, 1))
         count = min(max(count, _LEAST_IMAGES), _MOST_IMAGES)
     return Picked(count, allocation.seed)

@@ -19,13 +19,17 @@ from fxquant.search.output import ProductSample
 from fxquant.search.smoothing import Reading, Smoothing, Trial, finalists, moved
 from fxquant.spec import Arg, Granularity, Metric, ScaleSearch, Scheme, TensorSpec
 from fxquant.user_loss import Loss
+from fxquant.work import Work
 
 # Of the loss without. What finalists are tried with is rougher than the search of scales to follow,
 # which makes up for smaller gains: on glyph_vit at 4 bits, folds of 0.5 to 0.8 raised the loss of
 # the whole network by a twentieth.
 _GAIN = 0.5
-# That the loss is measured on.
-_IMAGES = 32
+# Images that the loss is measured on: as many as take no more multiplications than these, some half
+# a minute on two cores of an AVX2 server.
+_LEAST_IMAGES, _MOST_IMAGES, _WORK = 8, 32, 2e12
+# Finalists of a site where channels may be shifted.
+_FINALISTS = 5
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def choose_smoothing(
         loss: of outputs and labels, as in :func:`fxquant.samples.sample_products`.
         progress: show progress on stderr.
     """
-    picked = Picked(_IMAGES, search.seed)
+    picked = Picked(_images(gm), search.seed)
     samples, _ = sample_products(gm, picked.watch(batches), search, loss)
     found, refused = _sites(gm, samples)
     folds = {}
@@ -92,6 +96,13 @@ def choose_smoothing(
             else:
                 refused[site.source.name] = "not smoothed: the loss would not fall by half"
         return Choices(folds, refused, _moved(samples, folds.values()))
+
+
+def _images(gm: fx.GraphModule) -> int:
+    """Number of images that the loss is measured on."""
+    sites = [site for _, site in (*norm_sites(gm), *linear_sites(gm)) if isinstance(site, Site)]
+    work = _FINALISTS * Work(gm).behind(site.source for site in sites)
+    return min(max(int(_WORK // max(work, 1)), _LEAST_IMAGES), _MOST_IMAGES)
 
 
 def _choose(

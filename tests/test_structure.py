@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("observers", "search", "allocate"),
     (
         "graph",
+        "work",
         "ends",
         "verify",
         "serialize",

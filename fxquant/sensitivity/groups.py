@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
-from torch import Tensor, fx
+from torch import fx
 
 from fxquant.allocate.problem import Fixed, Product
-from fxquant.graph import Edge, edges, example_size, get_parameter, op_kind, operand
+from fxquant.graph import Edge, get_parameter
 from fxquant.graph import quantized_edges as annotated_edges
 from fxquant.spec import Arg
+from fxquant.work import Work
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Layout:
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm = gm
+        self._gm, self._work = gm, Work(gm)
         found: dict[tuple[str, ...], list[Edge]] = {}
         operands = list(_operands(gm))
         pinned = {e.source for e in operands if _pinned(e) and e.arg is not Arg.WEIGHT}
@@ -64,24 +63,11 @@ class Layout:
         self.groups = tuple(EdgeGroup(tuple(group)) for group in found.values())
         self._fixed = [EdgeGroup(tuple(group)) for group in fixed.values()]
 
-    @cached_property
-    def _images(self) -> int:
-        """Number of images in the shapes that the graph carries."""
-        (image,) = (node for node in self._gm.graph.nodes if node.op == "placeholder")
-        return int(example_size(image.meta["val"].shape[0]))
-
-    def _count(self, node: fx.Node) -> int:
-        """Values of a node for one image; of one that the images do not reach, all."""
-        shape = node.meta["val"].shape
-        sizes = [int(example_size(size)) for size in shape]
-        total = math.prod(sizes)
-        return total if all(isinstance(size, int) for size in shape) else total // self._images
-
     def values(self, group: EdgeGroup) -> int:
         """Values of a group, of activations for one image."""
         if group.is_weight:
             return sum(get_parameter(self._gm, node).numel() for node in group.sources)
-        return sum(self._count(node) for node in group.sources)
+        return sum(self._work.values(node) for node in group.sources)
 
     @property
     def fixed(self) -> tuple[Fixed, ...]:
@@ -104,28 +90,16 @@ class Layout:
         for edge in _operands(self._gm):
             sides.setdefault(edge.node, []).append(names.get(edge.name, _bits(edge)))
         return tuple(
-            Product(macs=self.macs(node), left=both[0], right=both[1])
+            Product(macs=self._work.macs(node), left=both[0], right=both[1])
             for node, both in sides.items()
             if len(both) == 2
         )
 
-    def macs(self, node: fx.Node) -> int:
-        """Multiplications of a product for one image."""
-        right = operand(node, 1).meta.get("val")
-        if not isinstance(right, Tensor):
-            right = get_parameter(self._gm, operand(node, 1))
-        index = next(edge.arg for edge in edges(self._gm) if edge.node is node)
-        if index is Arg.LHS:  # (…, n, K) @ (…, K, N)
-            return self._count(node) * int(operand(node, 0).meta["val"].shape[-1])
-        return self._count(node) * math.prod(int(size) for size in right.shape[1:])
-
-    def work(self, widths: int) -> int:
-        """Multiplications for one image of running what lies behind each group at each width."""
+    def behind(self) -> int:
+        """Multiplications for one image of running what lies behind each group."""
         order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
-        macs = {order[n]: self.macs(n) for n in self._gm.graph.nodes if op_kind(n) is not None}
-        starts = [min(order[edge.node] for edge in group.edges) for group in self.groups]
-        return widths * sum(
-            sum(count for place, count in macs.items() if place >= start) for start in starts
+        return self._work.behind(
+            min((edge.node for edge in group.edges), key=order.__getitem__) for group in self.groups
         )
 
 

@@ -1,0 +1,53 @@
+"""How much a graph computes for one image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cached_property
+
+from torch import Tensor, fx
+
+from fxquant.graph import example_size, get_parameter, op_kind, operand
+from fxquant.spec import OpKind
+
+
+class Work:
+    """Sizes of a graph's values and products, of one image.
+
+    Args:
+        gm: with the shapes of an example batch.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+
+    @cached_property
+    def _images(self) -> int:
+        """Number of images in the shapes that the graph carries."""
+        (image,) = (node for node in self._gm.graph.nodes if node.op == "placeholder")
+        return int(example_size(image.meta["val"].shape[0]))
+
+    def values(self, node: fx.Node) -> int:
+        """Values of a node for one image; of one that the images do not reach, all."""
+        shape = node.meta["val"].shape
+        sizes = [int(example_size(size)) for size in shape]
+        total = math.prod(sizes)
+        return total if all(isinstance(size, int) for size in shape) else total // self._images
+
+    def macs(self, node: fx.Node) -> int:
+        """Multiplications of a product."""
+        if op_kind(node) is OpKind.MATMUL:  # (…, n, K) @ (…, K, N)
+            return self.values(node) * int(operand(node, 0).meta["val"].shape[-1])
+        right = operand(node, 1).meta.get("val")
+        if not isinstance(right, Tensor):
+            right = get_parameter(self._gm, operand(node, 1))
+        return self.values(node) * math.prod(int(size) for size in right.shape[1:])
+
+    def behind(self, starts: Iterable[fx.Node]) -> int:
+        """Multiplications of running the rest of the graph from each of the starts on."""
+        order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
+        macs = {order[n]: self.macs(n) for n in self._gm.graph.nodes if op_kind(n) is not None}
+        return sum(
+            count for start in starts for place, count in macs.items() if place >= order[start]
+        )
