@@ -28,8 +28,9 @@ import fxquant
 from fxquant import Reconstruction, policies
 from fxquant.blocks import find_blocks
 from fxquant.demo.models import NAMES, build
-from fxquant.reconstruction.block_trainer import TrainedBlock, train_block
 from fxquant.reconstruction.losses import Measured, criterion
+from fxquant.reconstruction.trained_block import TrainedBlock
+from fxquant.reconstruction.training import train_block
 from fxquant.recovery import BlockLoss, WeightTraining
 from fxquant.side_by_side import SideBySide, Station
 

@@ -95,7 +95,7 @@ class Reconstruction:
 
     Attributes:
         scope: block after block, or all together, which holds the values of the whole network
-            for the images of a step; checkpoints are of what is done, so it has one at its end.
+            for the images of a step.
         weights: what of them is trained.
         scales: train the scales and zero points of activations, and the scales of those weights
             that are trained.

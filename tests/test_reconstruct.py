@@ -16,12 +16,14 @@ import fxquant
 from fxquant import policies
 from fxquant.blocks import whole_network
 from fxquant.calibrate import calibrate
-from fxquant.errors import FileFormatError, PolicyError
+from fxquant.errors import PolicyError
 from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reconstruct, run_passes
-from fxquant.passes import reconstruct as reconstruct_pass
 from fxquant.policy import Policy, Rule
 from fxquant.policy_file import policy_from_dict, policy_to_dict
-from fxquant.reconstruction.block_trainer import TrainedBlock, split
+from fxquant.reconstruction import training
+from fxquant.reconstruction.losses import criterion, measure
+from fxquant.reconstruction.trained_block import TrainedBlock
+from fxquant.reconstruction.training import split, train_block
 from fxquant.recovery import Compensation, Reconstruction
 from fxquant.side_by_side import SideBySide
 from fxquant.spec import Arg, Granularity, TensorSpec
@@ -168,32 +170,30 @@ def test_what_is_not_named_stays() -> None:
     assert not all(torch.equal(state[name], value) for name, value in scales.items())
 
 
-def test_an_interrupted_run_ends_with_the_same_numbers(
+def test_the_best_state_is_kept_where_later_ones_are_worse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = frozen()
-    reconstruct(whole, drop=0.5)
-    real, calls = reconstruct_pass.train_block, []
+    gm = frozen()
+    sides, blocks = SideBySide(gm, BATCH), (whole_network(gm),)
+    station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
+    options = Reconstruction(**SHORT)
+    block = TrainedBlock(gm, station, options, torch.Generator())
+    losses = iter([8.0, 6.0, 5.0, 7.0, 9.0, float("nan"), 5.0, 6.0, 7.0])
+    seen: list[dict[str, Tensor]] = []
 
-    def interrupted(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return real(*args)
+    def looked(block: TrainedBlock, *_: Any) -> Tensor:
+        seen.append(dict(block.changes().weights))
+        return torch.tensor([next(losses, 8.0)])
 
-    monkeypatch.setattr(reconstruct_pass, "train_block", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        reconstruct(frozen(), tmp_path, drop=0.5)
-    (folder,) = tmp_path.iterdir()
-    assert [path.name for path in folder.iterdir()] == ["block-0.safetensors"]
-    monkeypatch.setattr(reconstruct_pass, "train_block", real)
-    again = frozen()
-    result = reconstruct(again, tmp_path, drop=0.5)
-    assert result.changed + len(result.skips) == 4
-    assert torch.equal(again(BATCH), whole(BATCH))
-    resumed = frozen()
-    reconstruct(resumed, tmp_path, drop=0.5)
-    assert torch.equal(resumed(BATCH), whole(BATCH))
+    monkeypatch.setattr(training, "image_losses", looked)
+    measured = measure(sides.teacher(), blocks, BATCH, options, tmp_path)
+    loss, parts = criterion(options, measured, station), split(24, 0.2, torch.Generator())
+    changes, before, after = train_block(block, station, loss, options, parts)
+    assert (before, after) == (8.0, 5.0)
+    assert changes is not None
+    for name, weight in changes.weights.items():
+        assert torch.equal(weight, seen[2][name])
+        assert not torch.equal(weight, seen[-1][name])
 
 
 def test_parameters_are_in_the_order_of_the_graph() -> None:
@@ -205,26 +205,6 @@ def test_parameters_are_in_the_order_of_the_graph() -> None:
     order = [node.name for node in gm.graph.nodes if node.name in block.biases]
     assert len(order) > 4
     assert list(block.biases) == order
-
-
-def test_blocks_of_other_options_are_not_taken(tmp_path: Path) -> None:
-    reconstruct(frozen(), tmp_path)
-    reconstruct(frozen(), tmp_path, seed=1)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
-    reconstruct(frozen(), tmp_path)
-    path = next(tmp_path.rglob("block-1.safetensors"))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FileFormatError, match=r"block-1.*damaged.*delete it"):
-        reconstruct(frozen(), tmp_path)
-    path = next(tmp_path.rglob("block-0.safetensors"))
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(FileFormatError, match=r"block-0.*damaged \(its checksum is another\)"):
-        reconstruct(frozen(), tmp_path)
 
 
 def policy() -> Policy:

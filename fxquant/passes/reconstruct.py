@@ -24,9 +24,10 @@ from torch import Tensor, fx
 from fxquant.blocks import find_blocks, whole_network
 from fxquant.graph import get_parameter, operand, submodule
 from fxquant.passes.base import Gain, PassResult, Skip
-from fxquant.reconstruction.block_trainer import Changes, TrainedBlock, split, train_block
-from fxquant.reconstruction.checkpoint import Checkpoints
+from fxquant.reconstruction.checkpoint import Checkpoints, StateFile
 from fxquant.reconstruction.losses import Measured, criterion, measure
+from fxquant.reconstruction.trained_block import Changes, TrainedBlock
+from fxquant.reconstruction.training import split, train_block
 from fxquant.recovery import Reconstruction, Scope
 from fxquant.rewrite import replace_constant, set_bias
 from fxquant.side_by_side import SideBySide, Station
@@ -77,7 +78,9 @@ class Reconstruct:
                 options = replace(self.options, seed=self.options.seed + number)
                 torch.manual_seed(options.seed)
                 done = kept.get(number, station.device)
-                changes, before, after = done or self._train(gm, station, options, measured, parts)
+                changes, before, after = done or self._train(
+                    gm, station, options, measured, parts, kept.state_file(number)
+                )
                 kept.put(number, changes, before, after)
                 if changes is None:
                     fell = "its loss did not fall"
@@ -105,11 +108,12 @@ class Reconstruct:
         options: Reconstruction,
         measured: Measured,
         parts: tuple[Tensor, Tensor],
+        kept: StateFile | None,
     ) -> tuple[Changes | None, float, float]:
         generator = torch.Generator().manual_seed(options.seed)
         block = TrainedBlock(gm, station, options, generator).to(station.device)
         loss = criterion(options, measured, station)
-        return train_block(block, station, loss, options, parts)
+        return train_block(block, station, loss, options, parts, kept)
 
 
 def _ranks(gm: fx.GraphModule, changes: Changes) -> list[Gain]:

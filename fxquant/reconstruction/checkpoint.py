@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +16,12 @@ from torch import Tensor, fx
 from fxquant.errors import FileFormatError, OutputError
 from fxquant.files import write_whole
 from fxquant.quantizers import Quantizer, from_config
-from fxquant.reconstruction.block_trainer import Changes
+from fxquant.reconstruction.trained_block import Changes
 from fxquant.sensitivity.cache import fingerprint
 
 # Raised with any change of the training, so that nothing trained before it is taken.
-_FORMAT = 2
+_FORMAT = 3
+_DIGEST = hashlib.sha256().digest_size
 
 Trained = tuple[Changes | None, float, float]
 
@@ -31,8 +34,52 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+class StateFile:
+    """The training of one block on its way, bit for bit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any] | None:
+        """What was written last, on the CPU: None if nothing was.
+
+        Raises:
+            FileFormatError: the file is damaged.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            data = self.path.read_bytes()
+            digest, rest = data[:_DIGEST], data[_DIGEST:]
+            if hashlib.sha256(rest).digest() != digest:
+                raise ValueError("its checksum is another")
+            state = torch.load(io.BytesIO(rest), map_location="cpu", weights_only=True)
+        except (OSError, ValueError) as error:
+            raise FileFormatError(
+                f"{self.path} is damaged ({error}): delete it to train its block anew"
+            ) from error
+        assert isinstance(state, dict)
+        return state
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Keeps the state instead of the last one.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        digest = hashlib.sha256(data).digest()
+        write_whole(self.path, lambda to: _write(to, digest + data))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 class Checkpoints:
-    """One file for each block that is done.
+    """One file for each block that is done, and one for the state of the one in training.
 
     Args:
         folder: where they are; None keeps nothing.
@@ -59,6 +106,11 @@ class Checkpoints:
             f"cannot write {self._folder}: {error.strerror or error}. Choose a writable folder "
             "with enough free space; the blocks trained so far are kept in it"
         )
+
+    def state_file(self, number: int) -> StateFile | None:
+        """For the state of a block while it is trained; it goes when the block is put."""
+        path = self._path(number)
+        return None if path is None else StateFile(path.with_suffix(".training"))
 
     def _path(self, number: int) -> Path | None:
         return None if self._folder is None else self._folder / f"block-{number}.safetensors"
@@ -137,5 +189,6 @@ class Checkpoints:
         metadata = {"fxquant": text, "sha256": _digest(text, whole)}
         try:
             write_whole(path, lambda to: save_file(whole, to, metadata=metadata))
+            path.with_suffix(".training").unlink(missing_ok=True)
         except OSError as error:
             raise self._not_written(error) from error

@@ -1,8 +1,7 @@
-"""Trains one block."""
+"""The trained parts of a block."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,21 +19,12 @@ from fxquant.graph import (
     submodule,
 )
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.reconstruction.activations import TrainedQuantizer, draw_mask, trained
-from fxquant.reconstruction.curriculum import Curriculum
-from fxquant.reconstruction.losses import Criterion
+from fxquant.reconstruction.activations import TrainedQuantizer, trained
 from fxquant.reconstruction.rank_search import RankSearch, candidate_ranks
 from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough, TrainedWeight
 from fxquant.recovery import Reconstruction, WeightTraining
-from fxquant.side_by_side import CHUNK, Station, Values, tensors_of
+from fxquant.side_by_side import Station, Values, tensors_of
 from fxquant.spec import Arg, OpKind
-
-# The regularizer of roundings beside a loss that starts at one.
-_PUSH = 1.0
-# How often the loss is looked at, and a curriculum sorts the images anew.
-_LOOKS = 8
-# Largest norm of the gradient of a step, of a loss that starts at one.
-_CLIP = 10.0
 
 
 @dataclass(frozen=True)
@@ -196,148 +186,3 @@ def _biases(gm: fx.GraphModule, own: Iterable[fx.Node]) -> Iterator[tuple[fx.Nod
         bias = node.args[2]
         if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
             yield node, get_parameter(gm, bias)
-
-
-def train_block(
-    block: TrainedBlock,
-    station: Station,
-    criterion: Criterion,
-    options: Reconstruction,
-    parts: tuple[Tensor, Tensor],
-) -> tuple[Changes | None, float, float]:
-    """Trains a block.
-
-    Args:
-        block: its trained parts; changed.
-        station: its data.
-        criterion: its loss.
-        options: steps and rates.
-        parts: numbers of the images that judge, and of those that train (:func:`split`).
-
-    Returns:
-        What the block was when its loss was least, None where that is before the first step; and
-        the loss before and then: without drops, the mean over the images held out.
-    """
-    generator = torch.Generator().manual_seed(options.seed)
-    judges, own = parts
-    before = least = float(image_losses(block, station, criterion, judges).mean())
-    best: Changes | None = None
-    if not block.groups(options) or not 0 < before < math.inf:
-        return None, before, before
-    if block.searches_ranks:
-        _search_ranks(block, station, criterion, options, before, own)
-    groups = block.groups(options)
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.iterations))
-    )
-    parameters = [p for group in groups for p in group["params"]]
-    plan = Curriculum(len(own), options.batch, options.iterations, options.curriculum, generator)
-    every = max(1, options.iterations // _LOOKS)
-    for step in range(options.iterations):
-        if plan.sorts and step % every == 0:
-            plan.sort(image_losses(block, station, criterion, own))
-        block.train()
-        with torch.enable_grad():
-            index = own[plan.draw(step)]
-            loss = _step_loss(block, station, criterion, index, options.drop) / before
-            push = block.regularizer(step / options.iterations)
-            total = loss if push is None else loss + _PUSH * push
-            optimizer.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, _CLIP)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % every == 0 or step + 1 == options.iterations:
-            now = float(image_losses(block, station, criterion, judges).mean())
-            if now < least:
-                least, best = now, block.changes()
-    return best, before, least
-
-
-def split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Numbers of the images that judge and of those that train.
-
-    At least one judges; where there is no other, or share is 0, all do both.
-    """
-    held = max(1, round(share * count)) if share else 0
-    if not 0 < held < count:
-        return torch.arange(count), torch.arange(count)
-    order = torch.randperm(count, generator=generator)
-    return order[:held].sort().values, order[held:].sort().values
-
-
-def _search_ranks(
-    block: TrainedBlock,
-    station: Station,
-    criterion: Criterion,
-    options: Reconstruction,
-    unit: float,
-    images: Tensor,
-) -> None:
-    """Trains factors on one half of the images and preferences on the other, in turns.
-
-    Args:
-        block: with open ranks; settled in the end.
-        station: its data.
-        criterion: its loss.
-        options: steps and rates; preferences take ten times the rate of the weights.
-        unit: the loss that counts as one.
-        images: numbers of those it takes.
-    """
-    generator = torch.Generator().manual_seed(options.seed)
-    named = dict(block.named_parameters())
-    turns = [
-        [p for n, p in named.items() if p.requires_grad and n.endswith("preference") == second]
-        for second in (False, True)
-    ]
-    rates = options.weight_rate, 10 * options.weight_rate
-    optimizers = [torch.optim.Adam(p, lr=r) for p, r in zip(turns, rates, strict=True)]
-    halves = images[torch.randperm(len(images), generator=generator)].chunk(2)
-    block.train()
-    for step in range(options.rank_iterations):
-        turn = step % len(halves)
-        own = halves[turn]
-        index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
-        with torch.enable_grad():
-            loss = _step_loss(block, station, criterion, index, options.drop) / unit
-            block.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        optimizers[turn].step()
-    block.settle_ranks()
-
-
-def _step_loss(
-    block: TrainedBlock, station: Station, criterion: Criterion, index: Tensor, drop: float
-) -> Tensor:
-    given = station.given.get(index, station.device)
-    # What comes in is left unquantized for as large a share as what is computed.
-    if drop and station.given is not station.exact:
-        exact = station.exact.get(index, station.device)
-        given = {
-            name: torch.lerp(value, exact[name], draw_mask(value, drop))
-            for name, value in given.items()
-        }
-    return criterion(block(given), station.target.get(index, station.device), index).mean()
-
-
-@torch.no_grad()
-def image_losses(
-    block: TrainedBlock, station: Station, criterion: Criterion, images: Tensor
-) -> Tensor:
-    """The loss of each of some images, ``(n,)``, without drops.
-
-    Args:
-        block: its trained parts.
-        station: its data.
-        criterion: its loss.
-        images: their numbers, ``(n,)``.
-    """
-    block.eval()
-    found = []
-    for index in torch.split(images, CHUNK):
-        given, target = (
-            shelf.get(index, station.device) for shelf in (station.given, station.target)
-        )
-        found.append(criterion(block(given), target, index))
-    return torch.cat(found)

@@ -1,0 +1,243 @@
+"""Trains one block, step by step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.reconstruction.activations import draw_mask
+from fxquant.reconstruction.checkpoint import StateFile
+from fxquant.reconstruction.curriculum import Curriculum
+from fxquant.reconstruction.losses import Criterion
+from fxquant.reconstruction.trained_block import Changes, TrainedBlock
+from fxquant.recovery import Reconstruction
+from fxquant.side_by_side import CHUNK, Station
+
+# The regularizer of roundings beside a loss that starts at one.
+_PUSH = 1.0
+# How often the loss is looked at, the state kept, and a curriculum sorts the images anew.
+_LOOKS = 8
+# Largest norm of the gradient of a step, of a loss that starts at one.
+_CLIP = 10.0
+
+
+def train_block(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    parts: tuple[Tensor, Tensor],
+    kept: StateFile | None = None,
+) -> tuple[Changes | None, float, float]:
+    """Trains a block.
+
+    Args:
+        block: its trained parts; changed.
+        station: its data.
+        criterion: its loss.
+        options: steps and rates.
+        parts: numbers of the images that judge, and of those that train (:func:`split`).
+        kept: the file where the state is kept at each look, and taken from if it is there.
+
+    Returns:
+        What the block was when its loss was least, None where that is before the first step; and
+        the loss before and then: without drops, the mean over the images held out.
+
+    Raises:
+        OutputError: the state cannot be written.
+        FileFormatError: it is damaged.
+    """
+    judges, own = parts
+    before = float(image_losses(block, station, criterion, judges).mean())
+    if not block.groups(options) or not 0 < before < math.inf:
+        return None, before, before
+    if block.searches_ranks:
+        _search_ranks(block, station, criterion, options, before, own)
+    run = _Run(block, station.device, options, len(own), before)
+    if kept is not None and (state := kept.read()) is not None:
+        run.load(state)
+    every = max(1, options.iterations // _LOOKS)
+    for step in range(run.step, options.iterations):
+        if run.plan.sorts and step % every == 0:
+            run.plan.sort(image_losses(block, station, criterion, own))
+        block.train()
+        with torch.enable_grad():
+            index = own[run.plan.draw(step)]
+            loss = _step_loss(block, station, criterion, index, options.drop) / before
+            push = block.regularizer(step / options.iterations)
+            run.take(loss if push is None else loss + _PUSH * push)
+        if run.step % every == 0 or run.step == options.iterations:
+            run.judge(float(image_losses(block, station, criterion, judges).mean()))
+            if kept is not None and run.step < options.iterations:
+                kept.write(run.state())
+    if run.best is None:
+        return None, before, before
+    block.load_state_dict(run.best)
+    return block.changes(), before, run.least
+
+
+class _Run:
+    """The training of a block as far as it has come.
+
+    Args:
+        block: its ranks settled.
+        device: where it is.
+        options: steps and rates.
+        count: number of images that it is trained on.
+        before: its loss now.
+    """
+
+    def __init__(
+        self,
+        block: TrainedBlock,
+        device: torch.device,
+        options: Reconstruction,
+        count: int,
+        before: float,
+    ) -> None:
+        self.step, self.least = 0, before
+        self.best: dict[str, Any] | None = None
+        self._block, self._device = block, device
+        self._generator = torch.Generator().manual_seed(options.seed)
+        self.plan = Curriculum(
+            count, options.batch, options.iterations, options.curriculum, self._generator
+        )
+        groups = block.groups(options)
+        self._parameters = [p for group in groups for p in group["params"]]
+        self._optimizer = torch.optim.Adam(groups)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.iterations))
+        )
+
+    def take(self, loss: Tensor) -> None:
+        """Takes one step down a loss."""
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._parameters, _CLIP)
+        self._optimizer.step()
+        self._schedule.step()
+        self.step += 1
+
+    def judge(self, loss: float) -> None:
+        """Keeps the block as it is now where its loss is the least so far."""
+        if loss < self.least:
+            self.least, self.best = loss, copy.deepcopy(self._block.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on. Just before one that sorts: the order is not in it."""
+        drawn = [torch.get_rng_state(), self._generator.get_state()]
+        if self._device.type == "cuda":
+            drawn.append(torch.cuda.get_rng_state(self._device))
+        return {
+            "step": self.step,
+            "least": self.least,
+            "best": self.best,
+            "block": self._block.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "drawn": drawn,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.step, self.least, self.best = state["step"], state["least"], state["best"]
+        self._block.load_state_dict(state["block"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        drawn = [one.cpu() for one in state["drawn"]]
+        torch.set_rng_state(drawn[0])
+        self._generator.set_state(drawn[1])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(drawn[2], self._device)
+
+
+def split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers of the images that judge and of those that train.
+
+    At least one judges; where there is no other, or share is 0, all do both.
+    """
+    held = max(1, round(share * count)) if share else 0
+    if not 0 < held < count:
+        return torch.arange(count), torch.arange(count)
+    order = torch.randperm(count, generator=generator)
+    return order[:held].sort().values, order[held:].sort().values
+
+
+def _search_ranks(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    unit: float,
+    images: Tensor,
+) -> None:
+    """Trains factors on one half of the images and preferences on the other, in turns.
+
+    Args:
+        block: with open ranks; settled in the end.
+        station: its data.
+        criterion: its loss.
+        options: steps and rates; preferences take ten times the rate of the weights.
+        unit: the loss that counts as one.
+        images: numbers of those it takes.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    named = dict(block.named_parameters())
+    turns = [
+        [p for n, p in named.items() if p.requires_grad and n.endswith("preference") == second]
+        for second in (False, True)
+    ]
+    rates = options.weight_rate, 10 * options.weight_rate
+    optimizers = [torch.optim.Adam(p, lr=r) for p, r in zip(turns, rates, strict=True)]
+    halves = images[torch.randperm(len(images), generator=generator)].chunk(2)
+    block.train()
+    for step in range(options.rank_iterations):
+        turn = step % len(halves)
+        own = halves[turn]
+        index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
+        with torch.enable_grad():
+            loss = _step_loss(block, station, criterion, index, options.drop) / unit
+            block.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizers[turn].step()
+    block.settle_ranks()
+
+
+def _step_loss(
+    block: TrainedBlock, station: Station, criterion: Criterion, index: Tensor, drop: float
+) -> Tensor:
+    given = station.given.get(index, station.device)
+    # What comes in is left unquantized for as large a share as what is computed.
+    if drop and station.given is not station.exact:
+        exact = station.exact.get(index, station.device)
+        given = {
+            name: torch.lerp(value, exact[name], draw_mask(value, drop))
+            for name, value in given.items()
+        }
+    return criterion(block(given), station.target.get(index, station.device), index).mean()
+
+
+@torch.no_grad()
+def image_losses(
+    block: TrainedBlock, station: Station, criterion: Criterion, images: Tensor
+) -> Tensor:
+    """The loss of each of some images, ``(n,)``, without drops.
+
+    Args:
+        block: its trained parts.
+        station: its data.
+        criterion: its loss.
+        images: their numbers, ``(n,)``.
+    """
+    block.eval()
+    found = []
+    for index in torch.split(images, CHUNK):
+        given, target = (
+            shelf.get(index, station.device) for shelf in (station.given, station.target)
+        )
+        found.append(criterion(block(given), target, index))
+    return torch.cat(found)
