@@ -94,8 +94,7 @@ class Reconstruction:
     """Training of each block against the float one, inputs from the quantized blocks before it.
 
     Attributes:
-        scope: block after block, or all together, which holds the values of the whole network
-            for the images of a step.
+        scope: block after block, or all together.
         weights: what of them is trained.
         scales: train the scales and zero points of activations, and the scales of those weights
             that are trained.
@@ -118,7 +117,8 @@ class Reconstruction:
         ranks: of low-rank factors, each cut at half of what the weight can have; where there are
             several, a search chooses one for each weight (AIQViT, section 3.2).
         rank_iterations: its steps, for each block.
-        memory_bytes: budget for the values that are held between blocks; more go to files.
+        memory_bytes: budget for the values that are held between blocks, more go to files; and
+            for those of a step, whose images are taken in parts where it is too small.
         bf16: compute products of blocks in bfloat16.
         seed: of images, drops and first factors.
     """

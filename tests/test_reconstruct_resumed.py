@@ -74,7 +74,7 @@ def test_a_block_goes_on_from_its_last_look(
     monkeypatch.setattr(training._Run, "judge", real)
     take = training._Run.take
     monkeypatch.setattr(
-        training._Run, "take", lambda run, loss: (steps.append(run.step), take(run, loss))
+        training._Run, "take", lambda run, images: (steps.append(run.step), take(run, images))
     )
     again = frozen()
     reconstruct(again, tmp_path, **options)

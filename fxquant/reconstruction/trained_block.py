@@ -25,6 +25,10 @@ from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough, T
 from fxquant.recovery import Reconstruction, WeightTraining
 from fxquant.side_by_side import Station, Values, tensors_of
 from fxquant.spec import Arg, OpKind
+from fxquant.work import Work
+
+# That a step holds for each value of a block: the value, or what its gradient needs of a quantizer.
+_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class TrainedBlock(nn.Module):
         station: the block.
         options: what is trained.
         generator: draws first values.
+
+    Attributes:
+        bytes_per_image: that a step holds, roughly.
     """
 
     def __init__(
@@ -66,6 +73,9 @@ class TrainedBlock(nn.Module):
         self.biases = nn.ParameterDict()
         self._station, self._bf16 = station, options.bf16
         own = station.block.nodes  # in order: sums over parameters then are the same in each run
+        work = Work(gm)
+        values = sum(work.values(n) for n in own if isinstance(n.meta.get("val"), Tensor))
+        self.bytes_per_image = max(1, _BYTES * values)
         for edge in quantized_edges(gm):
             if edge.node in own:
                 self._add_edge(gm, edge, options, generator)

@@ -57,19 +57,14 @@ def train_block(
         return None, before, before
     if block.searches_ranks:
         _search_ranks(block, station, criterion, options, before, own)
-    run = _Run(block, station.device, options, len(own), before)
+    run = _Run(block, station, criterion, options, len(own), before)
     if kept is not None and (state := kept.read()) is not None:
         run.load(state)
     every = max(1, options.iterations // _LOOKS)
     for step in range(run.step, options.iterations):
         if run.plan.sorts and step % every == 0:
             run.plan.sort(image_losses(block, station, criterion, own))
-        block.train()
-        with torch.enable_grad():
-            index = own[run.plan.draw(step)]
-            loss = _step_loss(block, station, criterion, index, options.drop) / before
-            push = block.regularizer(step / options.iterations)
-            run.take(loss if push is None else loss + _PUSH * push)
+        run.take(own[run.plan.draw(step)])
         if run.step % every == 0 or run.step == options.iterations:
             run.judge(float(image_losses(block, station, criterion, judges).mean()))
             if kept is not None and run.step < options.iterations:
@@ -85,7 +80,8 @@ class _Run:
 
     Args:
         block: its ranks settled.
-        device: where it is.
+        station: its data.
+        criterion: its loss.
         options: steps and rates.
         count: number of images that it is trained on.
         before: its loss now.
@@ -94,14 +90,16 @@ class _Run:
     def __init__(
         self,
         block: TrainedBlock,
-        device: torch.device,
+        station: Station,
+        criterion: Criterion,
         options: Reconstruction,
         count: int,
         before: float,
     ) -> None:
         self.step, self.least = 0, before
         self.best: dict[str, Any] | None = None
-        self._block, self._device = block, device
+        self._block, self._station, self._criterion = block, station, criterion
+        self._options, self._before, self._device = options, before, station.device
         self._generator = torch.Generator().manual_seed(options.seed)
         self.plan = Curriculum(
             count, options.batch, options.iterations, options.curriculum, self._generator
@@ -113,10 +111,22 @@ class _Run:
             self._optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.iterations))
         )
 
-    def take(self, loss: Tensor) -> None:
-        """Takes one step down a loss."""
+    def take(self, images: Tensor) -> None:
+        """Takes a step by the loss of some images, in as many parts as memory asks for.
+
+        Args:
+            images: their numbers, ``(n,)``.
+        """
+        block, options = self._block.train(), self._options
+        at_once = max(1, options.memory_bytes // block.bytes_per_image)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            for part in torch.split(images, at_once):
+                loss = _step_loss(block, self._station, self._criterion, part, options.drop)
+                _backward(loss * (len(part) / len(images) / self._before))
+            push = block.regularizer(self.step / options.iterations)
+            if push is not None:
+                _backward(_PUSH * push)
         nn.utils.clip_grad_norm_(self._parameters, _CLIP)
         self._optimizer.step()
         self._schedule.step()
@@ -153,6 +163,10 @@ class _Run:
         self._generator.set_state(drawn[1])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(drawn[2], self._device)
+
+
+def _backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -202,7 +216,7 @@ def _search_ranks(
         with torch.enable_grad():
             loss = _step_loss(block, station, criterion, index, options.drop) / unit
             block.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            _backward(loss)
         optimizers[turn].step()
     block.settle_ranks()
 
