@@ -27,7 +27,7 @@ from fxquant.work import Work
 _GAIN = 0.5
 # Images that the loss is measured on: as many as take no more multiplications than these, some half
 # a minute on two cores of an AVX2 server.
-_LEAST_IMAGES, _MOST_IMAGES, _WORK = 8, 32, 2e12
+_LEAST_IMAGES, _MOST_IMAGES, _WORK = 4, 32, 2e12
 # Finalists of a site where channels may be shifted.
 _FINALISTS = 5
 

@@ -159,12 +159,12 @@ def test_no_round_makes_it_worse(name: str) -> None:
 def test_default_rows_and_stride_come_close_in_a_trained_block() -> None:
     """512 of 2,048 rows and the default stride against all rows and every point."""
     model = build("glyph_vit")
-    part = nn.Sequential(model.patch_embed, model.blocks[0], model.blocks[1]).eval()
+    part = nn.Sequential(model.patch_embed, model.blocks[0]).eval()
     x, _ = next(iter(DataLoader(GlyphDataset("calib", 32), batch_size=32)))
     whole = capture(part, x)
     run_passes(whole, CANONICAL)
     run_passes(whole, [AssignSpecs(policies.ptq4vit(4, 4).rules), InsertObservers()])
-    every = ScaleSearch(rows=2048, stride=1, rounds=2, memory_bytes=1 << 32)
+    every = ScaleSearch(rows=2048, stride=1, rounds=1, memory_bytes=1 << 32)
     usual = replace(every, rows=ScaleSearch().rows, stride=ScaleSearch().stride)
     samples = {s: sample_products(whole, [(x, None)], s)[0] for s in (every, usual)}
     run_passes(whole, [Freeze()])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import timm
 import torch
 import torchvision.models as tv
+from timm.models.byobnet import ByobNet
+from timm.models.mobilevit import model_cfgs
 from torch import nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
@@ -43,6 +45,12 @@ def _timm(name: str, size: int, **options: object) -> Family:
     return Family(name, partial(timm.create_model, name, **options), (3, size, size))
 
 
+def _mobilevit() -> nn.Module:
+    """timm's, its first transformer stage the last."""
+    config = model_cfgs["mobilevit_xxs"]
+    return ByobNet(replace(config, blocks=config.blocks[:3]), num_classes=10)
+
+
 FAMILIES: tuple[Family, ...] = (
     _timm("vit_tiny_patch16_224", 64, img_size=64, depth=2),
     _timm("deit3_small_patch16_224", 64, img_size=64, depth=2),
@@ -68,7 +76,7 @@ FAMILIES: tuple[Family, ...] = (
     _timm("pvt_v2_b0", 64, depths=(1, 1, 1, 1)),
     _timm("levit_128s", 224, depth=(1, 1, 1)),
     _timm("maxvit_rmlp_pico_rw_256", 128, img_size=128, depths=(1, 1), embed_dim=(32, 64)),
-    _timm("mobilevit_xxs", 64),
+    Family("mobilevit_xxs", _mobilevit, (3, 64, 64)),
     _timm("convnext_atto", 64, depths=(1, 1, 1, 1)),
     _timm("vit_small_patch14_dinov2", 56, img_size=56, depth=1, num_classes=10),
     Family(

@@ -13,7 +13,7 @@ from fxquant.policies.rules import elementwise_rules, end_rules
 from fxquant.policies.searched import mptq_vit, ptq4vit
 from fxquant.policy import Policy, Rule
 from fxquant.recovery import Compensation, Reconstruction, Scope, WeightTraining
-from fxquant.spec import MAX_KERNEL_BITS, Arg
+from fxquant.spec import MAX_KERNEL_BITS, Arg, ScaleSearch
 from fxquant.suggest import did_you_mean
 
 
@@ -30,6 +30,8 @@ class Effort(StrEnum):
 
 
 _END_BITS = 8
+# Of each product, for the search: twice as many gain nothing on the example models.
+_ROWS = 256
 _MINUTES = Reconstruction(
     scope=Scope.NETWORK,
     weights=WeightTraining.LOW_RANK,
@@ -99,6 +101,7 @@ def best(
         base,
         name=f"best_{widths}_{effort}{suffix}",
         rules=(*(elementwise_rules() if full else ()), *ends, *base.rules),
+        search=replace(base.search or ScaleSearch(), rows=_ROWS),
         description=f"our own pick: {base.description}; weights rounded by columns",
         allocation=None if budget is None else Allocation(budget=budget),
         compensation=Compensation(),

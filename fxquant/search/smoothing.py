@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from fxquant.search.output import Operand, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.spec import Metric, TensorSpec
 
-_EXPONENTS = tuple(i / 20 for i in range(21))
+# Exponents in twentieths: a coarse grid, then what lies around its best.
+_COARSE, _AROUND = range(0, 21, 4), (-3, -2, -1, 1, 2, 3)
 # Of the whole range: what clipping a search would choose afterwards, roughly.
 _SHARES = (1.0, 0.85, 0.7, 0.55)
 
@@ -97,15 +99,31 @@ def finalists(readings: list[Reading], metric: Metric, *, shiftable: bool) -> li
         shifts = {"shifted by the mean": values.mean(0), "shifted by the middle": (lo + hi) / 2}
     found = [Smoothing(ones, zeros, "as it is")]
     for name, shift in shifts.items():
-        peak = torch.maximum(hi - shift, shift - lo)
-        scaled = [
-            Smoothing(_factors(readings, peak, exponent), shift, f"{name}, a = {exponent:g}")
-            for exponent in _EXPONENTS
-        ]
-        found.append(min(scaled, key=lambda one: Trial(readings, one, metric).error))
+        found.append(
+            _best_scaled(readings, name, shift, torch.maximum(hi - shift, shift - lo), metric)
+        )
         if shiftable:
             found.append(Smoothing(ones, shift, name))
     return found
+
+
+def _best_scaled(
+    readings: list[Reading], name: str, shift: Tensor, peak: Tensor, metric: Metric
+) -> Smoothing:
+    """The exponent of least output error, for channels of largest absolute values ``peak``."""
+
+    @cache
+    def at(twentieths: int) -> Smoothing:
+        exponent = twentieths / 20
+        return Smoothing(_factors(readings, peak, exponent), shift, f"{name}, a = {exponent:g}")
+
+    @cache
+    def error(twentieths: int) -> float:
+        return Trial(readings, at(twentieths), metric).error
+
+    best = min(_COARSE, key=error)
+    near = (best + step for step in _AROUND if 0 <= best + step <= 20)
+    return at(min((best, *near), key=error))
 
 
 def _channels(reading: Reading) -> Tensor:
