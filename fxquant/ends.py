@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import fx
+from torch import SymInt, fx
 
 from fxquant.graph import op_kind
 from fxquant.spec import End
@@ -14,7 +14,7 @@ def is_at(node: fx.Node, end: End) -> bool:
     """Whether a product is among the first, or among the last, of its network.
 
     A first product reads images that no other product has seen; after a last one comes no product.
-    What a distilled model averages are two last products.
+    What a distilled model averages are two last products. Sizes of values do not count as values.
 
     Args:
         node: a product.
@@ -26,6 +26,11 @@ def is_at(node: fx.Node, end: End) -> bool:
     return _reached(node, lambda n: n.users) is not None
 
 
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node yields a number, such as the size of a batch, and no values."""
+    return isinstance(node.meta.get("val"), SymInt | int)
+
+
 def _reached(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node] | None:
     """All that is reached from a node by steps; None where a product is among it."""
     found: set[fx.Node] = set()
@@ -34,7 +39,7 @@ def _reached(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> se
         node = left.pop()
         if op_kind(node) is not None:
             return None
-        if node not in found:
+        if node not in found and not _is_size(node):
             found.add(node)
             left.extend(step(node))
     return found

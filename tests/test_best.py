@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import policies
+from fxquant import Budget, policies
 from fxquant.cli import main
 from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 from fxquant.policies import Effort
@@ -77,29 +77,42 @@ def test_it_compiles() -> None:
 
 
 def test_the_first_and_last_layers_keep_their_bits() -> None:
-    def widths(**options: int) -> dict[str, int]:
+    def bits(**options: int) -> dict[str, int]:
         policy = policies.best(4, 5, **options)
         report = fxquant.compile(seeded(Ends()), [tokens(8)], policy).report
         return {entry.edge: entry.spec.bits for entry in report.plan if entry.spec}
 
     inner = {"middle__input": 5, "middle__weight": 4, "stem__input": 8}
     ends = dict.fromkeys(("stem__weight", "head__weight", "head__input"), 8)
-    assert widths() == {**inner, **ends}
-    assert widths(end_bits=6) == {**inner, **dict.fromkeys(ends, 6)}
-    least = {"stem__weight": 4, "head__weight": 4, "head__input": 5}
-    assert widths(end_bits=2) == {**inner, **least}
-    names = [policies.best(4, 4, end_bits=bits).name for bits in (2, 6, 8)]
+    assert bits() == {**inner, **ends}
+    assert bits(end_bits=6) == {**inner, **dict.fromkeys(ends, 6)}
+    narrow = {"stem__weight": 4, "head__weight": 4, "head__input": 5}
+    assert bits(end_bits=2) == {**inner, **narrow}
+    names = [policies.best(4, 4, end_bits=least).name for least in (2, 6, 8)]
     assert names == ["best_w4a4_seconds_ends2", "best_w4a4_seconds_ends6", "best_w4a4_seconds"]
-    with pytest.raises(BitWidthError):
-        policies.best(4, 4, end_bits=1)
+    for widths in ((4, 4), (8, 8)):
+        with pytest.raises(BitWidthError):
+            policies.best(*widths, end_bits=99)
+    with pytest.raises(PolicyError, match="a budget chooses each edge's own"):
+        policies.best(4, 4, end_bits=6, budget=Budget(mean_bits=4))
+
+
+def test_an_image_that_the_last_layer_reads_stays_pinned() -> None:
+    compiled = fxquant.compile(
+        seeded(nn.Linear(DIM, 3)), [tokens(8)], policies.best(4, 4, end_bits=6)
+    )
+    found = {entry.arg: entry.spec.bits for entry in compiled.report.plan if entry.spec}
+    assert found == {"input": 8, "weight": 6}
 
 
 def test_the_command_line_has_its_options(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = ["--weight-bits", "4", "--act-bits", "6", "--effort", "minutes", "--full"]
+    arguments += ["--end-bits", "7"]
     assert main(["policies", "best", *arguments]) == 0
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
-    assert read_policy(tmp_path / "mine.yaml") == policies.best(4, 6, "minutes", full=True)
+    expected = policies.best(4, 6, "minutes", end_bits=7, full=True)
+    assert read_policy(tmp_path / "mine.yaml") == expected
     assert main(["policies", "ptq4vit", "--effort", "hours"]) == 2
     assert "preset ptq4vit has no effort: best take it" in capsys.readouterr().err

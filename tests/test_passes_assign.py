@@ -70,11 +70,14 @@ class Heads(nn.Module):
         super().__init__()
         self.stem, self.middle = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
         self.table = nn.Parameter(torch.eye(DIM))
+        self.probe = nn.Linear(DIM, DIM)
         self.heads = nn.ModuleList(nn.Linear(DIM, 3) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(nn.functional.gelu(self.stem((x - 0.5) / 0.25)))
         x = x + nn.functional.linear(self.table, self.middle.weight).mean(0)
+        probe = self.probe(self.table[0].expand(x.shape[0], 1, -1))
+        x = self.middle(x + probe)
         first, second = (head(x) for head in self.heads)
         return ((first + second) / 2).softmax(-1)
 

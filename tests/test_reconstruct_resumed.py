@@ -12,7 +12,7 @@ from fxquant.errors import FileFormatError
 from fxquant.passes import reconstruct as reconstruct_pass
 from fxquant.reconstruction import training
 from fxquant.reconstruction.checkpoint import Checkpoints
-from tests.test_reconstruct import BATCH, SHORT, frozen, reconstruct
+from tests.test_reconstruct import BATCH, frozen, reconstruct
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(
@@ -76,11 +76,17 @@ def test_a_block_goes_on_from_its_last_look(
     monkeypatch.setattr(
         training._Run, "take", lambda run, images: (steps.append(run.step), take(run, images))
     )
+    monkeypatch.setattr(training, "_search_ranks", pytest.fail)
     again = frozen()
+    left = folder / "block-0.training"
+    data = left.read_bytes()
     reconstruct(again, tmp_path, **options)
-    assert steps[0] == 5 * (SHORT["iterations"] // 8)
+    assert steps[0] == 5 * 4  # of 25 steps, one in four is looked at
     assert torch.equal(again(BATCH), whole(BATCH))
     assert not list(tmp_path.rglob("*.training"))
+    left.write_bytes(data)  # a run that ended between its last two steps leaves it
+    reconstruct(frozen(), tmp_path, **options)
+    assert not left.exists()
 
 
 def test_a_damaged_state_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from fxquant.compiler import CANONICAL
 from fxquant.fold_sites import Site, linear_sites, norm_sites
 from fxquant.passes import AssignSpecs, SmoothWithBias, run_passes
 from fxquant.samples import sample_products
+from fxquant.search import smoothing
 from fxquant.search.output import ProductSample
 from fxquant.search.smoothing import Reading, Smoothing, Trial, finalists, moved
 from fxquant.smoothing_sites import Choices, choose_smoothing
@@ -148,6 +149,18 @@ def test_finalists(shiftable: bool) -> None:
     assert shiftable == any(bool(one.shift.any()) for one in found)
     errors = [Trial(readings, one, Metric.MSE).error for one in found]
     assert min(errors[1:]) < 0.5 * errors[0]  # one channel takes 20 times the range of the others
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 100), st.sampled_from([1.0, 5.0, 20.0]))
+def test_few_exponents_find_what_all_would(seed: int, outlier: float) -> None:
+    readings = [Reading(linear_sample(seed, outlier), FOUR, WEIGHT, left=True)]
+    _, found = finalists(readings, Metric.MSE, shiftable=False)
+    error = Trial(readings, found, Metric.MSE).error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smoothing, "_COARSE", range(21))
+        _, best = finalists(readings, Metric.MSE, shiftable=False)
+    assert error < 1.1 * Trial(readings, best, Metric.MSE).error
 
 
 def test_a_channel_that_never_varies_stays_finite() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from fxquant import smoothing_sites, testing
+from fxquant.fold_sites import Site, linear_sites, norm_sites
 from fxquant.graph import get_parameter, op_kind, operand
 from fxquant.passes import AssignSpecs, run_passes
 from fxquant.policy import Rule
@@ -46,9 +47,9 @@ def test_the_rest_is_run_once_for_each_start() -> None:
     assert work.behind([]) == work.behind([nodes[-1]]) == 0
 
 
-@pytest.mark.parametrize(("limit", "count"), [(0, 4), (1e18, 32)])
+@pytest.mark.parametrize(("images_worth", "count"), [(0, 4), (10.5, 10), (1e9, 32)])
 def test_large_networks_are_smoothed_by_fewer_images(
-    monkeypatch: pytest.MonkeyPatch, limit: float, count: int
+    monkeypatch: pytest.MonkeyPatch, images_worth: float, count: int
 ) -> None:
     found: list[int] = []
 
@@ -59,6 +60,10 @@ def test_large_networks_are_smoothed_by_fewer_images(
 
     gm = canonical(seeded(testing.Block()), tokens(40))
     run_passes(gm, [AssignSpecs((Rule(spec=TensorSpec(bits=4)),))])
+    sources = [
+        site.source for _, site in (*norm_sites(gm), *linear_sites(gm)) if isinstance(site, Site)
+    ]
+    limit = images_worth * 5 * Work(gm).behind(sources)
     monkeypatch.setattr(smoothing_sites, "_WORK", limit)
     monkeypatch.setattr(smoothing_sites, "NetworkLoss", Watched)
     smoothing_sites.choose_smoothing(gm, [(tokens(40), None)], ScaleSearch(rows=32))

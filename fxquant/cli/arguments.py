@@ -12,7 +12,7 @@ from fxquant.budget import Cost, Method
 from fxquant.policies import Effort
 
 # Options of presets that the command line has.
-PRESET_OPTIONS = ("weight_bits", "act_bits", "effort", "full")
+PRESET_OPTIONS = ("weight_bits", "act_bits", "end_bits", "effort", "full")
 _MODEL_HELP = "timm/NAME, torchvision/NAME, NAME (timm first), glyph_vit or glyph_swin"
 _DATA_HELP = "folder of images, or `demo` for the built-in glyph images"
 
@@ -147,6 +147,12 @@ def _add_preset_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{kind}-bits", type=_count, metavar="N", help=f"width of the preset's {of} (8)"
         )
+    parser.add_argument(
+        "--end-bits",
+        type=_count,
+        metavar="N",
+        help="least width of the first and last layers' weights in preset best (8)",
+    )
     parser.add_argument(
         "--effort",
         choices=[str(effort) for effort in Effort],

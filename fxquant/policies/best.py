@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from fxquant.budget import Allocation, Budget
 from fxquant.checks import check_flags
-from fxquant.errors import UnknownKeyError
+from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.policies.plain import w8a8
 from fxquant.policies.rules import elementwise_rules, end_rules
 from fxquant.policies.searched import mptq_vit, ptq4vit
@@ -30,7 +30,7 @@ class Effort(StrEnum):
 
 
 _END_BITS = 8
-# Of each product, for the search: twice as many gain nothing on the example models.
+# Of each product, for the search: half of what other presets take, for speed.
 _ROWS = 256
 _MINUTES = Reconstruction(
     scope=Scope.NETWORK,
@@ -57,15 +57,15 @@ def best(
 
     At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
     :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), the first and
-    last layers at 8 bits, and, given the time, the network trained to give what the float one gives
-    (:class:`fxquant.Reconstruction`). ``benchmarks/accuracy.py`` has its rows.
+    last linears and convolutions at 8 bits, and, given the time, the network trained to give what
+    the float one gives (:class:`fxquant.Reconstruction`). ``benchmarks/accuracy.py`` has its rows.
 
     Args:
         weight_bits: width of weights, symmetric per output channel.
         act_bits: width of activations.
         effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds; at 8 bits alike.
-        end_bits: least width of the weights of the first and last layers, and of what the last
-            reads (:func:`fxquant.policies.end_rules`); 2 gives them no width of their own.
+        end_bits: least width of the weights of those, and of what the last ones read
+            (:func:`fxquant.policies.end_rules`); 2 gives them no width of their own.
         budget: mixed precision within it, chosen exactly, instead of all those widths; at
             ``weight_bits`` and ``act_bits`` it is then decided what to smooth.
         full: also quantize what norms, softmax, activation functions and additions read, to 8
@@ -74,7 +74,8 @@ def best(
     Raises:
         BitWidthError: a width is outside 2..16.
         UnknownKeyError: the effort is unknown.
-        PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
+        PolicyError: ``budget`` is no Budget, or ``full`` no boolean; or both ``budget`` and
+            ``end_bits`` are given.
     """
     check_flags(full=full)
     if effort not in list(Effort):
@@ -82,6 +83,9 @@ def best(
             f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
             f"{', '.join(Effort)}"
         )
+    wide = end_rules(end_bits)
+    if budget is not None and end_bits != _END_BITS:
+        raise PolicyError("end_bits goes with one width for all; a budget chooses each edge's own")
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
     if weight_bits == act_bits == MAX_KERNEL_BITS and budget is None:
@@ -91,16 +95,18 @@ def best(
     else:
         base = mptq_vit(weight_bits, act_bits)
     ends: list[Rule] = []
-    for rule in end_rules(end_bits) if budget is None else ():
+    for rule in () if budget is not None else wide:
         bits = weight_bits if rule.arg is Arg.WEIGHT else act_bits
         if rule.spec is not None and rule.spec.bits > bits:
             ends.append(rule)
-    if end_bits != _END_BITS and budget is None:
+    if end_bits != _END_BITS:
         suffix = f"_ends{end_bits}{suffix}"
+    image = [rule for rule in base.rules if rule.fed_by == "image"]
+    others = [rule for rule in base.rules if rule not in image]
     return replace(
         base,
         name=f"best_{widths}_{effort}{suffix}",
-        rules=(*(elementwise_rules() if full else ()), *ends, *base.rules),
+        rules=(*(elementwise_rules() if full else ()), *image, *ends, *others),
         search=replace(base.search or ScaleSearch(), rows=_ROWS),
         description=f"our own pick: {base.description}; weights rounded by columns",
         allocation=None if budget is None else Allocation(budget=budget),

@@ -36,10 +36,10 @@ def searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Ru
 
 
 def end_rules(bits: int = 8) -> tuple[Rule, ...]:
-    """Rules for the first and last products, which post-training methods often keep at 8 bits.
+    """Rules for the first and last linears and convolutions, often kept at 8 bits.
 
     They are a small part of the network, and what they lose is lost for all of it (BRECQ, arXiv
-    2102.05426, section 4). What the first reads is left to other rules.
+    2102.05426, section 4). A rule for images goes before these.
 
     Args:
         bits: width of their weights, symmetric per output channel, and of what the last ones

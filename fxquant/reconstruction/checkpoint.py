@@ -21,6 +21,7 @@ from fxquant.sensitivity.cache import fingerprint
 
 # Raised with any change of the training, so that nothing trained before it is taken.
 _FORMAT = 3
+_ON_ITS_WAY = ".training"
 _DIGEST = hashlib.sha256().digest_size
 
 Trained = tuple[Changes | None, float, float]
@@ -49,12 +50,13 @@ class StateFile:
         if not self.path.exists():
             return None
         try:
-            data = self.path.read_bytes()
-            digest, rest = data[:_DIGEST], data[_DIGEST:]
-            if hashlib.sha256(rest).digest() != digest:
-                raise ValueError("its checksum is another")
-            state = torch.load(io.BytesIO(rest), map_location="cpu", weights_only=True)
-        except (OSError, ValueError) as error:
+            with self.path.open("rb") as file:
+                digest = file.read(_DIGEST)
+                if hashlib.file_digest(file, "sha256").digest() != digest:
+                    raise ValueError("its checksum is another")
+                file.seek(_DIGEST)
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
             raise FileFormatError(
                 f"{self.path} is damaged ({error}): delete it to train its block anew"
             ) from error
@@ -69,13 +71,13 @@ class StateFile:
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        data = buffer.getvalue()
-        digest = hashlib.sha256(data).digest()
-        write_whole(self.path, lambda to: _write(to, digest + data))
+        write_whole(self.path, lambda to: _write(to, buffer.getbuffer()))
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def _write(path: Path, data: memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(hashlib.sha256(data).digest())
+        file.write(data)
 
 
 class Checkpoints:
@@ -110,7 +112,7 @@ class Checkpoints:
     def state_file(self, number: int) -> StateFile | None:
         """For the state of a block while it is trained; it goes when the block is put."""
         path = self._path(number)
-        return None if path is None else StateFile(path.with_suffix(".training"))
+        return None if path is None else StateFile(path.with_suffix(_ON_ITS_WAY))
 
     def _path(self, number: int) -> Path | None:
         return None if self._folder is None else self._folder / f"block-{number}.safetensors"
@@ -168,7 +170,10 @@ class Checkpoints:
             OutputError: it cannot be written.
         """
         path = self._path(number)
-        if path is None or path.exists():
+        if path is None:
+            return
+        if path.exists():
+            path.with_suffix(_ON_ITS_WAY).unlink(missing_ok=True)
             return
         tensors: dict[str, Tensor] = {}
         about: dict[str, object] = {
@@ -189,6 +194,6 @@ class Checkpoints:
         metadata = {"fxquant": text, "sha256": _digest(text, whole)}
         try:
             write_whole(path, lambda to: save_file(whole, to, metadata=metadata))
-            path.with_suffix(".training").unlink(missing_ok=True)
+            path.with_suffix(_ON_ITS_WAY).unlink(missing_ok=True)
         except OSError as error:
             raise self._not_written(error) from error

@@ -54,10 +54,11 @@ class RankSearch(TrainedWeight):
         return self._first + torch.einsum("r,r...->...", shares, moves)
 
     @torch.no_grad()
-    def settled(self) -> LowRank:
-        """The preferred candidate alone, its factors as trained by now."""
+    def settled(self, rank: int | None = None) -> LowRank:
+        """The candidate of a rank, or the preferred one, alone; its factors as trained by now."""
         weight, quantizer, scales, generator = self._again
-        best = self.candidates[int(self.preference.argmax())]
+        ranks = [len(form.inner) for form in self.candidates]  # type: ignore[arg-type]
+        best = self.candidates[int(self.preference.argmax()) if rank is None else ranks.index(rank)]
         assert isinstance(best, LowRank)
         form = LowRank(weight, quantizer, scales=scales, rank=best.rank, generator=generator)
         form.load_state_dict({**best.state_dict(), "log_scale": self.log_scale})

@@ -27,7 +27,8 @@ from fxquant.side_by_side import Station, Values, tensors_of
 from fxquant.spec import Arg, OpKind
 from fxquant.work import Work
 
-# That a step holds for each value of a block: the value, or what its gradient needs of a quantizer.
+# That a step holds for each value of a block: a quantizer a slope of four bytes and a mask of one,
+# most others their value. What loss feature runs behind the block is not counted.
 _BYTES = 6
 
 
@@ -151,19 +152,23 @@ class TrainedBlock(nn.Module):
             assert isinstance(form, TrainedQuantizer)
             quantizers[name] = form.fitted()
         biases = {name: bias.detach().clone() for name, bias in self.biases.items()}
-        ranks = {n: form.rank for n, form in self.weights.items() if isinstance(form, LowRank)}
-        return Changes(quantizers, weights, biases, ranks)
+        return Changes(quantizers, weights, biases, self.ranks)
 
     @property
     def searches_ranks(self) -> bool:
         """Whether the rank of a weight is still open."""
         return any(isinstance(form, RankSearch) for form in self.weights.values())
 
-    def settle_ranks(self) -> None:
-        """Leaves each weight the rank it prefers."""
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of low-rank changes that are settled, by name of the node that reads the weight."""
+        return {n: form.rank for n, form in self.weights.items() if isinstance(form, LowRank)}
+
+    def settle_ranks(self, ranks: Mapping[str, int] | None = None) -> None:
+        """Leaves each weight the rank given, or the one it prefers."""
         for name, form in self.weights.items():
             if isinstance(form, RankSearch):
-                self.weights[name] = form.settled()
+                self.weights[name] = form.settled(None if ranks is None else ranks[name])
 
 
 def _weight_form(

@@ -55,12 +55,15 @@ def train_block(
     before = float(image_losses(block, station, criterion, judges).mean())
     if not block.groups(options) or not 0 < before < math.inf:
         return None, before, before
-    if block.searches_ranks:
+    state = None if kept is None else kept.read()
+    if state is not None:
+        block.settle_ranks(state["ranks"])
+    elif block.searches_ranks:
         _search_ranks(block, station, criterion, options, before, own)
     run = _Run(block, station, criterion, options, len(own), before)
-    if kept is not None and (state := kept.read()) is not None:
+    if state is not None:
         run.load(state)
-    every = max(1, options.iterations // _LOOKS)
+    every = math.ceil(options.iterations / _LOOKS)
     for step in range(run.step, options.iterations):
         if run.plan.sorts and step % every == 0:
             run.plan.sort(image_losses(block, station, criterion, own))
@@ -112,18 +115,15 @@ class _Run:
         )
 
     def take(self, images: Tensor) -> None:
-        """Takes a step by the loss of some images, in as many parts as memory asks for.
+        """Takes a step by the loss of some images.
 
         Args:
             images: their numbers, ``(n,)``.
         """
         block, options = self._block.train(), self._options
-        at_once = max(1, options.memory_bytes // block.bytes_per_image)
         self._optimizer.zero_grad()
+        _add_gradients(block, self._station, self._criterion, options, images, self._before)
         with torch.enable_grad():
-            for part in torch.split(images, at_once):
-                loss = _step_loss(block, self._station, self._criterion, part, options.drop)
-                _backward(loss * (len(part) / len(images) / self._before))
             push = block.regularizer(self.step / options.iterations)
             if push is not None:
                 _backward(_PUSH * push)
@@ -145,6 +145,7 @@ class _Run:
         return {
             "step": self.step,
             "least": self.least,
+            "ranks": self._block.ranks,
             "best": self.best,
             "block": self._block.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -161,7 +162,7 @@ class _Run:
         drawn = [one.cpu() for one in state["drawn"]]
         torch.set_rng_state(drawn[0])
         self._generator.set_state(drawn[1])
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and len(drawn) > 2:  # not where a CPU began
             torch.cuda.set_rng_state(drawn[2], self._device)
 
 
@@ -213,12 +214,35 @@ def _search_ranks(
         turn = step % len(halves)
         own = halves[turn]
         index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
-        with torch.enable_grad():
-            loss = _step_loss(block, station, criterion, index, options.drop) / unit
-            block.zero_grad()
-            _backward(loss)
+        block.zero_grad()
+        _add_gradients(block, station, criterion, options, index, unit)
         optimizers[turn].step()
     block.settle_ranks()
+
+
+def _add_gradients(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    images: Tensor,
+    unit: float,
+) -> None:
+    """Those of the mean loss of some images, computed in as many parts as memory asks for.
+
+    Args:
+        block: in training mode.
+        station: its data.
+        criterion: its loss.
+        options: share of drops, and memory.
+        images: their numbers, ``(n,)``.
+        unit: the loss that counts as one.
+    """
+    at_once = max(1, options.memory_bytes // block.bytes_per_image)
+    with torch.enable_grad():
+        for part in torch.split(images, at_once):
+            loss = _step_loss(block, station, criterion, part, options.drop)
+            _backward(loss * (len(part) / len(images) / unit))
 
 
 def _step_loss(

@@ -27,8 +27,8 @@ from fxquant.search.output import Operand, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.spec import Metric, TensorSpec
 
-# Exponents in twentieths: a coarse grid, then what lies around its best.
-_COARSE, _AROUND = range(0, 21, 4), (-3, -2, -1, 1, 2, 3)
+# Exponents in twentieths: every other one, then the two beside the best.
+_COARSE, _AROUND = range(0, 21, 2), (-1, 1)
 # Of the whole range: what clipping a search would choose afterwards, roughly.
 _SHARES = (1.0, 0.85, 0.7, 0.55)
 
