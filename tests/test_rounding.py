@@ -63,7 +63,7 @@ def test_dead_and_equal_columns_are_harmless(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = correlated(64, 12, generator)
     x[:, 3], x[:, 5], x[:, 7] = 0.0, x[:, 6], -2.0
-    weight = torch.randn(4, 12, generator=generator)
+    weight = torch.randn(64, 12, generator=generator)  # one row may lose: the choice is greedy
     quantizer = coder(weight, 4)
     seen = moments(x, x @ weight.T)
     rounded = round_weight(weight, seen.covariance, quantizer, 1e-6)
