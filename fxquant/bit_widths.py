@@ -14,7 +14,7 @@ from fxquant.allocate.problem import Group, Problem
 from fxquant.budget import Allocation, Sensitivity
 from fxquant.capture import device_of
 from fxquant.errors import CalibrationError, PolicyError
-from fxquant.pick import Picked
+from fxquant.pick import Picked, images_for
 from fxquant.policy import Policy
 from fxquant.progress import track
 from fxquant.search.output import ProductSample
@@ -25,9 +25,6 @@ from fxquant.sensitivity.measured import Network
 from fxquant.sensitivity.trials import Trials
 from fxquant.spec import GradientLoss
 
-_LEAST_IMAGES = 4
-# More say little about which group matters more, and hold more memory at once.
-_MOST_IMAGES = 32
 _TOGETHER = "all groups"
 
 
@@ -43,8 +40,7 @@ def picker(gm: fx.GraphModule, allocation: Allocation | None) -> Picked:
     count = allocation.images
     if count is None:
         work = len(allocation.widths) * Layout(gm).behind()
-        count = int(allocation.work // max(work, 1))
-        count = min(max(count, _LEAST_IMAGES), _MOST_IMAGES)
+        count = images_for(allocation.work, work)
     return Picked(count, allocation.seed)
 
 

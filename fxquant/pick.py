@@ -1,4 +1,4 @@
-"""A uniform choice of images out of a stream of batches."""
+"""How many images to measure a loss on, and a uniform choice of them out of batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+# Fewer say little about which choice is better; more say little more, and hold more memory at once.
+_LEAST, _MOST = 4, 32
+
+
+def images_for(work: float, each: int) -> int:
+    """How many images to measure a loss on: what the work allows, 4 at least and 32 at most.
+
+    Args:
+        work: multiplications that may be spent.
+        each: that one image takes.
+    """
+    return min(max(int(work // max(each, 1)), _LEAST), _MOST)
 
 
 class Picked:

@@ -12,7 +12,7 @@ from fxquant.capture import device_of
 from fxquant.fold_sites import Site, linear_sites, norm_sites
 from fxquant.graph import aten
 from fxquant.network_loss import NetworkLoss
-from fxquant.pick import Picked
+from fxquant.pick import Picked, images_for
 from fxquant.progress import track
 from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
@@ -25,9 +25,8 @@ from fxquant.work import Work
 # which makes up for smaller gains: on glyph_vit at 4 bits, folds of 0.5 to 0.8 raised the loss of
 # the whole network by a twentieth.
 _GAIN = 0.5
-# Images that the loss is measured on: as many as take no more multiplications than these, some half
-# a minute on two cores of an AVX2 server.
-_LEAST_IMAGES, _MOST_IMAGES, _WORK = 4, 32, 2e12
+# Multiplications that measuring the loss may take: some half a minute on two AVX2 cores.
+_WORK = 2e12
 # Finalists of a site where channels may be shifted.
 _FINALISTS = 5
 
@@ -82,9 +81,11 @@ def choose_smoothing(
         loss: of outputs and labels, as in :func:`fxquant.samples.sample_products`.
         progress: show progress on stderr.
     """
-    picked = Picked(_images(gm), search.seed)
+    sites = [*norm_sites(gm), *linear_sites(gm)]
+    starts = [site.source for _, site in sites if isinstance(site, Site)]
+    picked = Picked(images_for(_WORK, _FINALISTS * Work(gm).behind(starts)), search.seed)
     samples, _ = sample_products(gm, picked.watch(batches), search, loss)
-    found, refused = _sites(gm, samples)
+    found, refused = _compared(sites, samples)
     folds = {}
     with torch.no_grad():
         network = NetworkLoss(gm, picked.images.to(device_of(gm)), search.loss)
@@ -96,13 +97,6 @@ def choose_smoothing(
             else:
                 refused[site.source.name] = "not smoothed: the loss would not fall by half"
         return Choices(folds, refused, _moved(samples, folds.values()))
-
-
-def _images(gm: fx.GraphModule) -> int:
-    """Number of images that the loss is measured on."""
-    sites = [site for _, site in (*norm_sites(gm), *linear_sites(gm)) if isinstance(site, Site)]
-    work = _FINALISTS * Work(gm).behind(site.source for site in sites)
-    return min(max(int(_WORK // max(work, 1)), _LEAST_IMAGES), _MOST_IMAGES)
 
 
 def _choose(
@@ -119,13 +113,13 @@ def _choose(
     return Choice(site, tried[best], losses[best] / losses[0]) if best else None
 
 
-def _sites(
-    gm: fx.GraphModule, samples: Mapping[str, ProductSample]
+def _compared(
+    sites: Iterable[tuple[fx.Node, Site | str]], samples: Mapping[str, ProductSample]
 ) -> tuple[list[tuple[Site, list[Reading]]], dict[str, str]]:
     """Sites with what reads them; and why others cannot be compared, by name of the source."""
     found: list[tuple[Site, list[Reading]]] = []
     refused: dict[str, str] = {}
-    for source, site in (*norm_sites(gm), *linear_sites(gm)):
+    for source, site in sites:
         readings = site if isinstance(site, str) else _readings(site, samples)
         if isinstance(readings, str) or isinstance(site, str):
             refused[source.name] = f"not smoothed: {readings}"

@@ -35,6 +35,10 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def _damaged(path: Path, error: Exception) -> FileFormatError:
+    return FileFormatError(f"{path} is damaged ({error}): delete it to train its block anew")
+
+
 class StateFile:
     """The training of one block on its way, bit for bit."""
 
@@ -57,9 +61,7 @@ class StateFile:
                 file.seek(_DIGEST)
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise FileFormatError(
-                f"{self.path} is damaged ({error}): delete it to train its block anew"
-            ) from error
+            raise _damaged(self.path, error) from error
         assert isinstance(state, dict)
         return state
 
@@ -135,9 +137,7 @@ class Checkpoints:
             moved = {key: tensor.to(device) for key, tensor in tensors.items()}
             return self._read(json.loads(about), moved)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-            raise FileFormatError(
-                f"{path} is damaged ({error}): delete it to train its block anew"
-            ) from error
+            raise _damaged(path, error) from error
 
     @staticmethod
     def _read(about: dict[str, object], tensors: dict[str, Tensor]) -> Trained:
@@ -172,9 +172,15 @@ class Checkpoints:
         path = self._path(number)
         if path is None:
             return
-        if path.exists():
+        if not path.exists():
+            self._write(path, changes, before, after)
+        try:
             path.with_suffix(_ON_ITS_WAY).unlink(missing_ok=True)
-            return
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    @staticmethod
+    def _write(path: Path, changes: Changes | None, before: float, after: float) -> None:
         tensors: dict[str, Tensor] = {}
         about: dict[str, object] = {
             "before": repr(before),
@@ -192,8 +198,4 @@ class Checkpoints:
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         text = json.dumps(about)
         metadata = {"fxquant": text, "sha256": _digest(text, whole)}
-        try:
-            write_whole(path, lambda to: save_file(whole, to, metadata=metadata))
-            path.with_suffix(_ON_ITS_WAY).unlink(missing_ok=True)
-        except OSError as error:
-            raise self._not_written(error) from error
+        write_whole(path, lambda to: save_file(whole, to, metadata=metadata))
