@@ -55,6 +55,7 @@ from fxquant.passes import (
 from fxquant.policy import Policy
 from fxquant.policy_file import policy_to_dict, resolve
 from fxquant.progress import track, working
+from fxquant.reconstruction.training import split
 from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
 from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
@@ -186,7 +187,12 @@ def _recover(
         results |= run_passes(gm, (AttachLowRank(samples, recipe.low_rank),))
         clock.lap("branches")
     if sides is not None and recipe.compensation is not None:
-        results |= run_passes(gm, (Compensate(sides, recipe.compensation),))
+        fitted = sides
+        if recipe.reconstruction is not None:  # those that judge it must be new to the weights
+            options = recipe.reconstruction
+            _, own = split(len(sides.images), options.held_out, options.seed)
+            fitted = sides.only(own)
+        results |= run_passes(gm, (Compensate(fitted, recipe.compensation),))
         clock.lap("compensate")
     if sides is not None and recipe.reconstruction is not None:
         folder = None if cache is None else Path(cache)

@@ -224,6 +224,16 @@ class SideBySide:
         self._teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.images, self._progress = images, progress
 
+    def only(self, index: Tensor) -> SideBySide:
+        """The same float network and some of the images.
+
+        Args:
+            index: their numbers, ``(n,)``.
+        """
+        some = copy.copy(self)
+        some.images = self.images[index]
+        return some
+
     def teacher(self) -> BlockRunner:
         """Runs the float network."""
         return BlockRunner(self._teacher, quantized=False)

@@ -17,7 +17,8 @@ from fxquant.low_rank import LowRank
 from fxquant.passes import Compensate, Freeze, PassResult, run_passes
 from fxquant.policy import Policy, Rule
 from fxquant.policy_file import policy_from_dict, policy_to_dict
-from fxquant.recovery import Compensation
+from fxquant.reconstruction.training import split
+from fxquant.recovery import Compensation, Reconstruction
 from fxquant.side_by_side import SideBySide
 from fxquant.spec import Arg, Granularity, TensorSpec
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
@@ -134,6 +135,24 @@ def test_a_policy_compensates_and_leaves_by_every_way(tmp_path: Path) -> None:
     assert relative_error(compiled.lower("integer")(BATCH), compiled(BATCH)) < 1e-4
     compiled.save(tmp_path / "saved")
     assert torch.equal(fxquant.load(tmp_path / "saved")(BATCH), compiled(BATCH))
+
+
+@pytest.mark.parametrize(("share", "fitted"), [(0.25, 18), (0.0, 24)])
+def test_images_that_judge_a_training_are_new_to_the_weights(
+    share: float, fitted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def run(self: Compensate, gm: fx.GraphModule) -> PassResult:
+        seen.append(self.sides.images)
+        return PassResult(0)
+
+    monkeypatch.setattr(Compensate, "run", run)
+    trained = Reconstruction(held_out=share, iterations=1)
+    fxquant.compile(seeded(Block()), [BATCH], replace(policy(), reconstruction=trained))
+    _, own = split(24, share, trained.seed)
+    assert len(own) == fitted
+    assert torch.equal(seen[0], BATCH[own])
 
 
 def test_files_hold_it() -> None:

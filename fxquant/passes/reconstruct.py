@@ -66,9 +66,7 @@ class Reconstruct:
         skips: list[Skip] = []
         teacher, images = self.sides.teacher(), self.sides.images
         kept = Checkpoints(self.cache, gm, images, repr(self.options))
-        parts = split(
-            len(images), self.options.held_out, torch.Generator().manual_seed(self.options.seed)
-        )
+        parts = split(len(images), self.options.held_out, self.options.seed)
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
             together = self.options.scope is Scope.NETWORK
             blocks = (whole_network(gm),) if together else find_blocks(gm)

@@ -170,11 +170,12 @@ def _backward(loss: Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def split(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Numbers of the images that judge and of those that train.
 
     At least one judges; where there is no other, or share is 0, all do both.
     """
+    generator = torch.Generator().manual_seed(seed)
     held = max(1, round(share * count)) if share else 0
     if not 0 < held < count:
         return torch.arange(count), torch.arange(count)
