@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -17,12 +17,14 @@ QUIET_SECONDS = 2.0
 LINE_SECONDS = 5.0
 
 
-def track(items: Iterable[T], *, label: str, total: int = 0, enabled: bool = True) -> Iterator[T]:
+def track(
+    items: Iterable[T], *, label: str | Callable[[], str], total: int = 0, enabled: bool = True
+) -> Iterator[T]:
     """Yields ``items`` and shows how far they are, on stderr.
 
     Args:
         items: what to go through.
-        label: what is being done.
+        label: what is being done; asked anew for each item where it is a function.
         total: number of items, 0 if unknown.
         enabled: False yields silently.
     """
@@ -31,14 +33,15 @@ def track(items: Iterable[T], *, label: str, total: int = 0, enabled: bool = Tru
         return
     console = Console(stderr=True)
     show = _bar if console.is_terminal else _lines
-    yield from show(items, label, total, console)
+    yield from show(items, label if callable(label) else lambda: label, total, console)
 
 
-def _bar(items: Iterable[T], label: str, total: int, console: Console) -> Iterator[T]:
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _bar(items: Iterable[T], label: Callable[[], str], total: int, console: Console) -> Iterator[T]:
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     start = time.monotonic()
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(label, total=total or None)
+    task = bar.add_task(label(), total=total or None)
     started = False
     try:
         for item in items:
@@ -46,19 +49,21 @@ def _bar(items: Iterable[T], label: str, total: int, console: Console) -> Iterat
                 bar.start()
                 started = True
             yield item
-            bar.advance(task)
+            bar.update(task, advance=1, description=label())
     finally:
         bar.stop()
 
 
-def _lines(items: Iterable[T], label: str, total: int, console: Console) -> Iterator[T]:
+def _lines(
+    items: Iterable[T], label: Callable[[], str], total: int, console: Console
+) -> Iterator[T]:
     start = time.monotonic()
     due = start + QUIET_SECONDS
     for done, item in enumerate(items):
         now = time.monotonic()
         if now > due:
             of = f"/{total}" if total else ""
-            print(f"{label}: {done}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{label()}: {done}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
             due = now + LINE_SECONDS
         yield item
 

@@ -22,12 +22,14 @@ class WeightTraining(StrEnum):
 
     ``straight_through``: every value, the gradient passing the rounding; ``adaround``: whether a
     value is rounded up or down (arXiv 2004.10568); ``low_rank``: two thin factors added to the
-    weight before it is rounded (AIQViT, arXiv 2502.04628, eq. 9); ``none``: nothing.
+    weight before it is rounded (AIQViT, arXiv 2502.04628, eq. 9); ``scales``: the scale of each
+    output channel alone, codes stay; ``none``: nothing.
     """
 
     STRAIGHT_THROUGH = "straight_through"
     ADAROUND = "adaround"
     LOW_RANK = "low_rank"
+    SCALES = "scales"
     NONE = "none"
 
 
@@ -111,9 +113,14 @@ class Reconstruction:
         held_out: share of the images that are not trained on, at least one. By their loss,
             looked at eight times on the way, the best state is kept, and where it never falls all
             stays as it was; so the reported loss is the least of eight. 0 trains on all images and
-            judges by the same.
+            judges by the same, or, with ``augment``, by others made of them.
         curriculum: share of the images, those of smallest loss, that the first step draws from;
             it grows to 1 (AIQViT, section 3.3). 1 draws from all.
+        augment: take the images of each step turned, moved, recoloured and mixed, and as targets
+            what the float network gives for those; only with the scope ``network``.
+        work: multiplications that all steps may take, of both networks; fewer steps are done where
+            they would take more, and nothing is trained where fewer than 20 are left. None sets no
+            bound.
         ranks: of low-rank factors, each cut at half of what the weight can have; where there are
             several, a search chooses one for each weight (AIQViT, section 3.2).
         rank_iterations: its steps, for each block.
@@ -136,6 +143,8 @@ class Reconstruction:
     drop: float = 0.5
     held_out: float = 0.125
     curriculum: float = 1.0
+    augment: bool = False
+    work: float | None = None
     ranks: tuple[int, ...] = (16,)
     rank_iterations: int = 200
     memory_bytes: int = 2 << 30
@@ -156,6 +165,7 @@ class Reconstruction:
         check_flag(self, "scales")
         check_flag(self, "biases")
         check_flag(self, "bf16")
+        check_flag(self, "augment")
         for name in ("iterations", "batch", "rank_iterations", "memory_bytes"):
             check_whole(self, name, 1)
         check_seed(self)
@@ -164,9 +174,20 @@ class Reconstruction:
         check_number(self, "drop", (0.0, 0.95))
         check_number(self, "held_out", (0.0, 0.5))
         check_number(self, "curriculum", (0.01, 1.0))
+        if self.work is not None:
+            check_number(self, "work", (1.0, 1e30))
         whole = isinstance(self.ranks, tuple | list) and all(map(is_whole, self.ranks))
         if not whole or not self.ranks or min(self.ranks) < 1:
             raise PolicyError(f"ranks must be whole numbers >= 1, got {self.ranks!r:.80}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
+        if self.augment and self.scope is not Scope.NETWORK:
+            raise PolicyError(
+                "augment makes new images, and a block reads what earlier blocks make of them: "
+                "set scope to 'network', or augment to False"
+            )
+        if self.weights is WeightTraining.SCALES and not self.scales:
+            raise PolicyError(
+                "weights 'scales' trains scales: set scales to True, or weights to 'none'"
+            )
         if self.weights is WeightTraining.NONE and not (self.scales or self.biases):
             raise PolicyError("reconstruction trains nothing: turn on weights, scales or biases")

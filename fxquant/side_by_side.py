@@ -222,7 +222,7 @@ class SideBySide:
 
     def __init__(self, teacher: fx.GraphModule, images: Tensor, *, progress: bool = False) -> None:
         self._teacher = copy.deepcopy(teacher).requires_grad_(False)
-        self.images, self._progress = images, progress
+        self.images, self.progress = images, progress
 
     def only(self, index: Tensor) -> SideBySide:
         """The same float network and some of the images.
@@ -240,14 +240,14 @@ class SideBySide:
 
     @torch.no_grad()
     def walk(
-        self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: str, memory_bytes: int
+        self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: str | None, memory_bytes: int
     ) -> Iterator[Station]:
         """Goes through the blocks of a graph; each may be changed when it is given out.
 
         Args:
             gm: the quantized graph, whose nodes are those of the teacher and constants besides.
             blocks: of it, in order, all.
-            label: of the progress.
+            label: of the progress; None shows none.
             memory_bytes: budget for values at cuts.
         """
         teacher = self.teacher()
@@ -261,7 +261,8 @@ class SideBySide:
             exact = Shelf(count, folder, share)
             exact.put(0, {placeholder: self.images})
             given = exact
-            shown = track(blocks, label=label, total=len(blocks), enabled=self._progress)
+            enabled = self.progress and label is not None
+            shown = track(blocks, label=label or "", total=len(blocks), enabled=enabled)
             for number, block in enumerate(shown, 1):
                 target, result = Shelf(count, folder, share), Shelf(count, folder, share)
                 shelves, rest = (exact, given, target), blocks[number:]

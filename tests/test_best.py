@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,9 @@ def test_fewer_bits_are_compensated_and_trained_given_time(
     policy = policies.best(*widths, effort)
     assert policy.compensation is not None
     trained = policy.reconstruction
-    assert (trained is None) == (effort is Effort.SECONDS)
-    assert trained is None or trained.scope is Scope.NETWORK
+    assert trained is not None
+    assert trained.scope is Scope.NETWORK
+    assert (trained.work is not None) == (effort is Effort.SECONDS)
     weights = [r for r in policy.rules if r.spec and r.arg is Arg.WEIGHT]
     found = {(rule.end, rule.spec.bits) for rule in weights if rule.spec}
     assert found == {(None, widths[0]), *((end, 8) for end in End if widths[0] < 8)}
@@ -55,10 +57,19 @@ def test_fewer_bits_are_compensated_and_trained_given_time(
 
 
 def test_more_effort_takes_more_steps() -> None:
-    minutes, hours = (policies.best(4, 4, e).reconstruction for e in ("minutes", "hours"))
-    assert minutes is not None
-    assert hours is not None
-    assert hours.iterations > minutes.iterations
+    found = [policies.best(4, 4, effort).reconstruction for effort in Effort]
+    steps = [trained.iterations for trained in found if trained]
+    assert len(steps) == len(Effort)
+    assert steps == sorted(set(steps))
+
+
+def test_a_network_that_is_too_large_for_seconds_is_not_trained() -> None:
+    policy = policies.best(4, 6)
+    assert policy.reconstruction is not None
+    small = replace(policy, reconstruction=replace(policy.reconstruction, work=1e4))
+    report = fxquant.compile(seeded(Stack()), [tokens(24)], small).report
+    assert report.changes["Reconstruct"] == 0
+    assert "not trained: 10000 multiplications are no more than 0 steps" in str(report)
 
 
 def test_unknown_efforts_are_refused() -> None:

@@ -76,7 +76,7 @@ def run_compile(options: Namespace) -> int:
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
     count = sum(map(len, images))
-    if policy.reconstruction is not None and count < _TRAINING_IMAGES:
+    if compiled.report.changes.get("Reconstruct") and count < _TRAINING_IMAGES:
         print(f"note: it was trained on {count} images; hundreds (--images) train better")
     if compiled.report.allocation is not None:
         print(compiled.report.allocation.summary())

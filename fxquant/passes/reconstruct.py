@@ -6,7 +6,8 @@ After:  the same block, with the roundings, scales, biases or low-rank factors t
 
 Low-rank factors are added to the weight before it is rounded, so nothing is left of them in the
 graph. A block whose loss does not fall stays as it was. With the scope ``network`` all blocks are
-trained as one, to give what the float network gives. Gains are losses after over before, of images
+trained as one, to give what the float network gives, on other images made of those given where the
+options say so. Gains are losses after over before, of images
 that were not trained on.
 """
 
@@ -32,8 +33,11 @@ from fxquant.recovery import Reconstruction, Scope
 from fxquant.rewrite import replace_constant, set_bias
 from fxquant.side_by_side import SideBySide, Station
 from fxquant.spec import Stage
+from fxquant.work import Work
 
 _DONE = "reconstructed"
+# Steps that are worth beginning with, of a bounded number.
+_FEWEST = 20
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,23 @@ class Reconstruct:
         changed, gains = 0, list[Gain]()
         skips: list[Skip] = []
         teacher, images = self.sides.teacher(), self.sides.images
+        steps = _affordable(gm, self.options, len(images))
+        if steps < min(_FEWEST, self.options.iterations):
+            return PassResult(0, (Skip("network", _too_much_work(steps, self.options)),))
         kept = Checkpoints(self.cache, gm, images, repr(self.options))
         parts = split(len(images), self.options.held_out, self.options.seed)
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
             together = self.options.scope is Scope.NETWORK
             blocks = (whole_network(gm),) if together else find_blocks(gm)
             measured = measure(teacher, blocks, images, self.options, Path(folder))
-            walk = self.sides.walk(gm, blocks, "reconstruct", self.options.memory_bytes)
+            walk = self.sides.walk(gm, blocks, None, self.options.memory_bytes)
             for number, station in enumerate(walk):
-                options = replace(self.options, seed=self.options.seed + number)
+                options = replace(self.options, iterations=steps, seed=self.options.seed + number)
                 torch.manual_seed(options.seed)
                 done = kept.get(number, station.device)
+                shown = f"reconstruct {number + 1}/{len(blocks)}" if self.sides.progress else None
                 changes, before, after = done or self._train(
-                    gm, station, options, measured, parts, kept.state_file(number)
+                    gm, station, options, measured, parts, kept.state_file(number), shown
                 )
                 kept.put(number, changes, before, after)
                 if changes is None:
@@ -107,11 +115,30 @@ class Reconstruct:
         measured: Measured,
         parts: tuple[Tensor, Tensor],
         kept: StateFile | None,
+        shown: str | None,
     ) -> tuple[Changes | None, float, float]:
         generator = torch.Generator().manual_seed(options.seed)
         block = TrainedBlock(gm, station, options, generator).to(station.device)
         loss = criterion(options, measured, station)
-        return train_block(block, station, loss, options, parts, kept)
+        return train_block(block, station, loss, options, parts, kept, shown)
+
+
+def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int:
+    """Number of steps within the bound on work."""
+    if options.work is None:
+        return options.iterations
+    start = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    # The quantized network forward and, at twice the work, backward; and the float one.
+    step = Work(gm).behind([start]) * min(options.batch, images) * (4 if options.augment else 3)
+    return min(options.iterations, int(options.work // max(step, 1)))
+
+
+def _too_much_work(steps: int, options: Reconstruction) -> str:
+    return (
+        f"not trained: {options.work:g} multiplications are no more than {steps} steps of "
+        f"{options.batch} images, and fewer than {_FEWEST} gain nothing; raise work or set it to "
+        "None for all steps"
+    )
 
 
 def _ranks(gm: fx.GraphModule, changes: Changes) -> list[Gain]:

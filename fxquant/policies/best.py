@@ -12,7 +12,7 @@ from fxquant.policies.plain import w8a8
 from fxquant.policies.rules import elementwise_rules, end_rules
 from fxquant.policies.searched import mptq_vit, ptq4vit
 from fxquant.policy import Policy, Rule
-from fxquant.recovery import Compensation, Reconstruction, Scope, WeightTraining
+from fxquant.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
 from fxquant.spec import MAX_KERNEL_BITS, Arg, ScaleSearch
 from fxquant.suggest import did_you_mean
 
@@ -20,8 +20,8 @@ from fxquant.suggest import did_you_mean
 class Effort(StrEnum):
     """How long a compilation may take.
 
-    ``seconds``: no training; ``minutes``, ``hours``: the whole network is trained for a while, or
-    for long, on the calibration images, of which there should be hundreds.
+    ``seconds``: small networks are trained as a whole on what is made of a few images, others not
+    at all; ``minutes``, ``hours``: all are, for longer, on hundreds of images.
     """
 
     SECONDS = "seconds"
@@ -32,16 +32,26 @@ class Effort(StrEnum):
 _END_BITS = 8
 # Of each product, for the search: half of what other presets take, for speed.
 _ROWS = 256
-_MINUTES = Reconstruction(
+# Scales, zero points and biases of the whole network, codes of weights as rounding by columns left
+# them. The few images of SECONDS are neither held out nor enough without others made of them; what
+# they may take is some two minutes on two cores of an AVX512 server.
+_SECONDS = Reconstruction(
     scope=Scope.NETWORK,
-    weights=WeightTraining.LOW_RANK,
-    ranks=(8,),
+    weights=WeightTraining.SCALES,
+    block_loss=BlockLoss.MSE,
     iterations=300,
-    weight_rate=1e-2,
-    scale_rate=3e-3,
+    scale_rate=2e-3,
     drop=0.0,
+    held_out=0.0,
+    augment=True,
+    work=1e13,
 )
-_TRAINING = {Effort.MINUTES: _MINUTES, Effort.HOURS: replace(_MINUTES, iterations=3000)}
+_MINUTES = replace(_SECONDS, iterations=400, held_out=0.125, work=None)
+_TRAINING = {
+    Effort.SECONDS: _SECONDS,
+    Effort.MINUTES: _MINUTES,
+    Effort.HOURS: replace(_MINUTES, iterations=4000),
+}
 
 
 def best(
@@ -57,8 +67,9 @@ def best(
 
     At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
     :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), the first and
-    last linears and convolutions at 8 bits, and, given the time, the network trained to give what
-    the float one gives (:class:`fxquant.Reconstruction`). ``benchmarks/accuracy.py`` has its rows.
+    last linears and convolutions at 8 bits, and scales and biases then trained, as far as the
+    effort goes, to give what the float network gives (:class:`fxquant.Reconstruction`).
+    ``benchmarks/accuracy.py`` has its rows.
 
     Args:
         weight_bits: width of weights, symmetric per output channel.
@@ -111,5 +122,5 @@ def best(
         description=f"our own pick: {base.description}; weights rounded by columns",
         allocation=None if budget is None else Allocation(budget=budget),
         compensation=Compensation(),
-        reconstruction=_TRAINING.get(Effort(effort)),
+        reconstruction=_TRAINING[Effort(effort)],
     )

@@ -21,7 +21,13 @@ from fxquant.graph import (
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.reconstruction.activations import TrainedQuantizer, trained
 from fxquant.reconstruction.rank_search import RankSearch, candidate_ranks
-from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough, TrainedWeight
+from fxquant.reconstruction.weights import (
+    AdaRound,
+    FixedCodes,
+    LowRank,
+    StraightThrough,
+    TrainedWeight,
+)
 from fxquant.recovery import Reconstruction, WeightTraining
 from fxquant.side_by_side import Station, Values, tensors_of
 from fxquant.spec import Arg, OpKind
@@ -182,6 +188,8 @@ def _weight_form(
             return AdaRound(weight, quantizer, scales=options.scales)
         case WeightTraining.STRAIGHT_THROUGH:
             return StraightThrough(weight, quantizer, scales=options.scales)
+        case WeightTraining.SCALES:
+            return FixedCodes(weight, quantizer, scales=True)
     ranks = candidate_ranks(options.ranks, weight)
     more: dict[str, Any] = {"scales": options.scales, "generator": generator}
     if len(ranks) > 1:

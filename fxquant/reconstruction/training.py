@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.progress import track
 from fxquant.reconstruction.activations import draw_mask
+from fxquant.reconstruction.augment import augmented, float_targets, fresh
 from fxquant.reconstruction.checkpoint import StateFile
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.losses import Criterion
@@ -21,6 +23,8 @@ from fxquant.side_by_side import CHUNK, Station
 _PUSH = 1.0
 # How often the loss is looked at, the state kept, and a curriculum sorts the images anew.
 _LOOKS = 8
+# Images made to judge by where none are held out.
+_MADE = 128
 # Largest norm of the gradient of a step, of a loss that starts at one.
 _CLIP = 10.0
 
@@ -32,6 +36,7 @@ def train_block(
     options: Reconstruction,
     parts: tuple[Tensor, Tensor],
     kept: StateFile | None = None,
+    shown: str | None = None,
 ) -> tuple[Changes | None, float, float]:
     """Trains a block.
 
@@ -42,6 +47,7 @@ def train_block(
         options: steps and rates.
         parts: numbers of the images that judge, and of those that train (:func:`split`).
         kept: the file where the state is kept at each look, and taken from if it is there.
+        shown: what the progress calls it, on stderr; None shows none.
 
     Returns:
         What the block was when its loss was least, None where that is before the first step; and
@@ -52,9 +58,45 @@ def train_block(
         FileFormatError: it is damaged.
     """
     judges, own = parts
-    before = float(image_losses(block, station, criterion, judges).mean())
+    judged = station
+    if options.augment and not options.held_out:  # weights may have been fitted to the images given
+        judged, judges = fresh(station, judges, _MADE), torch.arange(_MADE)
+
+    def loss() -> float:
+        return float(image_losses(block, judged, criterion, judges).mean())
+
+    before = loss()
     if not block.groups(options) or not 0 < before < math.inf:
         return None, before, before
+    run = _begun(block, station, criterion, options, own, before, kept)
+    every = math.ceil(options.iterations / _LOOKS)
+    left = range(run.step, options.iterations)
+    for step in track(
+        left, label=lambda: f"{shown}, {run.told}", total=len(left), enabled=bool(shown)
+    ):
+        if run.plan.sorts and step % every == 0:
+            run.plan.sort(image_losses(block, station, criterion, own))
+        run.take(own[run.plan.draw(step)])
+        if run.step % every == 0 or run.step == options.iterations:
+            run.judge(loss())
+            if kept is not None and run.step < options.iterations:
+                kept.write(run.state())
+    if run.best is None:
+        return None, before, before
+    block.load_state_dict(run.best)
+    return block.changes(), before, run.least
+
+
+def _begun(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    own: Tensor,
+    before: float,
+    kept: StateFile | None,
+) -> _Run:
+    """The training at its start, ranks chosen, or where a file has it."""
     state = None if kept is None else kept.read()
     if state is not None:
         block.settle_ranks(state["ranks"])
@@ -63,19 +105,7 @@ def train_block(
     run = _Run(block, station, criterion, options, len(own), before)
     if state is not None:
         run.load(state)
-    every = math.ceil(options.iterations / _LOOKS)
-    for step in range(run.step, options.iterations):
-        if run.plan.sorts and step % every == 0:
-            run.plan.sort(image_losses(block, station, criterion, own))
-        run.take(own[run.plan.draw(step)])
-        if run.step % every == 0 or run.step == options.iterations:
-            run.judge(float(image_losses(block, station, criterion, judges).mean()))
-            if kept is not None and run.step < options.iterations:
-                kept.write(run.state())
-    if run.best is None:
-        return None, before, before
-    block.load_state_dict(run.best)
-    return block.changes(), before, run.least
+    return run
 
 
 class _Run:
@@ -99,7 +129,7 @@ class _Run:
         count: int,
         before: float,
     ) -> None:
-        self.step, self.least = 0, before
+        self.step, self.least, self._last = 0, before, before
         self.best: dict[str, Any] | None = None
         self._block, self._station, self._criterion = block, station, criterion
         self._options, self._before, self._device = options, before, station.device
@@ -132,8 +162,14 @@ class _Run:
         self._schedule.step()
         self.step += 1
 
+    @property
+    def told(self) -> str:
+        """The loss when it was last looked at."""
+        return f"loss x {self._last / self._before:.3f}"
+
     def judge(self, loss: float) -> None:
         """Keeps the block as it is now where its loss is the least so far."""
+        self._last = loss
         if loss < self.least:
             self.least, self.best = loss, copy.deepcopy(self._block.state_dict())
 
@@ -235,26 +271,34 @@ def _add_gradients(
         block: in training mode.
         station: its data.
         criterion: its loss.
-        options: share of drops, and memory.
+        options: share of drops, memory, and whether images are made anew.
         images: their numbers, ``(n,)``.
         unit: the loss that counts as one.
     """
     at_once = max(1, options.memory_bytes // block.bytes_per_image)
     with torch.enable_grad():
         for part in torch.split(images, at_once):
-            loss = _step_loss(block, station, criterion, part, options.drop)
+            loss = _step_loss(block, station, criterion, part, options)
             _backward(loss * (len(part) / len(images) / unit))
 
 
 def _step_loss(
-    block: TrainedBlock, station: Station, criterion: Criterion, index: Tensor, drop: float
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    index: Tensor,
+    options: Reconstruction,
 ) -> Tensor:
     given = station.given.get(index, station.device)
+    if options.augment:
+        given = {name: augmented(value) for name, value in given.items()}
+        target = float_targets(station, given)
+        return criterion(block(given), target, index).mean()
     # What comes in is left unquantized for as large a share as what is computed.
-    if drop and station.given is not station.exact:
+    if options.drop and station.given is not station.exact:
         exact = station.exact.get(index, station.device)
         given = {
-            name: torch.lerp(value, exact[name], draw_mask(value, drop))
+            name: torch.lerp(value, exact[name], draw_mask(value, options.drop))
             for name, value in given.items()
         }
     return criterion(block(given), station.target.get(index, station.device), index).mean()

@@ -86,6 +86,13 @@ class StraightThrough(TrainedWeight):
         return self.steps
 
 
+class FixedCodes(TrainedWeight):
+    """The codes stay, the scale of each channel is trained: no rounding is in the way."""
+
+    def _steps(self) -> Tensor:
+        return self._first.round()
+
+
 class AdaRound(TrainedWeight):
     """Each weight goes to the whole number above or below it (arXiv 2004.10568).
 

@@ -1,0 +1,101 @@
+"""Images that a network is trained on besides those given: turned, moved, recoloured, mixed.
+
+A few images carry a network far where all that is asked of it is to give what the float one gives
+(arXiv 2106.05237, "function matching"): any image will do, and many are made of few. Labels play no
+part, so that it does not matter whether an image still shows what it showed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from fxquant.side_by_side import Shelf, Station, Values, chunks, tensors_of
+
+# Largest factors of size and of the ratio of height to width, turn, and shift as a share of the
+# half image.
+_ZOOM, _STRETCH, _TURN, _SHIFT = 1.25, 1.15, math.radians(15), 0.15
+# Standard deviations of a channel's factor, and of what is added to it in those of the images.
+_COLOUR = 0.2
+# Share of the images that are mixed with another, and the largest share of that one.
+_MIXED, _OTHER = 0.5, 0.3
+
+
+@torch.no_grad()
+def fresh(station: Station, index: Tensor, count: int) -> Station:
+    """The same block, with images made of some that it has instead of its own.
+
+    Args:
+        station: of the whole network.
+        index: numbers of those images, ``(n,)``.
+        count: how many are made, and held in memory.
+    """
+    folder = Path(tempfile.gettempdir())  # nothing goes there
+    given, target = (Shelf(count, folder, sys.maxsize) for _ in range(2))
+    sources = index.repeat(-(-count // len(index)))[:count]
+    for part in chunks(count):
+        found = station.given.get(sources[part], station.device)
+        made = {name: augmented(value) for name, value in found.items()}
+        given.put(part.start, made)
+        target.put(part.start, float_targets(station, made))
+    return replace(station, exact=given, given=given, target=target, count=count)
+
+
+@torch.no_grad()
+def float_targets(station: Station, given: Values) -> Values:
+    """What the float block gives."""
+    own = {name: value.clone() for name, value in given.items()}  # some models change their input
+    return tensors_of(station.block, station.teacher.run_block(station.block, own))
+
+
+def augmented(x: Tensor) -> Tensor:
+    """Other images made of some, by torch's generator of the device.
+
+    Args:
+        x: ``(B, C, H, W)``; values of any other shape ``(B, …)`` are mixed alone.
+
+    Returns:
+        As many, of the same shape and type.
+    """
+    return _mixed(_recoloured(_moved(x)) if x.ndim == 4 else x)
+
+
+def _spread(x: Tensor, *shape: int) -> Tensor:
+    """Uniform numbers in [-1, 1] on the device of ``x``."""
+    return torch.rand(shape, device=x.device) * 2 - 1
+
+
+def _moved(x: Tensor) -> Tensor:
+    """Each image scaled, stretched, turned and shifted; what comes in at the edges is mirrored."""
+    count = len(x)
+    zoom, stretch = (limit ** _spread(x, count) for limit in (_ZOOM, _STRETCH))
+    turn, shift = _TURN * _spread(x, count), _SHIFT * _spread(x, count, 2)
+    rows = (
+        torch.stack((zoom * stretch * turn.cos(), -zoom * turn.sin(), shift[:, 0]), 1),
+        torch.stack((zoom * turn.sin(), zoom / stretch * turn.cos(), shift[:, 1]), 1),
+    )
+    grid = affine_grid(torch.stack(rows, 1).to(x.dtype), list(x.shape), align_corners=False)
+    moved: Tensor = grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    return moved
+
+
+def _recoloured(x: Tensor) -> Tensor:
+    """Each channel of an image times a factor, plus a constant."""
+    drawn = _COLOUR * torch.randn((2, *x.shape[:2], 1, 1), device=x.device, dtype=x.dtype)
+    return x * (1 + drawn[0]) + drawn[1] * x.std()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Some of the images with a share of another one (arXiv 1710.09412)."""
+    shape = (len(x), *(1 for _ in x.shape[1:]))
+    share = _OTHER * torch.rand(shape, device=x.device, dtype=x.dtype)
+    share = share * (torch.rand(shape, device=x.device) < _MIXED)
+    other = x[torch.randperm(len(x), device=x.device)]
+    return x + share * (other - x)
