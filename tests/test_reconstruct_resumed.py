@@ -48,6 +48,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
     [
         {"scope": "network", "weights": "low_rank", "ranks": (1, 3), "rank_iterations": 4},
         {"scope": "network", "drop": 0.5},
+        {"scope": "network", "augment": True, "held_out": 0.0, "weights": "scales"},
         {"curriculum": 0.4, "weights": "adaround"},
         {"weights": "none"},
     ],
