@@ -188,7 +188,7 @@ def _recover(
         clock.lap("branches")
     if sides is not None and recipe.compensation is not None:
         fitted = sides
-        if recipe.reconstruction is not None:  # those that judge it must be new to the weights
+        if recipe.reconstruction is not None:  # those that judge are new to the rounding
             options = recipe.reconstruction
             _, own = split(len(sides.images), options.held_out, options.seed)
             fitted = sides.only(own)

@@ -12,20 +12,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+Label = str | Callable[[], str]
 
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 5.0
 
 
 def track(
-    items: Iterable[T], *, label: str | Callable[[], str], total: int = 0, enabled: bool = True
+    items: Iterable[T], *, label: Label, total: int = 0, done: int = 0, enabled: bool = True
 ) -> Iterator[T]:
     """Yields ``items`` and shows how far they are, on stderr.
 
     Args:
         items: what to go through.
         label: what is being done; asked anew for each item where it is a function.
-        total: number of items, 0 if unknown.
+        total: number of items, 0 if unknown, with those done before.
+        done: number of items done before.
         enabled: False yields silently.
     """
     if not enabled:
@@ -33,15 +35,17 @@ def track(
         return
     console = Console(stderr=True)
     show = _bar if console.is_terminal else _lines
-    yield from show(items, label if callable(label) else lambda: label, total, console)
+    yield from show(items, label if callable(label) else lambda: label, total, done, console)
 
 
-def _bar(items: Iterable[T], label: Callable[[], str], total: int, console: Console) -> Iterator[T]:
+def _bar(
+    items: Iterable[T], label: Callable[[], str], total: int, done: int, console: Console
+) -> Iterator[T]:
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     start = time.monotonic()
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(label(), total=total or None)
+    task = bar.add_task(label(), total=total or None, completed=done)
     started = False
     try:
         for item in items:
@@ -55,15 +59,15 @@ def _bar(items: Iterable[T], label: Callable[[], str], total: int, console: Cons
 
 
 def _lines(
-    items: Iterable[T], label: Callable[[], str], total: int, console: Console
+    items: Iterable[T], label: Callable[[], str], total: int, done: int, console: Console
 ) -> Iterator[T]:
     start = time.monotonic()
     due = start + QUIET_SECONDS
-    for done, item in enumerate(items):
+    for number, item in enumerate(items, done):
         now = time.monotonic()
         if now > due:
             of = f"/{total}" if total else ""
-            print(f"{label()}: {done}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{label()}: {number}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
             due = now + LINE_SECONDS
         yield item
 

@@ -117,10 +117,11 @@ class Reconstruction:
         curriculum: share of the images, those of smallest loss, that the first step draws from;
             it grows to 1 (AIQViT, section 3.3). 1 draws from all.
         augment: take the images of each step turned, moved, recoloured and mixed, and as targets
-            what the float network gives for those; only with the scope ``network``.
-        work: multiplications that all steps may take, of both networks; fewer steps are done where
-            they would take more, and nothing is trained where fewer than 20 are left. None sets no
-            bound.
+            what the float network gives for those; what is no image ``(B, C, H, W)`` is mixed
+            alone. Only with the scope ``network``. A curriculum sorts images as they were given.
+        work: multiplications that all steps of the training of a ``network`` may take, looks and
+            rank search not counted; fewer steps are done where they would take more, and nothing
+            is trained where fewer than 20 are left. None sets no bound.
         ranks: of low-rank factors, each cut at half of what the weight can have; where there are
             several, a search chooses one for each weight (AIQViT, section 3.2).
         rank_iterations: its steps, for each block.
@@ -156,7 +157,8 @@ class Reconstruction:
 
         Raises:
             UnknownKeyError: scope, rounding, loss or gradient is unknown.
-            PolicyError: a number is none, or out of its range, or nothing is trained.
+            PolicyError: a number is none, or out of its range; ``augment`` or ``work`` is given
+            with another scope than ``network``; weights' scales, or nothing at all, is trained.
         """
         parse_field(self, "scope", Scope)
         parse_field(self, "weights", WeightTraining)
@@ -180,6 +182,11 @@ class Reconstruction:
         if not whole or not self.ranks or min(self.ranks) < 1:
             raise PolicyError(f"ranks must be whole numbers >= 1, got {self.ranks!r:.80}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
+        if self.work is not None and self.scope is not Scope.NETWORK:
+            raise PolicyError(
+                "work bounds the training of a whole network: set scope to 'network', or work to "
+                "None and iterations to fewer steps for each block"
+            )
         if self.augment and self.scope is not Scope.NETWORK:
             raise PolicyError(
                 "augment makes new images, and a block reads what earlier blocks make of them: "

@@ -23,7 +23,7 @@ from fxquant.blocks import Block, is_size, size_for
 from fxquant.capture import device_of
 from fxquant.graph import submodule
 from fxquant.network_loss import Override, float_outputs
-from fxquant.progress import track
+from fxquant.progress import Label, track
 
 # Images run at a time where nothing is trained.
 CHUNK = 8
@@ -131,11 +131,11 @@ class Shelf:
 
     Args:
         count: number of images.
-        folder: for the files.
+        folder: for the files; without one all stay in memory.
         memory_bytes: budget of this shelf.
     """
 
-    def __init__(self, count: int, folder: Path, memory_bytes: int) -> None:
+    def __init__(self, count: int, folder: Path | None = None, memory_bytes: int = 0) -> None:
         self._count, self._folder, self._left = count, folder, memory_bytes
         self._values: Values = {}
         self._files: list[Path] = []
@@ -150,7 +150,7 @@ class Shelf:
     def _room(self, name: str, value: Tensor) -> Tensor:
         shape = (self._count, *value.shape[1:])
         size = self._count * value[0].numel() * value.element_size()
-        if size <= self._left:
+        if self._folder is None or size <= self._left:
             self._left -= size
             return torch.empty(shape, dtype=value.dtype)
         handle, path_name = tempfile.mkstemp(dir=self._folder, prefix=f"{name}-")
@@ -165,6 +165,11 @@ class Shelf:
     def get(self, index: slice | Tensor, device: torch.device) -> Values:
         """The values of some images."""
         return {name: value[index].to(device) for name, value in self._values.items()}
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Of all values; 0 before any is put."""
+        return sum(value[0].numel() * value.element_size() for value in self._values.values())
 
     def close(self) -> None:
         """Frees memory and files."""
@@ -240,7 +245,7 @@ class SideBySide:
 
     @torch.no_grad()
     def walk(
-        self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: str | None, memory_bytes: int
+        self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: Label | None, memory_bytes: int
     ) -> Iterator[Station]:
         """Goes through the blocks of a graph; each may be changed when it is given out.
 

@@ -2,40 +2,87 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import fxquant
+from fxquant import policies
 from fxquant.blocks import whole_network
 from fxquant.errors import PolicyError
 from fxquant.graph import get_parameter
 from fxquant.passes import Reconstruct, run_passes
 from fxquant.quantizers import UniformQuantizer
-from fxquant.reconstruction import training
+from fxquant.reconstruction import augment, training
 from fxquant.reconstruction.augment import augmented, fresh
 from fxquant.recovery import Reconstruction
 from fxquant.side_by_side import SideBySide
-from fxquant.testing import seeded
+from fxquant.testing import relative_error, seeded
 from tests.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct
 
 NETWORK = {"scope": "network", "block_loss": "mse"}
 
 
-@given(
-    st.integers(1, 5), st.integers(1, 4), st.integers(4, 9), st.integers(4, 9), st.integers(0, 99)
-)
-def test_images_are_new_and_of_the_same_kind(b: int, c: int, h: int, w: int, seed: int) -> None:
+SIZES = st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(4, 9), st.integers(4, 9))
+
+
+@given(SIZES, st.integers(0, 99))
+def test_images_are_new_and_of_the_same_kind(size: tuple[int, ...], seed: int) -> None:
     torch.manual_seed(seed)
-    x = torch.randn(b, c, h, w)
-    made = augmented(x)
+    x = torch.randn(size)
+    made, again = augmented(x), augmented(x)
     assert made.shape == x.shape
     assert made.dtype is x.dtype
-    assert made.isfinite().all()
     assert not any(torch.equal(one, two) for one, two in zip(made, x, strict=True))
+    assert not torch.equal(made, again)
+    low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+    assert ((made >= low - 1e-4) & (made <= high + 1e-4)).all()
     torch.manual_seed(seed)
-    torch.randn(b, c, h, w)
+    torch.randn(size)
     assert torch.equal(augmented(x), made)
+
+
+@given(st.integers(0, 99))
+def test_most_is_left_of_an_image(seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(64, 3, 8, 8).cumsum(2).cumsum(3)  # smooth, so that moving leaves it alike
+    made = augmented(x)
+    assert 0.5 < made.std() / x.std() < 1.5
+    alike = torch.nn.functional.cosine_similarity(made.flatten(1), x.flatten(1))
+    assert alike.median() > 0.7
+
+
+@given(st.integers(0, 99))
+def test_all_channels_are_moved_alike_and_some_images_not_at_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(64, 1, 6, 9).expand(-1, 3, -1, -1)
+    moved = augment._moved(x)
+    assert torch.equal(moved[:, :1].expand_as(moved), moved)
+    stayed = (moved == x).flatten(1).all(1).float().mean()
+    assert 0.02 < stayed < 0.6
+    flat = torch.ones(8, 1, 6, 9) * torch.arange(8.0).view(-1, 1, 1, 1)
+    torch.testing.assert_close(augment._moved(flat), flat)
+
+
+def test_a_turn_is_one_on_images_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disc stays a disc; a turn of shares of width and height would shear it."""
+    monkeypatch.setattr(augment, "_TURN", 0.5)
+    for name in ("_ZOOM", "_STRETCH", "_MOVED"):
+        monkeypatch.setattr(augment, name, 1.0)
+    monkeypatch.setattr(augment, "_SHIFT", 0.0)
+    across, down = torch.meshgrid(torch.arange(60.0), torch.arange(20.0), indexing="xy")
+    across, down = across - 29.5, down - 9.5
+    disc = (-(across**2 + down**2) / 20).exp().expand(16, 1, -1, -1)
+    ellipse = (-(across**2 + 4 * down**2) / 40).exp().expand(16, 1, -1, -1)
+    torch.manual_seed(0)
+    assert (augment._moved(disc) - disc).abs().max() < 0.1
+    assert (augment._moved(ellipse) - ellipse).abs().amax((1, 2, 3)).max() > 0.2
 
 
 @given(st.integers(2, 9), st.integers(0, 99))
@@ -58,6 +105,7 @@ def test_the_float_network_says_what_new_images_should_give() -> None:
     ((_, x),) = made.given.get(everything, station.device).items()
     ((_, y),) = made.target.get(everything, station.device).items()
     assert made.count == len(x) == 11
+    assert station.given.bytes_per_image == x[0].numel() * 4
     assert torch.allclose(model(x), y, atol=1e-5)
 
 
@@ -74,15 +122,97 @@ def test_new_images_bring_the_outputs_nearer(held_out: float) -> None:
 
 
 def test_images_are_made_anew_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bytes] = []
+    seen: list[torch.Tensor] = []
 
     def kept(x: torch.Tensor) -> torch.Tensor:
-        seen.append(x.numpy().tobytes())
-        return augmented(x)
+        seen.append(augmented(x))
+        return seen[-1]
 
     monkeypatch.setattr(training, "augmented", kept)
-    reconstruct(frozen(), **NETWORK, augment=True, iterations=5)
-    assert len(seen) == len(set(seen)) == 5
+    # In parts of one image each: they are made before, since some are mixed with others.
+    options = {"batch": len(BATCH), "iterations": 5, "held_out": 0.0, "memory_bytes": 1}
+    reconstruct(frozen(), **NETWORK, augment=True, **options)
+    assert [len(made) for made in seen] == [len(BATCH)] * 5
+    for number, made in enumerate(seen):
+        own = [row for other in seen[:number] for row in other]
+        assert sum(any(torch.equal(row, one) for one in own) for row in made) < 0.5 * len(made) + 8
+        assert not any(torch.equal(made, other) for other in seen[:number])
+
+
+@pytest.mark.parametrize(("held_out", "judges"), [(0.0, 128), (0.25, 6)])
+def test_where_no_image_is_held_out_made_ones_judge(
+    held_out: float, judges: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    real = training.image_losses
+
+    def looked(block: Any, station: Any, criterion: Any, index: torch.Tensor) -> torch.Tensor:
+        ((_, x),) = station.given.get(index, station.device).items()
+        seen.append(x)
+        return real(block, station, criterion, index)
+
+    monkeypatch.setattr(training, "image_losses", looked)
+    reconstruct(frozen(), **NETWORK, augment=True, held_out=held_out, iterations=8)
+    assert [len(x) for x in seen] == [judges] * 9
+    assert all(torch.equal(x, seen[0]) for x in seen)
+    own = [any(torch.equal(x, given) for given in BATCH) for x in seen[0]]
+    assert all(own) if held_out else sum(own) < 0.9 * judges
+
+
+class Seeing(nn.Module):
+    """A classifier of small images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(nn.functional.gelu(self.middle(x)).mean(1))
+
+
+@pytest.mark.parametrize("size", [(3, 8, 8), (3, 6, 10)])
+def test_a_network_of_images_comes_nearer_to_the_float_one(size: tuple[int, ...]) -> None:
+    model = seeded(Seeing())
+    torch.manual_seed(0)
+    # Smooth, as what cameras give.
+    x, others = torch.nn.functional.avg_pool2d(torch.randn(80, *size), 3, 1, 1).split((16, 64))
+    policy = policies.best(3, 3, end_bits=2)
+    assert policy.reconstruction is not None
+    untrained = replace(policy, reconstruction=None)
+    with torch.no_grad():
+        errors = [
+            relative_error(fxquant.compile(model, [x], own)(others), model(others))
+            for own in (policy, untrained)
+        ]
+    assert errors[0] < errors[1]
+
+
+class Rooted(Seeing):
+    """Has no value for images with negative pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.sqrt())
+
+
+def test_pixels_stay_where_the_model_has_a_value() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(16, 3, 8, 8)
+    report = fxquant.compile(seeded(Rooted()), [x], policies.best(3, 3, end_bits=2)).report
+    assert report.changes["Reconstruct"] == 1
+
+
+def test_a_step_without_a_finite_loss_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def spoilt(x: torch.Tensor) -> torch.Tensor:
+        return augmented(x) * (float("nan") if next(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(training, "augmented", spoilt)
+    (gain,) = reconstruct(frozen(), **NETWORK, augment=True, held_out=0.25).gains
+    assert gain.ratio < 1
+    assert next(calls) == 25
 
 
 def test_progress_has_the_loss(
@@ -94,7 +224,7 @@ def test_progress_has_the_loss(
     options = Reconstruction(**{**SHORT, **NETWORK, "augment": True, "held_out": 0.0})
     run_passes(gm, [Reconstruct(SideBySide(gm, BATCH, progress=True), options)])
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("reconstruct 1/1, loss x 1.000: 0/25, ")
+    assert lines[0].startswith("reconstruct, loss x 1.000: 0/25, ")
     found = {float(line.split("loss x ")[1].split(":")[0]) for line in lines}
     assert len(found) > 2
     assert min(found) < 1
@@ -103,6 +233,8 @@ def test_progress_has_the_loss(
 def test_blocks_cannot_be_trained_on_new_images() -> None:
     with pytest.raises(PolicyError, match="set scope to 'network', or augment to False"):
         Reconstruction(augment=True)
+    with pytest.raises(PolicyError, match="set scope to 'network', or work to None"):
+        Reconstruction(work=1e12)
 
 
 def test_scales_of_weights_alone_keep_the_codes() -> None:
@@ -146,7 +278,7 @@ def test_work_bounds_the_steps() -> None:
             result = run_passes(gm, [Reconstruct(SideBySide(gm, BATCH), options)])["Reconstruct"]
         if not steps:
             (skip,) = result.skips
-            assert "raise work or set it to None" in skip.reason
+            assert "raise work, or set it to None" in skip.reason
         return len(steps)
 
     assert took(None) == 25

@@ -156,8 +156,8 @@ def _add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--effort",
         choices=[str(effort) for effort in Effort],
-        help="how long preset best may take (seconds); below 8 bits seconds trains small networks "
-        "alone, minutes and hours all, on hundreds of --images",
+        help="how long preset best may take (default: seconds); below 8 bits effort seconds trains "
+        "only small networks, minutes and hours train any, on hundreds of --images",
     )
     parser.add_argument(
         "--full",

@@ -7,8 +7,8 @@ After:  the same block, with the roundings, scales, biases or low-rank factors t
 Low-rank factors are added to the weight before it is rounded, so nothing is left of them in the
 graph. A block whose loss does not fall stays as it was. With the scope ``network`` all blocks are
 trained as one, to give what the float network gives, on other images made of those given where the
-options say so. Gains are losses after over before, of images
-that were not trained on.
+options say so. Gains are losses after over before, of images that were not trained on; where none
+are held out, of other images made of them, or of the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from fxquant.spec import Stage
 from fxquant.work import Work
 
 _DONE = "reconstructed"
-# Steps that are worth beginning with, of a bounded number.
+# A bounded number of steps smaller than this is not begun with: rates fall to zero along a cosine,
+# so that so few move little.
 _FEWEST = 20
 
 
@@ -71,19 +72,25 @@ class Reconstruct:
         teacher, images = self.sides.teacher(), self.sides.images
         steps = _affordable(gm, self.options, len(images))
         if steps < min(_FEWEST, self.options.iterations):
-            return PassResult(0, (Skip("network", _too_much_work(steps, self.options)),))
+            reason = _too_much_work(steps, self.options, len(images))
+            return PassResult(0, (Skip("network", reason),))
         kept = Checkpoints(self.cache, gm, images, repr(self.options))
         parts = split(len(images), self.options.held_out, self.options.seed)
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
             together = self.options.scope is Scope.NETWORK
             blocks = (whole_network(gm),) if together else find_blocks(gm)
             measured = measure(teacher, blocks, images, self.options, Path(folder))
-            walk = self.sides.walk(gm, blocks, None, self.options.memory_bytes)
+            shown = "reconstruct" if self.sides.progress and together else None
+            walk = self.sides.walk(
+                gm,
+                blocks,
+                None if together else lambda: _label(gains),
+                self.options.memory_bytes,
+            )
             for number, station in enumerate(walk):
                 options = replace(self.options, iterations=steps, seed=self.options.seed + number)
                 torch.manual_seed(options.seed)
                 done = kept.get(number, station.device)
-                shown = f"reconstruct {number + 1}/{len(blocks)}" if self.sides.progress else None
                 changes, before, after = done or self._train(
                     gm, station, options, measured, parts, kept.state_file(number), shown
                 )
@@ -128,17 +135,22 @@ def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int
     if options.work is None:
         return options.iterations
     start = next(node for node in gm.graph.nodes if node.op == "placeholder")
-    # The quantized network forward and, at twice the work, backward; and the float one.
+    # The quantized network forward and, at twice the work, backward; the float one on new images.
     step = Work(gm).behind([start]) * min(options.batch, images) * (4 if options.augment else 3)
     return min(options.iterations, int(options.work // max(step, 1)))
 
 
-def _too_much_work(steps: int, options: Reconstruction) -> str:
+def _too_much_work(steps: int, options: Reconstruction, images: int) -> str:
     return (
         f"not trained: {options.work:g} multiplications are no more than {steps} steps of "
-        f"{options.batch} images, and fewer than {_FEWEST} gain nothing; raise work or set it to "
-        "None for all steps"
+        f"{min(options.batch, images)} images, and fewer than {_FEWEST} are not begun with; raise "
+        "work, or set it to None for all steps"
     )
+
+
+def _label(gains: list[Gain]) -> str:
+    """Of the progress through the blocks, with the last one's loss."""
+    return f"reconstruct, loss x {gains[-1].ratio:.3f}" if gains else "reconstruct"
 
 
 def _ranks(gm: fx.GraphModule, changes: Changes) -> list[Gain]:

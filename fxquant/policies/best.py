@@ -119,7 +119,7 @@ def best(
         name=f"best_{widths}_{effort}{suffix}",
         rules=(*(elementwise_rules() if full else ()), *image, *ends, *others),
         search=replace(base.search or ScaleSearch(), rows=_ROWS),
-        description=f"our own pick: {base.description}; weights rounded by columns",
+        description=f"our own pick: {base.description}; weights rounded by columns; scales trained",
         allocation=None if budget is None else Allocation(budget=budget),
         compensation=Compensation(),
         reconstruction=_TRAINING[Effort(effort)],

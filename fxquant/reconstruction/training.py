@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.losses import Criterion
 from fxquant.reconstruction.trained_block import Changes, TrainedBlock
 from fxquant.recovery import Reconstruction
-from fxquant.side_by_side import CHUNK, Station
+from fxquant.side_by_side import CHUNK, Station, Values
 
 # The regularizer of roundings beside a loss that starts at one.
 _PUSH = 1.0
 # How often the loss is looked at, the state kept, and a curriculum sorts the images anew.
 _LOOKS = 8
-# Images made to judge by where none are held out.
+# Images made to judge by where none are held out, at most.
 _MADE = 128
 # Largest norm of the gradient of a step, of a loss that starts at one.
 _CLIP = 10.0
@@ -59,8 +60,9 @@ def train_block(
     """
     judges, own = parts
     judged = station
-    if options.augment and not options.held_out:  # weights may have been fitted to the images given
-        judged, judges = fresh(station, judges, _MADE), torch.arange(_MADE)
+    if options.augment and torch.equal(judges, own):  # else they judge that the weights fit best
+        judged = fresh(station, own, _made(station, options))
+        judges = torch.arange(judged.count)
 
     def loss() -> float:
         return float(image_losses(block, judged, criterion, judges).mean())
@@ -68,35 +70,6 @@ def train_block(
     before = loss()
     if not block.groups(options) or not 0 < before < math.inf:
         return None, before, before
-    run = _begun(block, station, criterion, options, own, before, kept)
-    every = math.ceil(options.iterations / _LOOKS)
-    left = range(run.step, options.iterations)
-    for step in track(
-        left, label=lambda: f"{shown}, {run.told}", total=len(left), enabled=bool(shown)
-    ):
-        if run.plan.sorts and step % every == 0:
-            run.plan.sort(image_losses(block, station, criterion, own))
-        run.take(own[run.plan.draw(step)])
-        if run.step % every == 0 or run.step == options.iterations:
-            run.judge(loss())
-            if kept is not None and run.step < options.iterations:
-                kept.write(run.state())
-    if run.best is None:
-        return None, before, before
-    block.load_state_dict(run.best)
-    return block.changes(), before, run.least
-
-
-def _begun(
-    block: TrainedBlock,
-    station: Station,
-    criterion: Criterion,
-    options: Reconstruction,
-    own: Tensor,
-    before: float,
-    kept: StateFile | None,
-) -> _Run:
-    """The training at its start, ranks chosen, or where a file has it."""
     state = None if kept is None else kept.read()
     if state is not None:
         block.settle_ranks(state["ranks"])
@@ -105,7 +78,48 @@ def _begun(
     run = _Run(block, station, criterion, options, len(own), before)
     if state is not None:
         run.load(state)
-    return run
+    left = track(
+        range(run.step, options.iterations),
+        label=lambda: f"{shown}, loss x {run.last / before:.3f}",
+        total=options.iterations,
+        done=run.step,
+        enabled=shown is not None,
+    )
+    _train(run, left, own, loss, kept)
+    if run.best is None:
+        return None, before, before
+    block.load_state_dict(run.best)
+    return block.changes(), before, run.least
+
+
+def _train(
+    run: _Run, steps: Iterable[int], own: Tensor, loss: Callable[[], float], kept: StateFile | None
+) -> None:
+    """Takes the steps, and looks at the loss every so often.
+
+    Args:
+        run: the training.
+        steps: their numbers.
+        own: numbers of the images to train on.
+        loss: of the images that judge.
+        kept: takes the state at each look.
+    """
+    total = run.options.iterations
+    every = math.ceil(total / _LOOKS)
+    for step in steps:
+        if run.plan.sorts and step % every == 0:
+            run.plan.sort(image_losses(run.block, run.station, run.criterion, own))
+        run.take(own[run.plan.draw(step)])
+        if run.step % every == 0 or run.step == total:
+            run.judge(loss())
+            if kept is not None and run.step < total:
+                kept.write(run.state())
+
+
+def _made(station: Station, options: Reconstruction) -> int:
+    """How many images are made to judge by, in a quarter of the memory."""
+    each = station.given.bytes_per_image + station.target.bytes_per_image
+    return min(max(options.memory_bytes // 4 // max(each, 1), CHUNK), _MADE)
 
 
 class _Run:
@@ -129,10 +143,10 @@ class _Run:
         count: int,
         before: float,
     ) -> None:
-        self.step, self.least, self._last = 0, before, before
+        self.step, self.least, self.last = 0, before, before
         self.best: dict[str, Any] | None = None
-        self._block, self._station, self._criterion = block, station, criterion
-        self._options, self._before, self._device = options, before, station.device
+        self.block, self.station, self.criterion = block, station, criterion
+        self.options, self._before, self._device = options, before, station.device
         self._generator = torch.Generator().manual_seed(options.seed)
         self.plan = Curriculum(
             count, options.batch, options.iterations, options.curriculum, self._generator
@@ -150,28 +164,24 @@ class _Run:
         Args:
             images: their numbers, ``(n,)``.
         """
-        block, options = self._block.train(), self._options
+        block, options = self.block.train(), self.options
         self._optimizer.zero_grad()
-        _add_gradients(block, self._station, self._criterion, options, images, self._before)
+        _add_gradients(block, self.station, self.criterion, options, images, self._before)
         with torch.enable_grad():
             push = block.regularizer(self.step / options.iterations)
             if push is not None:
                 _backward(_PUSH * push)
-        nn.utils.clip_grad_norm_(self._parameters, _CLIP)
-        self._optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self._parameters, _CLIP)
+        if bool(norm.isfinite()):  # one that is not would stay in the means of Adam
+            self._optimizer.step()
         self._schedule.step()
         self.step += 1
 
-    @property
-    def told(self) -> str:
-        """The loss when it was last looked at."""
-        return f"loss x {self._last / self._before:.3f}"
-
     def judge(self, loss: float) -> None:
         """Keeps the block as it is now where its loss is the least so far."""
-        self._last = loss
+        self.last = loss
         if loss < self.least:
-            self.least, self.best = loss, copy.deepcopy(self._block.state_dict())
+            self.least, self.best = loss, copy.deepcopy(self.block.state_dict())
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on. Just before one that sorts: the order is not in it."""
@@ -181,9 +191,10 @@ class _Run:
         return {
             "step": self.step,
             "least": self.least,
-            "ranks": self._block.ranks,
+            "last": self.last,
+            "ranks": self.block.ranks,
             "best": self.best,
-            "block": self._block.state_dict(),
+            "block": self.block.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "drawn": drawn,
@@ -192,7 +203,8 @@ class _Run:
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state`."""
         self.step, self.least, self.best = state["step"], state["least"], state["best"]
-        self._block.load_state_dict(state["block"])
+        self.last = state["last"]
+        self.block.load_state_dict(state["block"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         drawn = [one.cpu() for one in state["drawn"]]
@@ -276,10 +288,14 @@ def _add_gradients(
         unit: the loss that counts as one.
     """
     at_once = max(1, options.memory_bytes // block.bytes_per_image)
-    with torch.enable_grad():
-        for part in torch.split(images, at_once):
-            loss = _step_loss(block, station, criterion, part, options)
-            _backward(loss * (len(part) / len(images) / unit))
+    given = station.given.get(images, station.device)
+    if options.augment:  # all at once, since some are mixed with others
+        given = {name: augmented(value) for name, value in given.items()}
+    for place in torch.split(torch.arange(len(images)), at_once):
+        part = images[place], {name: value[place] for name, value in given.items()}
+        with torch.enable_grad():
+            loss = _step_loss(block, station, criterion, *part, options)
+            _backward(loss * (len(place) / len(images) / unit))
 
 
 def _step_loss(
@@ -287,13 +303,13 @@ def _step_loss(
     station: Station,
     criterion: Criterion,
     index: Tensor,
+    given: Values,
     options: Reconstruction,
 ) -> Tensor:
-    given = station.given.get(index, station.device)
     if options.augment:
-        given = {name: augmented(value) for name, value in given.items()}
         target = float_targets(station, given)
-        return criterion(block(given), target, index).mean()
+    else:
+        target = station.target.get(index, station.device)
     # What comes in is left unquantized for as large a share as what is computed.
     if options.drop and station.given is not station.exact:
         exact = station.exact.get(index, station.device)
@@ -301,7 +317,7 @@ def _step_loss(
             name: torch.lerp(value, exact[name], draw_mask(value, options.drop))
             for name, value in given.items()
         }
-    return criterion(block(given), station.target.get(index, station.device), index).mean()
+    return criterion(block(given), target, index).mean()
 
 
 @torch.no_grad()
