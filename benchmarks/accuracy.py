@@ -6,15 +6,17 @@ From min-max to PTQ4ViT (arXiv 2111.12293): ``base PTQ`` searches scales by cosi
 round from half the range; ``+ rounds`` takes three and the whole range; ``+ Hessian`` then
 compares by squared error weighted by gradients; ``+ twin`` is the base with twin quantizers,
 ``+ both`` the preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by
-row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does. ``+
-Hessian, symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
+row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does, and ``as
+published`` has the paper's symmetric quantizers and weights per tensor besides. ``+ Hessian,
+symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
 ``OPT-m`` searches the ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels
 as well; ``by columns`` then rounds weights so that later columns make up for earlier ones, after
 ``ridge`` has moved them to make up for the activations. ``+ both, uniform``, ``focusing`` (arXiv
 2502.04628), ``log2`` and ``AdaLog`` (arXiv 2407.12951) have other quantizers behind softmax.
 ``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone). ``best`` is
-our own pick by effort, ``AIQViT`` (arXiv 2502.04628) has one part after the other; those that train
-run only where ``--methods`` names them, best with ``--calibration 1024``.
+our own pick, untrained and by effort, ``AIQViT`` (arXiv 2502.04628) has one part after the other;
+those that train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` are made
+for ``--calibration 1024``, the others for the 32 images of the default.
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
 and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,

@@ -17,7 +17,7 @@ from fxquant import (
 )
 from fxquant.budget import Method
 from fxquant.policies import Effort
-from fxquant.spec import GradientLoss, Metric, ScaleSearch, Scheme
+from fxquant.spec import Arg, GradientLoss, Metric, OpKind, ScaleSearch, Scheme
 
 # At these the same mean of mixed widths is measured as well.
 MIXED_WIDTHS = (5, 4)
@@ -44,6 +44,7 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ both": whole,
         "+ both, RepQ": replace(whole, reparameterize=True),
         "+ both, row by row": replace(whole, search=by_row),
+        "+ both, as published": replace(as_published(whole, symmetric), search=by_row),
         "+ both, OPT-m": replace(whole, search=replace(whole.search, opt_m=True)),
         "MPTQ-ViT": policies.mptq_vit(bits, bits),
         **compensated(bits),
@@ -55,6 +56,15 @@ def methods(bits: int) -> dict[str, Policy]:
     if bits == 8:
         return {**steps, "w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
     return {**steps, **mixed(bits)} if bits in MIXED_WIDTHS else steps
+
+
+def as_published(whole: Policy, symmetric: TensorSpec) -> Policy:
+    """PTQ4ViT with the paper's quantizers: all but the image and twins symmetric, per tensor."""
+    twins = [r for r in whole.rules if r.spec and r.spec.scheme is Scheme.TWIN_UNIFORM]
+    image = [r for r in whole.rules if r.fed_by == "image"]
+    by_head = [r for r in whole.rules if r.op is OpKind.MATMUL]
+    others = (Rule(arg=arg, spec=symmetric) for arg in (Arg.WEIGHT, Arg.INPUT))
+    return replace(whole, rules=(*twins, *image, *by_head, *others))
 
 
 def attention(base: Policy, bits: int) -> dict[str, Policy]:
@@ -101,8 +111,10 @@ def mixed(bits: int) -> dict[str, Policy]:
 
 
 def tiers(bits: int) -> dict[str, Policy]:
-    """Our own pick, by effort."""
-    return {f"best, {effort}": policies.best(bits, bits, effort) for effort in Effort}
+    """Our own pick, without training and by effort."""
+    untrained = replace(policies.best(bits, bits), reconstruction=None)
+    found = {f"best, {effort}": policies.best(bits, bits, effort) for effort in Effort}
+    return {"best, untrained": untrained, **found}
 
 
 def aiqvit(bits: int) -> dict[str, Policy]:
