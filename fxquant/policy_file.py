@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from enum import StrEnum
@@ -61,6 +62,15 @@ _TOO_DEEP = "nested too deeply, or an alias (*name) stands inside what it names:
 Location = tuple[str | int, ...]
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e13`` as a number, which YAML 1.2 takes for one and PyYAML for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def resolve(policy: str | Path | Policy | Mapping[str, Any]) -> Policy:
     """A Policy from whatever ``compile()`` takes.
 
@@ -93,8 +103,8 @@ def read_policy(path: Path) -> Policy:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise PolicyError(f"cannot read policy file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -247,6 +247,14 @@ def test_a_malformed_file_is_explained(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("number", ["1e13", "1.0e+13", "10000000000000"])
+def test_numbers_with_an_exponent(tmp_path: Path, number: str) -> None:
+    text = f"rules: [{{spec: {{bits: 8}}}}]\nreconstruction: {{scope: network, work: {number}}}\n"
+    policy = read_policy(written(tmp_path, text))
+    assert policy.reconstruction is not None
+    assert policy.reconstruction.work == 1e13
+
+
 def test_a_malformed_dict_is_explained() -> None:
     with pytest.raises(UnknownKeyError, match=r"rules\.0\.spec\.bit: .*did you mean 'bits'"):
         policy_from_dict({"rules": [{"spec": {"bit": 4}}]})

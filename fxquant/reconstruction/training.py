@@ -288,13 +288,16 @@ def _add_gradients(
         unit: the loss that counts as one.
     """
     at_once = max(1, options.memory_bytes // block.bytes_per_image)
-    given = station.given.get(images, station.device)
+    made: Values = {}
     if options.augment:  # all at once, since some are mixed with others
-        given = {name: augmented(value) for name, value in given.items()}
+        own = station.given.get(images, station.device)
+        made = {name: augmented(value) for name, value in own.items()}
     for place in torch.split(torch.arange(len(images)), at_once):
-        part = images[place], {name: value[place] for name, value in given.items()}
+        index = images[place]
+        given = {name: value[place] for name, value in made.items()}
+        given = given or station.given.get(index, station.device)
         with torch.enable_grad():
-            loss = _step_loss(block, station, criterion, *part, options)
+            loss = _step_loss(block, station, criterion, index, given, options)
             _backward(loss * (len(place) / len(images) / unit))
 
 
