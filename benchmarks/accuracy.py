@@ -8,7 +8,8 @@ compares by squared error weighted by gradients; ``+ twin`` is the base with twi
 ``+ both`` the preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by
 row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does, and ``as
 published`` has the paper's symmetric quantizers and weights per tensor besides. ``+ Hessian,
-symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does.
+symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does; ``ends at 8
+bits`` keeps the first and last layers at 8 bits, as ``best`` does, ``best, ends alike`` does not.
 ``OPT-m`` searches the ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels
 as well; ``by columns`` then rounds weights so that later columns make up for earlier ones, after
 ``ridge`` has moved them to make up for the activations. ``+ both, uniform``, ``focusing`` (arXiv

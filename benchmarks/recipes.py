@@ -17,12 +17,15 @@ from fxquant import (
 )
 from fxquant.budget import Method
 from fxquant.policies import Effort
+from fxquant.recovery import BlockLoss
 from fxquant.spec import Arg, GradientLoss, Metric, OpKind, ScaleSearch, Scheme
 
 # At these the same mean of mixed widths is measured as well.
 MIXED_WIDTHS = (5, 4)
 # Far fewer steps than the paper's 6,000 and 2,000, the same for all rows of AIQViT.
-_SHORT = Reconstruction(iterations=150, rank_iterations=50, batch=16)
+_SHORT = Reconstruction(
+    iterations=150, rank_iterations=50, batch=16, block_loss=BlockLoss.MSE, drop=0.0
+)
 
 
 def methods(bits: int) -> dict[str, Policy]:
@@ -52,7 +55,9 @@ def methods(bits: int) -> dict[str, Policy]:
         **aiqvit(bits),
     }
     if bits < 8:
-        steps |= tiers(bits)
+        image = [rule for rule in whole.rules if rule.fed_by == "image"]
+        wide = (*image, *policies.end_rules())
+        steps |= {"+ both, ends at 8 bits": whole.with_rules(*wide), **tiers(bits)}
     if bits == 8:
         return {**steps, "w8a8": policies.w8a8(), "w8a8_full": policies.w8a8(full=True)}
     return {**steps, **mixed(bits)} if bits in MIXED_WIDTHS else steps
@@ -111,10 +116,11 @@ def mixed(bits: int) -> dict[str, Policy]:
 
 
 def tiers(bits: int) -> dict[str, Policy]:
-    """Our own pick, without training and by effort."""
+    """Our own pick: without training, with ends as narrow as the rest, and by effort."""
     untrained = replace(policies.best(bits, bits), reconstruction=None)
     found = {f"best, {effort}": policies.best(bits, bits, effort) for effort in Effort}
-    return {"best, untrained": untrained, **found}
+    narrow = policies.best(bits, bits, end_bits=2)
+    return {"best, untrained": untrained, "best, ends alike": narrow, **found}
 
 
 def aiqvit(bits: int) -> dict[str, Policy]:

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxquant.blocks import Block, is_size, size_for
 from fxquant.capture import device_of
 from fxquant.graph import submodule
-from fxquant.network_loss import Override, float_outputs
+from fxquant.network_loss import Override
 from fxquant.progress import Label, track
 
 # Images run at a time where nothing is trained.
@@ -290,13 +291,31 @@ def _run(runner: BlockRunner, station: Station, inputs: Shelf, outputs: Shelf) -
 
 
 def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
-    """What a block gave, tensor by tensor; of the ``output`` node the float tensors alone."""
+    """What a block gave, tensor by tensor.
+
+    Of the ``output`` node the float tensors alone that hold an entry an image, ``(B, …)``.
+    """
     found: Values = {}
     for node in block.outputs:
         value = values[node.name]
-        tensors = float_outputs(value) if node.op == "output" else [value]
+        tensors = _by_image(node, value) if node.op == "output" else [value]
         found |= {f"{node.name}.{i}" if i else node.name: x for i, x in enumerate(tensors)}
     return found
+
+
+def _by_image(output: fx.Node, value: Any) -> list[Tensor]:
+    """The float tensors among a model's outputs whose first axis is the batch."""
+    image = next(node for node in output.graph.nodes if node.op == "placeholder")
+    batch = str(image.meta["val"].shape[0])
+    meant = pytree.tree_leaves(fx.node.map_arg(output.args[0], lambda node: node.meta["val"]))
+    return [
+        x
+        for x, shown in zip(pytree.tree_leaves(value), meant, strict=True)
+        if isinstance(x, Tensor)
+        and x.is_floating_point()
+        and shown.ndim
+        and str(shown.shape[0]) == batch
+    ]
 
 
 def all_images(batches: Iterable[Tensor]) -> Tensor:

@@ -177,7 +177,7 @@ def test_a_network_of_images_comes_nearer_to_the_float_one(size: tuple[int, ...]
     model = seeded(Seeing())
     torch.manual_seed(0)
     # Smooth, as what cameras give.
-    x, others = torch.nn.functional.avg_pool2d(torch.randn(80, *size), 3, 1, 1).split((16, 64))
+    x, others = torch.nn.functional.avg_pool2d(torch.randn(96, *size), 3, 1, 1).split((32, 64))
     policy = policies.best(3, 3, end_bits=2)
     assert policy.reconstruction is not None
     untrained = replace(policy, reconstruction=None)

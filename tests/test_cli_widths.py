@@ -31,7 +31,7 @@ def test_a_budget_is_met_kept_and_swept(
     printed = capsys.readouterr().out
     assert "w8a8_mixed: " in printed
     assert "widths by greedy, measured sensitivities" in printed
-    assert len(list(out.glob("sensitivity-*.jsonl"))) == 1
+    assert len(list((out / "cache").glob("sensitivity-*.jsonl"))) == 1
     outcome = fxquant.load(out).report.allocation
     assert outcome is not None and outcome.costs["mean_bits"] <= 4.5
     assert main(["pareto", str(out), "--cost", "weight_bytes", "--steps", "4"]) == 0

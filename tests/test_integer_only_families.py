@@ -106,3 +106,12 @@ def test_family_runs_integer_only_or_says_why_not(family: Family) -> None:
     assert lowered.meta["float_because"] == ""
     assert float_operations(lowered, x[:1]) == []
     assert_same_codes(qm, lowered, x[:2])
+
+
+def test_leaving_the_integers_early_is_seen() -> None:
+    class Early(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            codes = (x * 10).round().to(torch.int8)
+            return (codes.float() / 10).softmax(-1) @ x.mT
+
+    assert float_operations(Early(), torch.ones(2, 3, 4)) == ["aten.bmm.default"]

@@ -254,6 +254,9 @@ def test_the_pass_folds_what_was_chosen_and_moves_the_samples() -> None:
     result = run_passes(gm, [SmoothWithBias(choices)])["SmoothWithBias"]
     assert result.changed == len(choices.folds) == len(result.gains)
     assert all(gain.ratio <= 0.5 for gain in result.gains)
+    found = gm(tokens(4))
+    assert run_passes(gm, [SmoothWithBias(choices)])["SmoothWithBias"].changed == 0
+    assert torch.equal(gm(tokens(4)), found)
     assert_same_function(gm, model, tokens(4))
     drawn, _ = sample_products(gm, batches, search)
     assert drawn.keys() == choices.samples.keys()

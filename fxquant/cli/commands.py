@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
 
 ONNX_FILE = "model.onnx"
+# Folder for what a search or a training can be taken up from.
+_CACHE = "cache"
 # Edges named for one reason; quant_config.json has them all.
 _SHOWN = 6
 # With fewer, the command line says so.
@@ -72,7 +74,8 @@ def run_compile(options: Namespace) -> int:
     torch.manual_seed(options.seed)
     model = build_model(source, weights, arguments)
     images = _read_images(loader, options.images)
-    compiled = compile(model, images, policy, cache=options.out, progress=True)
+    cache = options.out / _CACHE
+    compiled = compile(model, images, policy, cache=cache, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
     count = sum(map(len, images))
@@ -83,6 +86,8 @@ def run_compile(options: Namespace) -> int:
     print_left_float(compiled.report)
     print(export)
     print(f"wrote {', '.join(_FILES)} in {options.out}")
+    if cache.exists():
+        print(f"{cache} has what the same search or training can be taken from; delete it at will")
     return 0
 
 

@@ -3,11 +3,13 @@
 Before: ``y^ = linear(q(x^), q(W), b)`` with ``x^`` from the quantized layers before it
 After:  ``y^ = linear(q(x^), q(W'), b')``, W' first the ridge solution that brings ``W' q(x^)``
         nearest to the float ``y`` (arXiv 2407.06794), then rounded column by column, each column
-        making up for those before it (arXiv 2210.17323); ``b' = E[y] - q(W') E[q(x^)]``
+        making up for those before it (arXiv 2210.17323); ``b' = E[y] - q(W') E[q(x^)]``; W' = W
+        where that lowers no error
 
 Layer after layer, so that each sees what the compensated ones before it give. The mean is taken out
 of both sides, and given back by the bias; a product without one gets one. Gains are the mean
-squared error of the product's output over that with the weight as it was, both with the best bias.
+squared error of the product's output over that with the weight as it was, both with the best bias,
+on the images that the weight is fitted to.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from fxquant.spec import OpKind, Stage
 
 _DONE = "compensated"
 _MEASURE = "squared output error of the weights rounded to nearest"
+_OVERFLOW = "not compensated: squares of what it reads or gives are beyond float32"
 # Parts of the images of which each is once left out when the ridge is chosen.
 _FOLDS = 4
 
@@ -68,7 +71,10 @@ class Compensate:
             for station in self.sides.walk(gm, blocks, "compensate", memory):
                 for wave in waves(station.block.nodes, set(wanted)):
                     for node, moments in _collect(station, wave, self.options.ridge).items():
-                        gains.append(_improve(gm, node, wanted[node], moments, self.options))
+                        if moments.whole.finite:
+                            gains.append(_improve(gm, node, wanted[node], moments, self.options))
+                        else:
+                            skips.append(Skip(node.name, _OVERFLOW))
         return PassResult(len(gains), tuple(skips), tuple(gains))
 
 
@@ -174,6 +180,8 @@ def _improve(
     else:
         values = coder(latent)
     before, after = whole.error(nearest), whole.error(values)
+    if after > before:
+        latent, values, after, choice = flat, nearest, before, []
     latent = latent.reshape(weight.shape)
     replace_constant(gm, operand(node, 1), source, latent, f"{node.name}_weight")
     bias = whole.mean_y - values.double() @ whole.mean_x

@@ -8,22 +8,25 @@ Low-rank factors are added to the weight before it is rounded, so nothing is lef
 graph. A block whose loss does not fall stays as it was. With the scope ``network`` all blocks are
 trained as one, to give what the float network gives, on other images made of those given where the
 options say so. Gains are losses after over before, of images that were not trained on; where none
-are held out, of other images made of them, or of the same.
+are held out, of other images made of them, or of the same. For each low-rank change, they are the
+output error of the product that reads the weight, of the same images as they were given.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxquant.blocks import find_blocks, whole_network
-from fxquant.graph import get_parameter, operand, submodule
+from fxquant.graph import operand
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.reconstruction.checkpoint import Checkpoints, StateFile
 from fxquant.reconstruction.losses import Measured, criterion, measure
@@ -31,11 +34,12 @@ from fxquant.reconstruction.trained_block import Changes, TrainedBlock
 from fxquant.reconstruction.training import split, train_block
 from fxquant.recovery import Reconstruction, Scope
 from fxquant.rewrite import replace_constant, set_bias
-from fxquant.side_by_side import SideBySide, Station
+from fxquant.side_by_side import CHUNK, SideBySide, Station
 from fxquant.spec import Stage
 from fxquant.work import Work
 
 _DONE = "reconstructed"
+_MEASURE = "squared output error before"
 # A bounded number of steps smaller than this is not begun with: rates fall to zero along a cosine,
 # so that so few move little.
 _FEWEST = 20
@@ -101,8 +105,14 @@ class Reconstruct:
                     skips.append(Skip(station.block.name, f"left as it was: {reason}"))
                     continue
                 changed += 1
-                gains += _ranks(gm, changes)
+                readers = _moved_products(gm, changes)
+                old = _output_errors(station, readers, parts[0])
                 apply_changes(gm, changes)
+                new = _output_errors(station, readers, parts[0])
+                gains += [
+                    Gain(name, f"rank {rank}", _MEASURE, new[name] / max(old[name], 1e-30))
+                    for name, rank in readers.items()
+                ]
                 gains.append(
                     Gain(
                         station.block.name,
@@ -153,22 +163,38 @@ def _label(gains: list[Gain]) -> str:
     return f"reconstruct, loss x {gains[-1].ratio:.3f}" if gains else "reconstruct"
 
 
-def _ranks(gm: fx.GraphModule, changes: Changes) -> list[Gain]:
-    """The rank of each low-rank change, and how far it moved the rounded weight."""
+def _moved_products(gm: fx.GraphModule, changes: Changes) -> dict[str, int]:
+    """Rank of the low-rank change of each product's weight, by name of the product."""
     nodes = {node.name: node for node in gm.graph.nodes}
-    found = []
-    for name, rank in changes.ranks.items():
-        call = nodes[name]
-        coder = submodule(gm, call)
-        assert coder is not None
-        old = coder(get_parameter(gm, operand(call, 0)))
-        new = changes.quantizers[name](changes.weights[name])
-        size = float((new - old).norm() / old.norm().clamp(min=1e-30))
-        (reader,) = call.users
-        found.append(
-            Gain(reader.name, f"rank {rank}", "change of the rounded weight, of its size", size)
-        )
-    return found
+    return {next(iter(nodes[name].users)).name: rank for name, rank in changes.ranks.items()}
+
+
+@torch.no_grad()
+def _output_errors(station: Station, products: Iterable[str], images: Tensor) -> dict[str, float]:
+    """Squared error of what some products give, each network with what its own gives before.
+
+    Args:
+        station: their block.
+        products: their names.
+        images: numbers of the images, ``(n,)``.
+    """
+    exact: dict[str, Tensor] = {}
+    errors = dict.fromkeys(products, 0.0)
+
+    def keep(name: str, _: Any, result: Tensor) -> None:
+        exact[name] = result
+
+    def compare(name: str, _: Any, result: Tensor) -> None:
+        errors[name] += float((result - exact[name]).double().square().sum())
+
+    for index in torch.split(images, CHUNK) if errors else ():
+        for runner, shelf, see in (
+            (station.teacher, station.exact, keep),
+            (station.student, station.given, compare),
+        ):
+            watch = {name: partial(see, name) for name in errors}
+            runner.run_block(station.block, shelf.get(index, station.device), watch=watch)
+    return errors
 
 
 def apply_changes(gm: fx.GraphModule, changes: Changes) -> None:

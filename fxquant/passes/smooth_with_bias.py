@@ -21,6 +21,8 @@ from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.smoothing_sites import Choices
 from fxquant.spec import Stage
 
+_DONE = "smoothed"
+
 
 @dataclass(frozen=True)
 class SmoothWithBias:
@@ -37,6 +39,9 @@ class SmoothWithBias:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Folds."""
+        if _DONE in gm.meta:
+            return PassResult(0)
+        gm.meta[_DONE] = True
         for choice in self.choices.folds.values():
             fold(gm, choice.site, choice.smoothing.divide, choice.smoothing.shift)
         gm.graph.eliminate_dead_code()

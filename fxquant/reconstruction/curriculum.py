@@ -9,7 +9,8 @@ from torch import Tensor
 class Curriculum:
     """Draws batches from the share of the images with the smallest losses.
 
-    At step t of T that share is ``min(1, start + (1 - start) t / T)``.
+    At step t of T that share is ``min(1, start + (1 - start) t / T)``. A batch is no larger than
+    the first share: else all steps would draw all images where there are few.
 
     Args:
         count: number of images.
@@ -22,7 +23,7 @@ class Curriculum:
     def __init__(
         self, count: int, batch: int, steps: int, start: float, generator: torch.Generator
     ) -> None:
-        self._count, self._batch = count, min(batch, count)
+        self._count, self._batch = count, min(batch, max(1, round(start * count)))
         self._steps, self._start, self._generator = steps, start, generator
         self._order = torch.arange(count)
 

@@ -17,6 +17,8 @@ from fxquant.recovery import BlockLoss, Reconstruction
 from fxquant.samples import OutputLoss
 from fxquant.side_by_side import BlockRunner, Shelf, Station, Values, chunks
 
+# Stands for what both networks mask with minus infinity: its share of a softmax is 0.
+_MASKED = -1e30
 # Images in one backward pass of the whole network.
 _PART = 4
 _FEATURES = "features"
@@ -57,6 +59,8 @@ class SquaredError(Criterion):
         return torch.stack([self._of(name, found[name], y) for name, y in target.items()]).sum(0)
 
     def _of(self, name: str, found: Tensor, target: Tensor) -> Tensor:
+        masked = found.isneginf() & target.isneginf()
+        found, target = (value.masked_fill(masked, _MASKED) for value in (found, target))
         if self._divergence and is_logits(target):
             one, two = target.log_softmax(1), found.log_softmax(1)
             return kl_div(two, one, log_target=True, reduction="none").sum(1)
@@ -64,7 +68,7 @@ class SquaredError(Criterion):
         weights = self._importance.get(name)
         if weights is not None:
             error = error * weights
-        return error.flatten(1).mean(1)
+        return error.reshape(len(error), -1).mean(1)
 
 
 class Feature(Criterion):

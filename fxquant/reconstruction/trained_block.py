@@ -36,6 +36,8 @@ from fxquant.work import Work
 # That a step holds for each value of a block: a quantizer a slope of four bytes and a mask of one,
 # most others their value. What loss feature runs behind the block is not counted.
 _BYTES = 6
+# Before names of nodes where torch keeps modules by name, which refuses some, such as "keys".
+_OF = "of_"
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ class TrainedBlock(nn.Module):
                 self._add_edge(gm, edge, options, generator)
         if options.biases:
             for node, bias in _biases(gm, own):
-                self.biases[node.name] = nn.Parameter(bias.detach().clone())
+                self.biases[_OF + node.name] = nn.Parameter(bias.detach().clone())
         self._bias_nodes = {
-            operand(node, 2).name: node.name for node in own if node.name in self.biases
+            operand(node, 2).name: key for node in own if (key := _OF + node.name) in self.biases
         }
 
     def _add_edge(
@@ -100,7 +102,7 @@ class TrainedBlock(nn.Module):
         options: Reconstruction,
         generator: torch.Generator,
     ) -> None:
-        call, name = edge.source, edge.source.name
+        call, key = edge.source, _OF + edge.source.name
         quantizer = submodule(gm, call)
         if edge.arg is Arg.WEIGHT:
             if not isinstance(quantizer, UniformQuantizer) or len(call.users) > 1:
@@ -108,24 +110,23 @@ class TrainedBlock(nn.Module):
             weight = get_parameter(gm, operand(call, 0)).detach()
             form = _weight_form(weight, quantizer, options, generator)
             if form is not None:
-                self.weights[name] = form
+                self.weights[key] = form
             return
         assert isinstance(quantizer, Quantizer)
         coder = trained(quantizer, options.drop)
-        if coder is not None and name not in self.quantizers:
-            coder.requires_grad_(options.scales)
-            self.quantizers[name] = coder
+        if coder is not None and key not in self.quantizers:
+            if not options.scales:  # else each form knows: a symmetric one has no zero point
+                coder.requires_grad_(False)
+            self.quantizers[key] = coder
 
     def forward(self, values: Values) -> Values:
         """The block's outputs by name, with gradients."""
         station = self._station
         overrides: dict[str, Callable[..., Any]] = {}
-        for name, quantizer in self.quantizers.items():
-            overrides[name] = quantizer
-        for name, weight in self.weights.items():
-            overrides[name] = _ignoring(weight)
-        for name, node in self._bias_nodes.items():
-            overrides[name] = _ignoring(partial(self.biases.__getitem__, node))
+        overrides |= dict(_by_node(self.quantizers))
+        overrides |= {name: _ignoring(weight) for name, weight in _by_node(self.weights)}
+        for name, key in self._bias_nodes.items():
+            overrides[name] = _ignoring(partial(self.biases.__getitem__, key))
         with torch.autocast(station.device.type, torch.bfloat16, enabled=self._bf16):
             found = station.student.run_block(station.block, values, overrides=overrides)
         return {name: value.float() for name, value in tensors_of(station.block, found).items()}
@@ -151,13 +152,13 @@ class TrainedBlock(nn.Module):
         """What it has become."""
         quantizers: dict[str, Quantizer] = {}
         weights: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
+        for name, weight in _by_node(self.weights):
             assert isinstance(weight, TrainedWeight)
             weights[name], quantizers[name] = weight.fitted()
-        for name, form in self.quantizers.items():
+        for name, form in _by_node(self.quantizers):
             assert isinstance(form, TrainedQuantizer)
             quantizers[name] = form.fitted()
-        biases = {name: bias.detach().clone() for name, bias in self.biases.items()}
+        biases = {k.removeprefix(_OF): bias.detach().clone() for k, bias in self.biases.items()}
         return Changes(quantizers, weights, biases, self.ranks)
 
     @property
@@ -168,13 +169,20 @@ class TrainedBlock(nn.Module):
     @property
     def ranks(self) -> dict[str, int]:
         """Of low-rank changes that are settled, by name of the node that reads the weight."""
-        return {n: form.rank for n, form in self.weights.items() if isinstance(form, LowRank)}
+        found = _by_node(self.weights)
+        return {name: form.rank for name, form in found if isinstance(form, LowRank)}
 
     def settle_ranks(self, ranks: Mapping[str, int] | None = None) -> None:
         """Leaves each weight the rank given, or the one it prefers."""
-        for name, form in self.weights.items():
+        for name, form in _by_node(self.weights):
             if isinstance(form, RankSearch):
-                self.weights[name] = form.settled(None if ranks is None else ranks[name])
+                settled = form.settled(None if ranks is None else ranks[name])
+                self.weights[_OF + name] = settled
+
+
+def _by_node(forms: nn.ModuleDict) -> list[tuple[str, nn.Module]]:
+    """The forms with the names of their nodes."""
+    return [(key.removeprefix(_OF), form) for key, form in forms.items()]
 
 
 def _weight_form(

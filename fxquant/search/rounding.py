@@ -72,6 +72,11 @@ class Moments:
         """``E[(y - mean) (x - mean)^T]``, ``(N, K)``, float64."""
         return self._yx / self._count - (self._y / self._count).outer(self._x / self._count)
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum has overflowed."""
+        return all(bool(x.isfinite().all()) for x in (self._xx, self._yx, self._yy))
+
     def error(self, weight: Tensor) -> float:
         """``E|y - W x - b|^2`` with the best bias, of a weight ``(N, K)``."""
         weight = weight.double()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution"}
+
 
 class _Operation(NamedTuple):
     """One operator that torch ran: its name, and the types of tensors that it read and wrote."""
@@ -55,12 +57,13 @@ def _is_float(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def float_operations(network: nn.Module, images: Tensor) -> list[str]:
-    """The operators that touched a float between the first and the last integer computed.
+    """The operators that touched a float where none should.
 
     The stretch begins with the first operator that turns floats into integers, the last step of
     the quantization of the image, and ends with the last operator that computes on integers alone.
     In between, every operator that torch runs counts which reads or writes a floating-point
-    tensor, moves and copies included.
+    tensor, moves and copies included. Behind it products count: functions of the outputs may be
+    float, but a network may not leave the integers before its last product.
 
     Args:
         network: any module.
@@ -79,4 +82,5 @@ def float_operations(network: nn.Module, images: Tensor) -> list[str]:
     if first is None:
         raise ValueError("the network computes no integers from its images; lower it first")
     last = max(i for i, item in enumerate(ran) if item.rounds or not item.touches_float)
-    return [item.name for item in ran[first + 1 : last] if item.touches_float]
+    late = [item for item in ran[last + 1 :] if item.name.split(".")[1] in _PRODUCTS]
+    return [item.name for item in (*ran[first + 1 : last], *late) if item.touches_float]
