@@ -191,7 +191,7 @@ def _recover(
         if recipe.reconstruction is not None:  # those that judge are new to the rounding
             options = recipe.reconstruction
             _, own = split(len(sides.images), options.held_out, options.seed)
-            fitted = sides.only(own)
+            fitted = sides.on(sides.images[own])
         results |= run_passes(gm, (Compensate(fitted, recipe.compensation),))
         clock.lap("compensate")
     if sides is not None and recipe.reconstruction is not None:

@@ -69,12 +69,15 @@ class Compensation:
             float outputs (ERQ, arXiv 2407.06794, eq. 10), as far as that holds on images left out.
             It lowers the error of each layer, not always the network's loss.
         damping: share of the mean variance of the inputs that is added to each.
+        images: least number to fit to. Where fewer are given, others are made of them as in
+            :class:`Reconstruction`, as far as 0.2 TMAC run them through the network; 0 makes none.
         memory_bytes: budget for the values that are held between blocks; more go to files.
     """
 
     by_columns: bool = True
     ridge: bool = False
     damping: float = 0.01
+    images: int = 0
     memory_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
@@ -86,6 +89,7 @@ class Compensation:
         check_flag(self, "by_columns")
         check_flag(self, "ridge")
         check_number(self, "damping", (1e-6, 1.0))
+        check_whole(self, "images", 0)
         check_whole(self, "memory_bytes", 1)
         if not (self.by_columns or self.ridge):
             raise PolicyError("compensation does nothing: turn on by_columns, ridge or both")

@@ -230,15 +230,11 @@ class SideBySide:
         self._teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.images, self.progress = images, progress
 
-    def only(self, index: Tensor) -> SideBySide:
-        """The same float network and some of the images.
-
-        Args:
-            index: their numbers, ``(n,)``.
-        """
-        some = copy.copy(self)
-        some.images = self.images[index]
-        return some
+    def on(self, images: Tensor) -> SideBySide:
+        """The same float network on other images, ``(n, …)``."""
+        other = copy.copy(self)
+        other.images = images
+        return other
 
     def teacher(self) -> BlockRunner:
         """Runs the float network."""

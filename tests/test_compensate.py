@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fxquant import policies
 from fxquant.errors import BatchError, PolicyError
 from fxquant.low_rank import LowRank
 from fxquant.passes import Compensate, Freeze, PassResult, run_passes
+from fxquant.passes import compensate as closed_form
 from fxquant.policy import Policy, Rule
 from fxquant.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction.training import split
@@ -22,6 +24,7 @@ from fxquant.recovery import Compensation, Reconstruction
 from fxquant.side_by_side import SideBySide
 from fxquant.spec import Arg, Granularity, TensorSpec
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
+from fxquant.work import Work
 from tests.agreement import assert_same_codes
 from tests.graphs import EIGHT, observed, reasons
 
@@ -153,6 +156,38 @@ def test_images_that_judge_a_training_are_new_to_the_weights(
     _, own = split(24, share, trained.seed)
     assert len(own) == fitted
     assert torch.equal(seen[0], BATCH[own])
+
+
+def test_images_are_made_where_few_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given ones and others: weights fitted to few images alone do worse on new ones."""
+    counts: list[int] = []
+    walk = SideBySide.walk
+
+    def counting(self: SideBySide, *args: Any) -> Any:
+        counts.append(len(self.images))
+        return walk(self, *args)
+
+    monkeypatch.setattr(SideBySide, "walk", counting)
+    few, others = BATCH[:2], tokens(64)[24:]
+    errors = []
+    for least in (0, 1, 40):
+        gm = frozen()
+        with torch.no_grad():
+            exact = seeded(Block())(others)
+            run_passes(gm, [Compensate(SideBySide(gm, few), Compensation(images=least))])
+            errors.append(float((gm(others) - exact).square().mean()))
+    assert counts == [2, 2, 40]
+    assert errors[2] < errors[1] == errors[0]
+
+
+def test_images_are_made_as_far_as_the_work_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = frozen()
+    start = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    monkeypatch.setattr(closed_form, "_WORK", 7.5 * Work(gm).behind([start]))
+    sides = SideBySide(gm, BATCH[:5])
+    made = closed_form._with_made(sides, gm, 100).images
+    assert len(made) == 7 and torch.equal(made[:5], BATCH[:5])
+    assert torch.equal(made, closed_form._with_made(sides, gm, 100).images)
 
 
 def test_files_hold_it() -> None:

@@ -7,9 +7,10 @@ After:  ``y^ = linear(q(x^), q(W'), b')``, W' first the ridge solution that brin
         where that lowers no error
 
 Layer after layer, so that each sees what the compensated ones before it give. The mean is taken out
-of both sides, and given back by the bias; a product without one gets one. Gains are the mean
-squared error of the product's output over that with the weight as it was, both with the best bias,
-on the images that the weight is fitted to.
+of both sides, and given back by the bias; a product without one gets one. Few images have too few
+rows for all columns of a wide layer; where the options ask for it, others are made of them. Gains
+are the mean squared error of the product's output over that with the weight as it was, both with
+the best bias, on the images that the weight is fitted to.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from fxquant.graph import arguments, get_parameter, op_kind, operand, submodule
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.patches import patches
 from fxquant.quantizers import UniformQuantizer
+from fxquant.reconstruction.augment import made_of
 from fxquant.recovery import Compensation
 from fxquant.rewrite import replace_constant, set_bias
 from fxquant.search.rounding import Moments, ridge_update, round_weight
 from fxquant.side_by_side import SideBySide, Station
 from fxquant.spec import OpKind, Stage
+from fxquant.work import Work
 
 _DONE = "compensated"
 _MEASURE = "squared output error of the weights rounded to nearest"
 _OVERFLOW = "not compensated: squares of what it reads or gives are beyond float32"
+# Multiplications that running the images through the network may take where some are made.
+_WORK = 2e11
 # Parts of the images of which each is once left out when the ridge is chosen.
 _FOLDS = 4
 
@@ -68,7 +73,8 @@ class Compensate:
                     wanted[node] = found
         if wanted:
             blocks, memory = find_blocks(gm), self.options.memory_bytes
-            for station in self.sides.walk(gm, blocks, "compensate", memory):
+            sides = _with_made(self.sides, gm, self.options.images)
+            for station in sides.walk(gm, blocks, "compensate", memory):
                 for wave in waves(station.block.nodes, set(wanted)):
                     for node, moments in _collect(station, wave, self.options.ridge).items():
                         if moments.whole.finite:
@@ -76,6 +82,17 @@ class Compensate:
                         else:
                             skips.append(Skip(node.name, _OVERFLOW))
         return PassResult(len(gains), tuple(skips), tuple(gains))
+
+
+def _with_made(sides: SideBySide, gm: fx.GraphModule, count: int) -> SideBySide:
+    """On so many images, some made of those given where they are fewer."""
+    start = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    missing = min(count, int(_WORK // max(Work(gm).behind([start]), 1))) - len(sides.images)
+    if missing <= 0:
+        return sides
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return sides.on(torch.cat((sides.images, made_of(sides.images, missing))))
 
 
 def _coder(gm: fx.GraphModule, node: fx.Node) -> UniformQuantizer | str:

@@ -47,6 +47,8 @@ _SECONDS = Reconstruction(
     work=1e13,
 )
 _MINUTES = replace(_SECONDS, iterations=400, held_out=0.125, work=None)
+# To round weights by: 32 have fewer rows than a wide layer columns where tokens are merged.
+_IMAGES = 128
 _TRAINING = {
     Effort.SECONDS: _SECONDS,
     Effort.MINUTES: _MINUTES,
@@ -121,6 +123,6 @@ def best(
         search=replace(base.search or ScaleSearch(), rows=_ROWS),
         description=f"our own pick: {base.description}; weights rounded by columns; scales trained",
         allocation=None if budget is None else Allocation(budget=budget),
-        compensation=Compensation(),
+        compensation=Compensation(images=_IMAGES),
         reconstruction=_TRAINING[Effort(effort)],
     )

@@ -1,4 +1,4 @@
-"""Images that a network is trained on besides those given: moved, recoloured, mixed.
+"""Images that a network is fitted to besides those given: moved, recoloured, mixed.
 
 A few images carry a network far where all that is asked of it is to give what the float one gives:
 any image will do that looks somewhat like those given, and many are made of few ("function
@@ -38,9 +38,7 @@ def fresh(station: Station, index: Tensor, count: int) -> Station:
         count: how many are made, and held in memory.
     """
     given, target = Shelf(count), Shelf(count)
-    # On the CPU, so that they are the same on every device.
-    rounds = [index[torch.randperm(len(index))] for _ in range(-(-count // len(index)))]
-    sources = torch.cat(rounds)[:count]
+    sources = index[_sources(len(index), count)]
     for part in chunks(count):
         found = station.given.get(sources[part], torch.device("cpu"))
         made = {name: augmented(value) for name, value in found.items()}
@@ -48,6 +46,24 @@ def fresh(station: Station, index: Tensor, count: int) -> Station:
         there = {name: value.to(station.device) for name, value in made.items()}
         target.put(part.start, float_targets(station, there))
     return replace(station, exact=given, given=given, target=target, count=count)
+
+
+def made_of(images: Tensor, count: int) -> Tensor:
+    """So many images made of others, by torch's generator of the CPU.
+
+    Args:
+        images: ``(B, …)`` on the CPU.
+        count: how many.
+    """
+    sources = _sources(len(images), count)
+    return torch.cat([augmented(images[sources[part]]) for part in chunks(count)])
+
+
+def _sources(images: int, count: int) -> Tensor:
+    """Numbers of images to make others of, each as often as the next."""
+    # On the CPU, so that they are the same on every device.
+    rounds = [torch.randperm(images) for _ in range(-(-count // images))]
+    return torch.cat(rounds)[:count]
 
 
 @torch.no_grad()
