@@ -10,22 +10,18 @@ from fxquant import (
     Budget,
     Compensation,
     Policy,
-    Reconstruction,
     Rule,
     TensorSpec,
     policies,
 )
 from fxquant.budget import Method
 from fxquant.policies import Effort
-from fxquant.recovery import BlockLoss
 from fxquant.spec import Arg, GradientLoss, Metric, OpKind, ScaleSearch, Scheme
 
 # At these the same mean of mixed widths is measured as well.
 MIXED_WIDTHS = (5, 4)
 # Far fewer steps than the paper's 6,000 and 2,000, the same for all rows of AIQViT.
-_SHORT = Reconstruction(
-    iterations=150, rank_iterations=50, batch=16, block_loss=BlockLoss.MSE, drop=0.0
-)
+_SHORT = {"iterations": 150, "rank_iterations": 50, "batch": 16}
 
 
 def methods(bits: int) -> dict[str, Policy]:
@@ -125,7 +121,9 @@ def tiers(bits: int) -> dict[str, Policy]:
 
 def aiqvit(bits: int) -> dict[str, Policy]:
     """AIQViT (arXiv 2502.04628), part after part."""
-    make = partial(policies.aiqvit, bits, bits, reconstruction=_SHORT)
+    whole = policies.aiqvit(bits, bits).reconstruction
+    assert whole is not None
+    make = partial(policies.aiqvit, bits, bits, reconstruction=replace(whole, **_SHORT))
     return {
         "AIQViT, vanilla": make(low_rank=False, focusing=False, curriculum=False),
         "AIQViT, low rank": make(focusing=False, curriculum=False),

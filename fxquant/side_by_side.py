@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxquant.blocks import Block, is_size, size_for
 from fxquant.capture import device_of
 from fxquant.graph import submodule
-from fxquant.network_loss import Override
+from fxquant.network_loss import Override, float_outputs
 from fxquant.progress import Label, track
 
 # Images run at a time where nothing is trained.
@@ -303,14 +302,11 @@ def _by_image(output: fx.Node, value: Any) -> list[Tensor]:
     """The float tensors among a model's outputs whose first axis is the batch."""
     image = next(node for node in output.graph.nodes if node.op == "placeholder")
     batch = str(image.meta["val"].shape[0])
-    meant = pytree.tree_leaves(fx.node.map_arg(output.args[0], lambda node: node.meta["val"]))
+    meant = fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
     return [
         x
-        for x, shown in zip(pytree.tree_leaves(value), meant, strict=True)
-        if isinstance(x, Tensor)
-        and x.is_floating_point()
-        and shown.ndim
-        and str(shown.shape[0]) == batch
+        for x, shown in zip(float_outputs(value), float_outputs(meant), strict=True)
+        if shown.ndim and str(shown.shape[0]) == batch
     ]
 
 

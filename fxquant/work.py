@@ -44,6 +44,11 @@ class Work:
             right = get_parameter(self._gm, operand(node, 1))
         return self.values(node) * math.prod(int(size) for size in right.shape[1:])
 
+    @cached_property
+    def whole(self) -> int:
+        """Multiplications of running the whole graph."""
+        return self.behind([next(iter(self._gm.graph.nodes))])
+
     def behind(self, starts: Iterable[fx.Node]) -> int:
         """Multiplications of running the rest of the graph from each of the starts on."""
         order = {node: i for i, node in enumerate(self._gm.graph.nodes)}

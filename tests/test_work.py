@@ -42,7 +42,7 @@ def test_the_rest_is_run_once_for_each_start() -> None:
     work, nodes = Work(gm), list(gm.graph.nodes)
     products = [node for node in nodes if op_kind(node) is not None]
     whole = sum(map(work.macs, products))
-    assert work.behind([nodes[0]]) == whole
+    assert work.whole == work.behind([nodes[0]]) == whole
     assert work.behind([nodes[0], products[-1]]) == whole + work.macs(products[-1])
     assert work.behind([]) == work.behind([nodes[-1]]) == 0
 

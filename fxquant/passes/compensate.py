@@ -86,8 +86,7 @@ class Compensate:
 
 def _with_made(sides: SideBySide, gm: fx.GraphModule, count: int) -> SideBySide:
     """On so many images, some made of those given where they are fewer."""
-    start = next(node for node in gm.graph.nodes if node.op == "placeholder")
-    missing = min(count, int(_WORK // max(Work(gm).behind([start]), 1))) - len(sides.images)
+    missing = min(count, int(_WORK // max(Work(gm).whole, 1))) - len(sides.images)
     if missing <= 0:
         return sides
     with torch.random.fork_rng():

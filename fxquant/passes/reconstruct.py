@@ -144,9 +144,8 @@ def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int
     """Number of steps within the bound on work."""
     if options.work is None:
         return options.iterations
-    start = next(node for node in gm.graph.nodes if node.op == "placeholder")
     # The quantized network forward and, at twice the work, backward; the float one on new images.
-    step = Work(gm).behind([start]) * min(options.batch, images) * (4 if options.augment else 3)
+    step = Work(gm).whole * min(options.batch, images) * (4 if options.augment else 3)
     return min(options.iterations, int(options.work // max(step, 1)))
 
 

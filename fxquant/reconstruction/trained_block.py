@@ -122,8 +122,7 @@ class TrainedBlock(nn.Module):
     def forward(self, values: Values) -> Values:
         """The block's outputs by name, with gradients."""
         station = self._station
-        overrides: dict[str, Callable[..., Any]] = {}
-        overrides |= dict(_by_node(self.quantizers))
+        overrides: dict[str, Callable[..., Any]] = dict(_by_node(self.quantizers))
         overrides |= {name: _ignoring(weight) for name, weight in _by_node(self.weights)}
         for name, key in self._bias_nodes.items():
             overrides[name] = _ignoring(partial(self.biases.__getitem__, key))
