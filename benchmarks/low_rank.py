@@ -27,12 +27,13 @@ from fxquant import LowRank, Policy, policies
 from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
 from fxquant.demo.models import NAMES, build
-from fxquant.graph import example_size, op_kind, operand
+from fxquant.graph import op_kind, operand
 from fxquant.passes import AssignSpecs, AttachLowRank, InsertObservers, run_passes
 from fxquant.progress import track
 from fxquant.report import weight_bytes
 from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
+from fxquant.shapes import example_shape
 from fxquant.spec import OpKind
 
 WIDTHS = ("4,4", "3,3", "4,8", "3,8")
@@ -52,7 +53,7 @@ def multiplications(gm: fx.GraphModule) -> int:
     for node in gm.graph.nodes:
         if op_kind(node) is OpKind.LINEAR:
             width = int(operand(node, 0).meta["val"].shape[-1])
-            total += width * math.prod(int(example_size(n)) for n in node.meta["val"].shape)
+            total += width * math.prod(example_shape(node))
     return total
 
 

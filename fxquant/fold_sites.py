@@ -20,12 +20,12 @@ from fxquant.graph import (
     aten,
     constant,
     data_users,
-    example_size,
     operand,
     rank,
     replay,
     through_moves,
 )
+from fxquant.shapes import example_shape
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _LINEAR = aten.linear.default
@@ -114,7 +114,7 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
     reason = _source_refusal(gm, source)
     if reason:
         return reason
-    shape = _shape(source)
+    shape = example_shape(source)
     # Channels count from one, so that zero is what was padded.
     numbers = torch.arange(1.0, shape[-1] + 1, dtype=torch.float64)
     memo: dict[fx.Node, Any] = {}
@@ -124,7 +124,8 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
         if not bool((seen == seen[..., :1, :]).all()):
             return f"its channels do not stay on the last axis on their way to {product}"
         lead = seen[..., :1, :]
-        memo[product] = lead.expand(*_shape(product)[:-2], -1, -1).expand(_shape(product))
+        given = example_shape(product)
+        memo[product] = lead.expand(*given[:-2], -1, -1).expand(given)
         averaged &= _averages(operand(product, 0))
     padded = False
     for reader, node in flow.readers:
@@ -140,16 +141,12 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
     return Site(source, linears, tuple(flow.products), shiftable)
 
 
-def _shape(node: fx.Node) -> list[int]:
-    return [int(example_size(size)) for size in node.meta["val"].shape]
-
-
 def _averages(weights: fx.Node) -> bool:
     """Whether rows of a matrix sum to one: its last axis is that of a softmax, in its order."""
     softmax = through_moves(weights)
     if softmax.target not in _SOFTMAX or softmax.args[1] not in (-1, rank(softmax) - 1):
         return False
-    shape = _shape(softmax)
+    shape = example_shape(softmax)
     numbers = torch.arange(1.0, shape[-1] + 1)
     seen: Tensor = replay(weights, softmax, numbers.expand(shape), {})
     return seen.shape[-1] == shape[-1] and bool((seen == numbers).all())

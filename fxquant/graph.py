@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.errors import PassError
+from fxquant.shapes import example_size
 from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
 
 aten = torch.ops.aten
@@ -254,11 +255,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def data_users(node: fx.Node) -> list[fx.Node]:
     """The users of a node's values; those that ask for its size alone are left out."""
     return [user for user in node.users if user.target is not aten.sym_size.int]
-
-
-def example_size(value: Any) -> Any:
-    """The example value of a symbolic integer; any other value as it is."""
-    return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
 def replay(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.Node, Any]) -> Any:

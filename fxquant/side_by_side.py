@@ -24,6 +24,7 @@ from fxquant.capture import device_of
 from fxquant.graph import submodule
 from fxquant.network_loss import Override, float_outputs
 from fxquant.progress import Label, track
+from fxquant.shapes import image_node
 
 # Images run at a time where nothing is trained.
 CHUNK = 8
@@ -258,7 +259,7 @@ class SideBySide:
         share = memory_bytes // 4
         with tempfile.TemporaryDirectory(prefix="fxquant-") as name:
             folder = Path(name)
-            placeholder = next(n.name for n in gm.graph.nodes if n.op == "placeholder")
+            placeholder = image_node(gm.graph).name
             exact = Shelf(count, folder, share)
             exact.put(0, {placeholder: self.images})
             given = exact
@@ -300,8 +301,7 @@ def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
 
 def _by_image(output: fx.Node, value: Any) -> list[Tensor]:
     """The float tensors among a model's outputs whose first axis is the batch."""
-    image = next(node for node in output.graph.nodes if node.op == "placeholder")
-    batch = str(image.meta["val"].shape[0])
+    batch = str(image_node(output.graph).meta["val"].shape[0])
     meant = fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
     return [
         x

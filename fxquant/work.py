@@ -8,7 +8,8 @@ from functools import cached_property
 
 from torch import Tensor, fx
 
-from fxquant.graph import example_size, get_parameter, op_kind, operand
+from fxquant.graph import get_parameter, op_kind, operand
+from fxquant.shapes import example_batch, example_shape
 from fxquant.spec import OpKind
 
 
@@ -20,20 +21,14 @@ class Work:
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm = gm
-
-    @cached_property
-    def _images(self) -> int:
-        """Number of images in the shapes that the graph carries."""
-        (image,) = (node for node in self._gm.graph.nodes if node.op == "placeholder")
-        return int(example_size(image.meta["val"].shape[0]))
+        self._gm, self._batch = gm, example_batch(gm.graph)
 
     def values(self, node: fx.Node) -> int:
         """Values of a node for one image; of one that the images do not reach, all."""
-        shape = node.meta["val"].shape
-        sizes = [int(example_size(size)) for size in shape]
-        total = math.prod(sizes)
-        return total if all(isinstance(size, int) for size in shape) else total // self._images
+        total = math.prod(example_shape(node))
+        if all(isinstance(size, int) for size in node.meta["val"].shape):
+            return total
+        return total // self._batch
 
     def macs(self, node: fx.Node) -> int:
         """Multiplications of a product."""

@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("observers", "search", "allocate"),
     (
         "graph",
+        "shapes",
         "work",
         "ends",
         "verify",
@@ -58,6 +59,7 @@ BACKENDS_MAY_USE = {
     "log_ops",
     "quantizers",
     "graph",
+    "shapes",
     "rewrite",
     "verify",
     "files",

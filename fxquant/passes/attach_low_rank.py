@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import Edge, aten, example_size, get_parameter, op_kind, operand, submodule
+from fxquant.graph import Edge, aten, get_parameter, op_kind, operand, submodule
 from fxquant.low_rank import LowRank
 from fxquant.observers import make_observer
 from fxquant.passes.base import BIAS_CORRECTED, Gain, PassResult, Skip
@@ -32,6 +32,7 @@ from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.rewrite import ADDED, add_constant, emit, set_bias
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.output import ProductSample
+from fxquant.shapes import example_batch, example_shape
 from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
 
 # A branch stays where it takes at least this share out of the output error.
@@ -168,9 +169,8 @@ class _Site:
             )
         if self.importance is None:
             return 0.0
-        image = next(node for node in self.node.graph.nodes if node.op == "placeholder")
-        sizes = [int(example_size(size)) for size in self.node.meta["val"].shape]
-        return math.prod(sizes[:-1]) / int(example_size(image.meta["val"].shape[0]))
+        rows = math.prod(example_shape(self.node)[:-1])
+        return rows / example_batch(self.node.graph)
 
 
 def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _Site | str:

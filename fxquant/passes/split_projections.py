@@ -25,12 +25,12 @@ from fxquant.graph import (
     aten,
     constant,
     data_users,
-    example_size,
     get_parameter,
     replay,
 )
 from fxquant.passes.base import PassResult, Skip
 from fxquant.rewrite import add_constant, emit
+from fxquant.shapes import example_shape
 from fxquant.spec import Stage
 
 # Moves that can drop a part of their input: where branches of a packed projection part.
@@ -84,7 +84,7 @@ def _varies(index: Tensor) -> tuple[bool, ...]:
 
 
 def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
-    shape = [int(example_size(size)) for size in linear.meta["val"].shape]
+    shape = example_shape(linear)
     if any(size == 1 for size in shape[:-1]):
         return "an axis of length one hides which axis it is"
     axes = [-1] * node.meta["val"].ndim

@@ -12,12 +12,13 @@ import math
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import Edge, example_size, get_parameter
+from fxquant.graph import Edge, get_parameter
 from fxquant.quantizers import UniformQuantizer
 from fxquant.search.metrics import Unit, losses
 from fxquant.search.output import ProductSample
 from fxquant.sensitivity.groups import EdgeGroup
 from fxquant.sensitivity.trials import Trials
+from fxquant.shapes import example_batch, example_shape
 from fxquant.spec import Arg, Metric, OpKind
 
 
@@ -42,8 +43,7 @@ class Estimates:
     ) -> None:
         self._gm, self._trials, self._samples = gm, trials, samples
         self._metric, self._images = metric, images
-        (image,) = (node for node in gm.graph.nodes if node.op == "placeholder")
-        self._batch = int(example_size(image.meta["val"].shape[0]))
+        self._batch = example_batch(gm.graph)
 
     @torch.no_grad()
     def losses(self, group: EdgeGroup, widths: tuple[int, ...]) -> list[float] | None:
@@ -80,7 +80,7 @@ class Estimates:
         """How many rows of one image a row of the sample stands for."""
         assert sample.gradient is not None
         samples, heads, rows, columns = sample.gradient.shape
-        sizes = [int(example_size(size)) for size in node.meta["val"].shape]
+        sizes = example_shape(node)
         of_image = math.prod(sizes) / self._batch / (heads * columns)
         if sample.channels:  # one sample, of rows drawn from all
             drawn, share = rows, 1.0

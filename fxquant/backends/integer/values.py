@@ -15,9 +15,10 @@ from fxquant.backends.integer.modules import AnySide, IntMatmul, Side, storage_d
 from fxquant.backends.integer.products import Coded, Product
 from fxquant.backends.integer.requantize import Requantize, TwinRequantize
 from fxquant.errors import LoweringError
-from fxquant.graph import aten, constant, example_size, operand, replay
+from fxquant.graph import aten, constant, operand, replay
 from fxquant.ops import broadcast
 from fxquant.quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.shapes import example_shape
 
 
 class Sums(NamedTuple):
@@ -250,7 +251,7 @@ def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: Wanted)
     Raises:
         LoweringError: some channel goes to several entries.
     """
-    shape = [example_size(size) for size in source.meta["val"].shape]
+    shape = example_shape(source)
     numbers = torch.arange(shape[axis]).view(-1, *[1] * (-axis - 1)).expand(shape)
     moved = replay(node, source, numbers, {}).movedim(wanted.axis or 0, 0).flatten(1)
     heads = torch.full((shape[axis],), -1)
