@@ -15,8 +15,9 @@ as well; ``by columns`` then rounds weights so that later columns make up for ea
 ``ridge`` has moved them to make up for the activations. ``+ both, uniform``, ``focusing`` (arXiv
 2502.04628), ``log2`` and ``AdaLog`` (arXiv 2407.12951) have other quantizers behind softmax.
 ``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone). ``best`` is
-our own pick, untrained and by effort, ``AIQViT`` (arXiv 2502.04628) has one part after the other;
-those that train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` are made
+our own pick, untrained and by effort, of mixed widths too, and with weights or activations alone
+at the width (the other ``at 8 bits``). ``AIQViT`` (arXiv 2502.04628) has one part after the other.
+Those that train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` are made
 for ``--calibration 1024``, the others for the 32 images of the default.
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1

@@ -108,15 +108,24 @@ def mixed(bits: int) -> dict[str, Policy]:
         "+ Hessian, mixed greedily": replace(uniform, allocation=greedy),
         "+ both, mixed": replace(whole, allocation=exact),
         "MPTQ-ViT, mixed": policies.mptq_vit(budget=budget),
+        **{
+            f"best, {effort}, mixed": policies.best(bits, bits, effort, budget=budget)
+            for effort in Effort
+        },
     }
 
 
 def tiers(bits: int) -> dict[str, Policy]:
-    """Our own pick: without training, with ends as narrow as the rest, and by effort."""
-    untrained = replace(policies.best(bits, bits), reconstruction=None)
-    found = {f"best, {effort}": policies.best(bits, bits, effort) for effort in Effort}
-    narrow = policies.best(bits, bits, end_bits=2)
-    return {"best, untrained": untrained, "best, ends alike": narrow, **found}
+    """Our own pick: without training, with ends as narrow as the rest, by effort, and apart."""
+    found = {
+        "best, untrained": replace(policies.best(bits, bits), reconstruction=None),
+        "best, ends alike": policies.best(bits, bits, end_bits=2),
+    }
+    for effort in Effort:
+        found[f"best, {effort}"] = policies.best(bits, bits, effort)
+        found[f"best, {effort}, weights at 8 bits"] = policies.best(8, bits, effort)
+        found[f"best, {effort}, activations at 8 bits"] = policies.best(bits, 8, effort)
+    return found
 
 
 def aiqvit(bits: int) -> dict[str, Policy]:
