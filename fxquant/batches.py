@@ -146,13 +146,13 @@ class CalibrationImages:
         if self._fresh:
             self._fresh = False
             yield self.first, self._first_labels
-            rest = self._iterator
+            rest, start = self._iterator, 1
         elif self._rereadable:
-            rest = self._again()
+            rest, start = self._again(), 0
         else:
             raise BatchError(_ONCE)
-        for batch in rest:
-            yield self._checked(batch, self.first)
+        for number, batch in enumerate(rest, start):
+            yield self._checked(batch, self.first, number)
 
     def _again(self) -> Iterator[Any]:
         """The batches of the loader once more.
@@ -172,7 +172,7 @@ class CalibrationImages:
             )
 
     @staticmethod
-    def _checked(batch: Any, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _checked(batch: Any, first: Tensor | None, number: int = 0) -> tuple[Tensor, Tensor | None]:
         images, labels = split_batch(batch)
         if first is not None and images.shape[1:] != first.shape[1:]:
             raise BatchError(
@@ -187,7 +187,8 @@ class CalibrationImages:
         finite = torch.isfinite(images).flatten(1).all(1)
         if not bool(finite.all()):
             raise NonFiniteError(
-                f"NaN or infinity in image {int((~finite).nonzero()[0])} of a calibration batch; "
-                "look for a division by zero in the normalisation or a corrupt file"
+                f"NaN or infinity in image {int((~finite).nonzero()[0])} of calibration batch "
+                f"{number}, both counted from 0; look for a division by zero in the normalisation "
+                "or a corrupt file"
             )
         return images, labels

@@ -161,12 +161,21 @@ def check_model(model: nn.Module) -> None:
     """Looks at what can be wrong with a model before anything runs.
 
     Raises:
-        CaptureError: it is no module, quantized already, or not of float32.
+        CaptureError: it is no module, TorchScript, on the meta device, quantized, or not float32.
         TrainingModeError: it or a submodule is in training mode.
         NonFiniteError: a parameter holds NaN or infinity, or a buffer NaN.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "TorchScript cannot be captured: give the nn.Module that the model was made from"
+        )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise CaptureError(
+            "weights are on the meta device, which holds no numbers: build the model on the CPU, "
+            "or call model.to_empty(device='cpu'), and load a checkpoint"
+        )
     done = [name for name, module in model.named_modules() if _quantized(module)]
     if done:
         raise CaptureError(

@@ -24,6 +24,7 @@ from fxquant.errors import (
     PassError,
     PolicyError,
 )
+from fxquant.files import check_writable
 from fxquant.model import CompiledModel
 from fxquant.network_loss import float_outputs
 from fxquant.passes import (
@@ -215,6 +216,8 @@ def _annotate(gm: fx.GraphModule, recipe: Policy) -> dict[str, PassResult]:
 def _check_options(recipe: Policy, loss: Loss | None, cache: Any) -> None:
     if cache is not None and not isinstance(cache, str | Path):
         raise OutputError(f"cache must be the path of a folder, or None, got {cache!r:.80}")
+    if cache is not None and (recipe.allocation or recipe.reconstruction):
+        check_writable(Path(cache))
     samples = recipe.samples
     if loss is not None:
         check_callable(loss)

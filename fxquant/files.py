@@ -86,3 +86,21 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_writable(folder: Path) -> None:
+    """Looks whether files can be written in a folder, made or not, before long work.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    near = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not near.is_dir():
+        raise OutputError(f"cannot write in {folder}: {near} is a file; choose another folder")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".fxquant.", dir=near):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write in {folder}: {error.strerror} for {near}; choose another folder"
+        ) from error

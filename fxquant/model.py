@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
 
 CONFIG_FILE, WEIGHTS_FILE = "quant_config.json", "model.safetensors"
-FORMAT = 2
+FORMAT = 3
 BACKENDS = ("integer", "inductor")
 _CODES = "codes."
 
@@ -164,8 +164,8 @@ class CompiledModel(nn.Module):
         }
 
         def write_tensors(temporary: Path) -> None:
-            save_file(tensors, temporary, saved_checks.metadata(self.image_shape))
-            config["tensors_sha256"] = saved_checks.digest(temporary)
+            save_file(tensors, temporary, saved_checks.metadata(config))
+            config[saved_checks.TENSORS_KEY] = saved_checks.digest(temporary)
 
         write_together(  # in this order, since the one has the digest of the other
             {
@@ -180,18 +180,18 @@ def load(folder: str | Path) -> CompiledModel:
 
     Raises:
         FileFormatError: a file is missing, truncated, or not fxquant's; the two are not of one
-            save; or a number in them cannot be.
+            save, or were changed since; or a number in them cannot be.
     """
     folder = Path(folder)
     config, tensors = _read_config(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
     try:
-        saved_checks.check_together(
-            folder / WEIGHTS_FILE, config["tensors_sha256"], config["image_shape"]
-        )
+        saved_checks.check_tensors(folder / WEIGHTS_FILE, config)
         policy_from_dict(config["policy"])
         gm = _rebuild(config, tensors)
         report = Report.from_dict(config["report"])
         shape = tuple(int(n) for n in config["image_shape"])
+        # Last, since what else is wrong can be named more closely.
+        saved_checks.check_config(folder / WEIGHTS_FILE, config)
         return CompiledModel(gm, report, config["policy"], shape)
     except FileFormatError:
         raise
@@ -202,6 +202,7 @@ def load(folder: str | Path) -> CompiledModel:
         ValueError,
         AttributeError,
         RuntimeError,
+        OverflowError,
     ) as error:
         raise FileFormatError(
             f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} do not fit together or are damaged "

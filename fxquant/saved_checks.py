@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from fxquant.errors import FileFormatError
 from fxquant.quantizers import Quantizer, UniformQuantizer
 
 _ADVICE = "the file is damaged or was changed: compile and save the model again"
-_SHAPE_KEY = "image_shape"
+_CONFIG_KEY = "config_sha256"
+# Of the configuration; known only once the tensors are written, so not part of its own digest.
+TENSORS_KEY = "tensors_sha256"
 
 
 def digest(path: Path) -> str:
@@ -28,36 +30,39 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def metadata(image_shape: Iterable[int]) -> dict[str, str]:
-    """What the file of tensors says of itself: the shape of the images they are for."""
-    return {_SHAPE_KEY: json.dumps(list(image_shape))}
+def metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the file of tensors says of the configuration that it is saved with."""
+    plain = json.loads(json.dumps(config))  # as it will be read: a tuple becomes a list
+    plain.pop(TENSORS_KEY, None)
+    text = json.dumps(plain, sort_keys=True)
+    return {_CONFIG_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def check_together(path: Path, expected: Any, image_shape: Any) -> None:
+def check_tensors(path: Path, config: Mapping[str, Any]) -> None:
     """Checks that a file of tensors is the one that a configuration was saved with.
 
-    Args:
-        path: of the tensors.
-        expected: its digest, by the configuration.
-        image_shape: by the configuration.
-
     Raises:
-        FileFormatError: it is another, or made for images of another shape.
+        FileFormatError: it is another.
     """
-    found = digest(path)
+    found, expected = digest(path), config[TENSORS_KEY]
     if found != expected:
         raise FileFormatError(
             f"{path} is not the file that the configuration beside it was saved with (SHA-256 "
-            f"{found[:12]}…, expected {str(expected)[:12]}…): two saves are mixed or one file was "
-            "changed; take both files from one save"
+            f"{found}, expected {expected!s:.64}): two saves are mixed or one file was changed; "
+            "take both files from one save"
         )
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Checks that a configuration is as it was saved with a file of tensors.
+
+    Raises:
+        FileFormatError: it was changed.
+    """
     with safe_open(path, framework="pt") as file:
-        own = (file.metadata() or {}).get(_SHAPE_KEY)
-    if own != json.dumps(image_shape):
-        raise FileFormatError(
-            f"image_shape is {json.dumps(image_shape)} in the configuration, and {own} in {path}; "
-            f"{_ADVICE}"
-        )
+        own = file.metadata() or {}
+    if own != metadata(config):
+        raise FileFormatError(f"the configuration is not what {path} was saved with; {_ADVICE}")
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:

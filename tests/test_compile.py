@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,8 +220,8 @@ def bad(value: Any) -> Any:
         ([X[0, 0, 0]], BatchError, r"shape \(16,\); add a batch dimension"),
         ([X, X[..., :8]], BatchError, r"shape \(3, 16, 8\), the first batch \(3, 16, 16\)"),
         ([X, X.half()], BatchError, r"type torch.float16, the first batch torch.float32; give all"),
-        ([X, bad(float("nan"))], NonFiniteError, "NaN or infinity in image 1"),
-        ([bad(float("inf"))], NonFiniteError, "NaN or infinity in image 1"),
+        ([X, bad(float("nan"))], NonFiniteError, "NaN or infinity in image 1 of .* batch 1,"),
+        ([bad(float("inf"))], NonFiniteError, "NaN or infinity in image 1 of .* batch 0,"),
         ([images(2, 24)], BatchError, r"shape \(2, 3, 24, 24\)"),
         ([X[:, :1]], BatchError, r"shape \(4, 1, 16, 16\)"),
     ],
@@ -244,6 +245,12 @@ def test_unusable_models_are_explained() -> None:
         fxquant.compile(nn.ReLU().eval(), [tokens()])
     with pytest.raises(CaptureError, match=r"torch\.nn\.Module, got str"):
         fxquant.compile("vit", [tokens()])  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match="meta device"):
+        fxquant.compile(copy.deepcopy(block).to("meta"), [tokens()])
+    with warnings.catch_warnings(action="ignore"):  # torch says that its future is elsewhere
+        scripted = torch.jit.trace(copy.deepcopy(block), tokens())
+    with pytest.raises(CaptureError, match="TorchScript"):
+        fxquant.compile(scripted, [tokens()])
 
 
 def test_activations_that_overflow_name_the_edge() -> None:

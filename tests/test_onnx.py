@@ -14,8 +14,9 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies
+from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies, testing
 from fxquant.backends.onnx_qdq import TARGETS, make_session
+from fxquant.backends.onnx_qdq.doctor import TOLERANCE, relative_difference
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
 from fxquant.errors import LoweringError, OutputError
 from fxquant.testing import DIM, PackedAttention, seeded, tokens
@@ -227,6 +228,19 @@ def test_tokens_without_an_image_axis_export_too(tmp_path: Path) -> None:
     exported = model.export_onnx(tmp_path / "m.onnx")
     assert sum(exported.fused.values()) == 6
     assert_same_codes(model, exported.path, tokens())
+
+
+def test_a_none_beside_the_logits_is_left_out(tmp_path: Path) -> None:
+    class WithNone(testing.Block):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return super().forward(x), None
+
+    model = fxquant.compile(seeded(WithNone()), [tokens()], "w8a8")
+    exported = model.export_onnx(tmp_path / "m.onnx")
+    (found,) = make_session(exported.path).run(None, {"images": tokens().numpy()})
+    ours, nothing = model(tokens())
+    assert nothing is None
+    assert relative_difference(found, ours.numpy()) < TOLERANCE
 
 
 @pytest.mark.parametrize(

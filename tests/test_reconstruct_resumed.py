@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fxquant.errors import FileFormatError
+import fxquant
+from fxquant import policies, testing
+from fxquant.errors import FileFormatError, OutputError
 from fxquant.passes import reconstruct as reconstruct_pass
 from fxquant.reconstruction import training
 from fxquant.reconstruction.checkpoint import Checkpoints
@@ -115,9 +117,29 @@ def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(FileFormatError, match=r"block-1.*damaged.*delete it"):
         reconstruct(frozen(), tmp_path)
+    path.write_bytes(path.with_stem("block-0").read_bytes())
+    with pytest.raises(FileFormatError, match=r"block-1.*damaged \(its checksum is another\)"):
+        reconstruct(frozen(), tmp_path)
     path = next(tmp_path.rglob("block-0.safetensors"))
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(FileFormatError, match=r"block-0.*damaged \(its checksum is another\)"):
         reconstruct(frozen(), tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(*_: Any) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("fxquant.compiler.capture", capture)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file is a file; choose another folder"):
+        fxquant.compile(
+            testing.seeded(testing.Block()),
+            [testing.tokens()],
+            policies.aiqvit(4, 4),
+            cache=tmp_path / "file",
+        )

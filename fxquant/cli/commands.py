@@ -35,8 +35,8 @@ from fxquant.cli.preprocess import (
 )
 from fxquant.cli.widths import budget_of, with_budget
 from fxquant.compiler import compile
-from fxquant.errors import DataError, FileFormatError, ModelError, OutputError, PolicyError
-from fxquant.files import write_text, write_together
+from fxquant.errors import DataError, FileFormatError, ModelError, PolicyError
+from fxquant.files import check_writable, write_text, write_together
 from fxquant.model import CONFIG_FILE, WEIGHTS_FILE, CompiledModel, load
 from fxquant.policy import Policy
 from fxquant.policy_file import resolve, to_yaml
@@ -79,7 +79,8 @@ def run_compile(options: Namespace) -> int:
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
     count = sum(map(len, images))
-    if compiled.report.changes.get("Reconstruct") and count < _TRAINING_IMAGES:
+    wants_many = policy.reconstruction is not None and policy.reconstruction.held_out > 0
+    if wants_many and compiled.report.changes.get("Reconstruct") and count < _TRAINING_IMAGES:
         print(f"note: it was trained on {count} images; hundreds (--images) train better")
     if compiled.report.allocation is not None:
         print(compiled.report.allocation.summary())
@@ -106,24 +107,6 @@ def _read_images(loader: Batches, count: int) -> list[torch.Tensor]:
     if found < count:
         print(f"note: --data has {found} images, {count} were asked for", file=sys.stderr)
     return images
-
-
-def check_writable(folder: Path) -> None:
-    """Looks whether files can be written in a folder, made or not, before long work.
-
-    Raises:
-        OutputError: they cannot.
-    """
-    near = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not near.is_dir():
-        raise OutputError(f"cannot write in {folder}: {near} is a file; choose another --out")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".fxquant.", dir=near):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write in {folder}: {error.strerror} for {near}; choose another --out"
-        ) from error
 
 
 def write_artifacts(

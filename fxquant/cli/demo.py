@@ -25,6 +25,7 @@ from fxquant.cli.evaluation import (
 from fxquant.cli.models import DEMO_MODELS, Weights, build_model, find_model, preprocessing_of
 from fxquant.compiler import compile
 from fxquant.errors import ModelError
+from fxquant.files import check_writable
 from fxquant.model import WEIGHTS_FILE, CompiledModel
 from fxquant.progress import track
 from fxquant.suggest import did_you_mean
@@ -52,7 +53,7 @@ def run_demo(options: Namespace) -> int:
             f"are {', '.join(DEMO_MODELS)}. For others: fxquant compile"
         )
     if options.out is not None:
-        commands.check_writable(options.out)
+        check_writable(options.out)
     # One thread gives steady, comparable times, and such small products gain little from more.
     before, threads = torch.get_num_threads(), options.threads or 1
     torch.set_num_threads(threads)

@@ -57,7 +57,7 @@ def preset(name: str, **options: Any) -> Policy:
     if name not in PRESETS:
         raise UnknownPresetError(
             f"no preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}. "
-            "A policy file must exist and end in .yaml or .yml"
+            "compile takes policy files as well, which must exist and end in .yaml or .yml"
         )
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:

@@ -20,16 +20,16 @@ from fxquant.reconstruction.trained_block import Changes
 from fxquant.sensitivity.cache import fingerprint
 
 # Raised with any change of the training, so that nothing trained before it is taken.
-_FORMAT = 5
+_FORMAT = 6
 _ON_ITS_WAY = ".training"
 _DIGEST = hashlib.sha256().digest_size
 
 Trained = tuple[Changes | None, float, float]
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """Of all that a file holds."""
-    found = hashlib.sha256(text.encode())
+def _digest(path: Path, text: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a file holds, and of which block it is."""
+    found = hashlib.sha256(f"{path.stem} {text}".encode())
     for key in sorted(tensors):
         found.update(key.encode() + tensors[key].numpy().tobytes())
     return found.hexdigest()
@@ -108,7 +108,7 @@ class Checkpoints:
     def _not_written(self, error: OSError) -> OutputError:
         return OutputError(
             f"cannot write {self._folder}: {error.strerror or error}. Choose a writable folder "
-            "with enough free space; the blocks trained so far are kept in it"
+            "with enough free space; what was trained so far and is there already is kept"
         )
 
     def state_file(self, number: int) -> StateFile | None:
@@ -132,7 +132,7 @@ class Checkpoints:
             with safe_open(path, "pt") as file:
                 about, digest = (file.metadata()[key] for key in ("fxquant", "sha256"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if _digest(about, tensors) != digest:
+            if _digest(path, about, tensors) != digest:
                 raise ValueError("its checksum is another")
             moved = {key: tensor.to(device) for key, tensor in tensors.items()}
             return self._read(json.loads(about), moved)
@@ -197,5 +197,5 @@ class Checkpoints:
             about["quantizers"] = {n: q.config() for n, q in changes.quantizers.items()}
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         text = json.dumps(about)
-        metadata = {"fxquant": text, "sha256": _digest(text, whole)}
+        metadata = {"fxquant": text, "sha256": _digest(path, text, whole)}
         write_whole(path, lambda to: save_file(whole, to, metadata=metadata))
