@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,27 @@ def test_tokens_without_an_image_axis_export_too(tmp_path: Path) -> None:
     exported = model.export_onnx(tmp_path / "m.onnx")
     assert sum(exported.fused.values()) == 6
     assert_same_codes(model, exported.path, tokens())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "names"),
+    [
+        (lambda y: y, ["output"]),
+        (lambda y: (y, [None, y + 1]), ["output_0", "output_1_1"]),
+        (lambda y: {"logits": y, "images": y * 2}, ["logits", "images_"]),
+        (lambda y: {"both": (y, y)}, ["both_0", "both_1"]),
+    ],
+)
+def test_outputs_are_named_as_the_model_names_them(
+    wrap: Callable[[Tensor], Any], names: list[str], tmp_path: Path
+) -> None:
+    class Wrapped(testing.Block):
+        def forward(self, x: Tensor) -> Any:
+            return wrap(super().forward(x))
+
+    exported = fxquant.compile(seeded(Wrapped()), [tokens()], "w8a8").export_onnx(tmp_path / "m")
+    found = make_session(exported.path).get_outputs()
+    assert [value.name for value in found] == names
 
 
 def test_a_none_beside_the_logits_is_left_out(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
+from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from fxquant.backends.onnx_qdq.compact import compact
 from fxquant.backends.onnx_qdq.doctor import (
@@ -200,7 +201,26 @@ def _translate(
     model = program.model
     model.ir_version = IR_VERSION
     compact(model)
+    _name_outputs(model, gm)
     return model, widths, twins
+
+
+def _name_outputs(model: ir.Model, gm: fx.GraphModule) -> None:
+    """Names outputs by their keys in a dict, or ``output``, numbered where there are several."""
+    (returned,) = next(node for node in gm.graph.nodes if node.op == "output").args
+    leaves, _ = tree_flatten_with_path(returned)
+    taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
+    places = [place for place, leaf in leaves if leaf is not None]
+    for value, place in zip(model.graph.outputs, places, strict=True):
+        # A step holds one thing: a key of a dict, a place in a list, or the name of an attribute.
+        keys = [str(key) for step in place for key in vars(step).values()]
+        plain = not (place and isinstance(place[0], MappingKey))
+        name = "_".join(["output", *keys] if plain else keys)
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        if not value.is_graph_input():
+            value.name = name
 
 
 @contextmanager
