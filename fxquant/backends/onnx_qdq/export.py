@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +213,8 @@ def _name_outputs(model: ir.Model, gm: fx.GraphModule) -> None:
     places = [place for place, leaf in leaves if leaf is not None]
     for value, place in zip(model.graph.outputs, places, strict=True):
         # A step holds one thing: a key of a dict, a place in a list, or the name of an attribute.
-        keys = [str(key) for step in place for key in vars(step).values()]
+        steps = [astuple(step) for step in place]  # type: ignore[call-overload]
+        keys = [str(key) for step in steps for key in step]
         plain = not (place and isinstance(place[0], MappingKey))
         name = "_".join(["output", *keys] if plain else keys)
         while name in taken:
