@@ -43,10 +43,6 @@ class LowRank:
                 "low_rank takes either a rank for every layer or a share of the weights' bytes, "
                 f"got rank={self.rank!r} and share={self.share!r}"
             )
-        if self.share is not None and self.share > 1:
-            raise PolicyError(
-                f"share of the weights' bytes must be at most 1, got {self.share}: 0.1 is a tenth"
-            )
         if isinstance(self.rank, float) and self.rank >= 1:
             raise PolicyError(
                 f"rank must be a whole number, or a share below 1 of the channels, got {self.rank}"

@@ -16,7 +16,6 @@ from fxquant import CompiledModel, LowRank, Policy, policies
 from fxquant.backends.onnx_qdq import doctor
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
-from fxquant.errors import PolicyError
 from fxquant.policy import Rule
 from fxquant.policy_file import policy_from_dict, policy_to_dict, read_policy, write_policy
 from fxquant.testing import DIM, Block, seeded, tokens
@@ -109,9 +108,3 @@ def test_a_shipped_model_comes_closer_to_the_float_one(tmp_path: Path) -> None:
     assert exported.unfused == ()
     assert_same_codes(model, exported.path, held_out[:8])
     assert_integer_equals_simulation(model.graph_module, model.lower("integer"), held_out[:4])
-
-
-def test_a_share_beyond_the_weights_is_refused() -> None:
-    assert LowRank(share=1.0).share == 1.0
-    with pytest.raises(PolicyError, match="at most 1, got 2"):
-        LowRank(share=2)
