@@ -248,7 +248,7 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
         if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     leaves = pytree.tree_leaves(output.args[0])
     spec = program.call_spec.out_spec
     if spec is not None and _builtin_containers(spec):

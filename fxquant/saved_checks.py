@@ -32,9 +32,8 @@ def digest(path: Path) -> str:
 
 def metadata(config: Mapping[str, Any]) -> dict[str, str]:
     """What the file of tensors says of the configuration that it is saved with."""
-    plain = json.loads(json.dumps(config))  # as it will be read: a tuple becomes a list
-    plain.pop(TENSORS_KEY, None)
-    text = json.dumps(plain, sort_keys=True)
+    own = {key: value for key, value in config.items() if key != TENSORS_KEY}
+    text = json.dumps(own, sort_keys=True)
     return {_CONFIG_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
 

@@ -207,7 +207,7 @@ def _translate(
 
 def _name_outputs(model: ir.Model, gm: fx.GraphModule) -> None:
     """Names outputs by their keys in a dict, or ``output``, numbered where there are several."""
-    (returned,) = next(node for node in gm.graph.nodes if node.op == "output").args
+    (returned,) = gm.graph.output_node().args
     leaves, _ = tree_flatten_with_path(returned)
     taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
     places = [place for place, leaf in leaves if leaf is not None]
