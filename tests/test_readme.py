@@ -1,4 +1,4 @@
-"""README: its Python runs as pasted, its YAML is read, and its rows are those of the ablation."""
+"""README and docs: their Python runs as pasted, their YAML is read, and links, rows, files exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fxquant.policy_file import read_policy
 from fxquant.testing import images
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def blocks(language: str) -> list[str]:
@@ -57,3 +58,19 @@ def test_methods_named_in_the_text_are_those_of_the_ablation() -> None:
     known = methods(8).keys() | methods(4).keys()
     named = set(re.findall(r"`(\+ [^`]+)`", TEXT.replace("\n", " ")))
     assert named and named <= known, named - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_commands_lead_to_what_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text)
+    for target, section in links:
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        titles = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not section or section in anchors, (section, anchors)
+    scripts = re.findall(r"(?:benchmarks|examples|tests)/\w+\.py", text)
+    assert links or scripts
+    for script in scripts:
+        assert (ROOT / script).exists(), script
