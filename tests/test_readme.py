@@ -1,4 +1,4 @@
-"""README and docs: their Python runs as pasted, their YAML is read, and links, rows, files exist."""
+"""README and docs: their Python and YAML run, and links, rows and files that they name exist."""
 
 from __future__ import annotations
 
