@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections.abc import Iterator
 
 import torch
@@ -27,14 +26,14 @@ from fxquant import LowRank, Policy, policies
 from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
 from fxquant.demo.models import NAMES, build
-from fxquant.graph import op_kind, operand
+from fxquant.graph import op_kind
 from fxquant.passes import AssignSpecs, AttachLowRank, InsertObservers, run_passes
 from fxquant.progress import track
 from fxquant.report import weight_bytes
 from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
-from fxquant.shapes import example_shape
 from fxquant.spec import OpKind
+from fxquant.work import Work
 
 WIDTHS = ("4,4", "3,3", "4,8", "3,8")
 
@@ -48,13 +47,9 @@ def rows_of(name: str, images: Tensor, policy: Policy) -> dict[str, ProductSampl
 
 
 def multiplications(gm: fx.GraphModule) -> int:
-    """Of all linears, for the example batch."""
-    total = 0
-    for node in gm.graph.nodes:
-        if op_kind(node) is OpKind.LINEAR:
-            width = int(operand(node, 0).meta["val"].shape[-1])
-            total += width * math.prod(example_shape(node))
-    return total
+    """Of all linears, for one image."""
+    work = Work(gm)
+    return sum(work.macs(node) for node in gm.graph.nodes if op_kind(node) is OpKind.LINEAR)
 
 
 def variants(options: argparse.Namespace) -> Iterator[tuple[str, LowRank | None]]:

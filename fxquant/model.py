@@ -69,9 +69,14 @@ class CompiledModel(nn.Module):
         """Outputs of the quantized model, for images ``(B, C, H, W)``.
 
         Raises:
-            BatchError: the images have another shape than those that the model was compiled for,
-                and it does not run on them.
+            BatchError: the images are no float numbers; or have another shape than those that the
+                model was compiled for, and it does not run on them.
         """
+        if isinstance(images, Tensor) and not images.is_floating_point():
+            raise BatchError(
+                f"the model takes float images, got {images.dtype}: convert and normalise them as "
+                "those that it was calibrated with"
+            )
         try:
             return self.graph_module(images)
         except (RuntimeError, TypeError) as error:

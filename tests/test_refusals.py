@@ -130,3 +130,12 @@ def test_yaml_that_nests_without_end_raises(tmp_path: Path, text: str) -> None:
 def test_a_cache_that_is_no_folder_s_path(vit: nn.Module) -> None:
     with pytest.raises(OutputError, match="cache must be the path of a folder, or None, got 5"):
         fxquant.compile(vit, [X], cache=5)  # type: ignore[arg-type]
+
+
+def test_images_that_a_compiled_model_does_not_take_are_explained(
+    quantized: fxquant.CompiledModel,
+) -> None:
+    with pytest.raises(BatchError, match=r"float images, got torch\.uint8: convert and normalise"):
+        quantized(X.to(torch.uint8))
+    with pytest.raises(BatchError, match=r"for images of shape \(B, .*got \(4, 3, 16, 8\)"):
+        quantized(X[..., :8])
