@@ -118,19 +118,20 @@ def twin_threshold(shift: int, bits: int) -> float:
 
 def _twin(
     x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed magnitudes in the fine and in the coarse grid, and which of them holds."""
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Signed magnitudes in the fine and in the coarse grid; the latter holds beyond a value."""
     levels, coarse = 1 << (bits - 1), scale * 2**shift
     high = (x / coarse).round_().clamp_(0, levels - 1)
     if two_sided:
-        return (x / scale).round_().clamp_(1 - levels, 0), high, x > 0
+        return (x / scale).round_().clamp_(1 - levels, 0), high, 0.0
     low = (x / scale).round_().clamp_(0, levels - 1)
-    return low, high, x > scale * twin_threshold(shift, bits)
+    return low, high, scale * twin_threshold(shift, bits)
 
 
 def twin_words(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
     """:func:`twin_quantize` in plain operators, which ``torch.compile`` sees through."""
-    low, high, region = _twin(x, scale, shift, bits, two_sided)
+    low, high, edge = _twin(x, scale, shift, bits, two_sided)
+    region = x > edge
     words = torch.where(region & (high > 0), high + (1 << (bits - 1)), 0.0)
     return torch.where(region, words, low.abs_())
 
@@ -171,8 +172,12 @@ def twin_fake_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_side
 
     The gradient is the straight-through estimate, as in :func:`fake_quantize`.
     """
-    low, high, region = _twin(x, scale, shift, bits, two_sided)
-    return torch.where(region, high.mul_(scale * 2**shift), low.mul_(scale))
+    low, high, edge = _twin(x, scale, shift, bits, two_sided)
+    low, high = low.mul_(scale), high.mul_(scale * 2**shift)
+    if two_sided:  # one of them is zero
+        return low.add_(high)
+    # A mask of the values' own type, which is 0 or 1: choosing by one of booleans is far slower.
+    return torch.lerp(low, high, x.clone().gt_(edge))
 
 
 @twin_quantize.register_fake

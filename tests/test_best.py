@@ -14,7 +14,7 @@ from fxquant.cli import main
 from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 from fxquant.policies import Effort
 from fxquant.policy_file import policy_from_dict, policy_to_dict, read_policy
-from fxquant.recovery import Scope
+from fxquant.recovery import Scope, WeightTraining
 from fxquant.spec import Arg, End
 from fxquant.testing import DIM, relative_error, seeded, tokens
 from tests.test_blocks import Stack
@@ -49,7 +49,10 @@ def test_fewer_bits_are_compensated_and_trained_given_time(
     trained = policy.reconstruction
     assert trained is not None
     assert trained.scope is Scope.NETWORK
-    assert (trained.work is not None) == (effort is Effort.SECONDS)
+    assert (trained.work is None) == (effort is Effort.HOURS)
+    few = effort is Effort.SECONDS
+    assert policy.compensation.ridge != few, "of few images the ridge fits their noise"
+    assert (trained.weights is WeightTraining.SCALES) == few
     weights = [r for r in policy.rules if r.spec and r.arg is Arg.WEIGHT]
     found = {(rule.end, rule.spec.bits) for rule in weights if rule.spec}
     assert found == {(None, widths[0]), *((end, 8) for end in End if widths[0] < 8)}

@@ -157,7 +157,7 @@ def _add_preset_options(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=[str(effort) for effort in Effort],
         help="how long preset best may take (default: seconds); below 8 bits effort seconds trains "
-        "only small networks, minutes and hours train any, on hundreds of --images",
+        "scales of small networks, minutes and hours weights as well, on hundreds of --images",
     )
     parser.add_argument(
         "--full",

@@ -20,8 +20,8 @@ from fxquant.suggest import did_you_mean
 class Effort(StrEnum):
     """How long a compilation may take.
 
-    ``seconds``: small networks are trained as a whole on what is made of a few images, others not
-    at all; ``minutes``, ``hours``: all are, for longer, on hundreds of images.
+    ``seconds``: scales of small networks are trained on what is made of a few images, others not at
+    all; ``minutes``, ``hours``: weights as well, for longer, on hundreds of images.
     """
 
     SECONDS = "seconds"
@@ -33,8 +33,8 @@ _END_BITS = 8
 # Of each product, for the search: half of what other presets take, for speed.
 _ROWS = 256
 # Scales, zero points and biases of the whole network, codes of weights as rounding by columns left
-# them. The few images of SECONDS are neither held out nor enough without others made of them; what
-# they may take is some two minutes on two cores of an AVX512 server.
+# them: all weights would fit the few images. These are neither held out nor enough without others
+# made of them; what they may take is some two minutes on two cores of an AVX512 server.
 _SECONDS = Reconstruction(
     scope=Scope.NETWORK,
     weights=WeightTraining.SCALES,
@@ -46,14 +46,22 @@ _SECONDS = Reconstruction(
     augment=True,
     work=1e13,
 )
-_MINUTES = replace(_SECONDS, iterations=400, held_out=0.125, work=None)
-# To round weights by: 32 have fewer rows than a wide layer columns where tokens are merged.
-_IMAGES = 128
+# Hundreds of images carry the weights too. 1,000 steps of a small network, 400 of DeiT-S.
+_MINUTES = replace(
+    _SECONDS,
+    weights=WeightTraining.STRAIGHT_THROUGH,
+    weight_rate=3e-3,
+    iterations=1000,
+    held_out=0.125,
+    work=2.5e14,
+)
 _TRAINING = {
     Effort.SECONDS: _SECONDS,
     Effort.MINUTES: _MINUTES,
-    Effort.HOURS: replace(_MINUTES, iterations=4000),
+    Effort.HOURS: replace(_MINUTES, iterations=10_000, work=None),
 }
+# To round weights by: 32 have fewer rows than a wide layer columns where tokens are merged.
+_IMAGES = 128
 
 
 def best(
@@ -70,13 +78,15 @@ def best(
     At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
     :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), the first and
     last linears and convolutions at 8 bits, and scales and biases then trained, as far as the
-    effort goes, to give what the float network gives (:class:`fxquant.Reconstruction`).
+    effort goes, to give what the float network gives (:class:`fxquant.Reconstruction`). With
+    effort ``minutes`` and ``hours`` weights are moved by the ridge first, and trained as well.
     ``benchmarks/accuracy.py`` has its rows.
 
     Args:
         weight_bits: width of weights, symmetric per output channel.
         act_bits: width of activations.
         effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds; at 8 bits alike.
+            The first two bound what training takes, so that large networks get fewer steps.
         end_bits: least width of the weights of those, and of what the last ones read
             (:func:`fxquant.policies.end_rules`); 2 gives them no width of their own.
         budget: mixed precision within it, chosen exactly, instead of all those widths; at
@@ -121,8 +131,8 @@ def best(
         name=f"best_{widths}_{effort}{suffix}",
         rules=(*(elementwise_rules() if full else ()), *image, *ends, *others),
         search=replace(base.search or ScaleSearch(), rows=_ROWS),
-        description=f"our own pick: {base.description}; weights rounded by columns; scales trained",
+        description=f"our own pick: {base.description}; weights rounded by columns; trained",
         allocation=None if budget is None else Allocation(budget=budget),
-        compensation=Compensation(images=_IMAGES),
+        compensation=Compensation(images=_IMAGES, ridge=effort != Effort.SECONDS),
         reconstruction=_TRAINING[Effort(effort)],
     )

@@ -23,7 +23,8 @@ class _OnGrid(torch.autograd.Function):
 
     Those of arXiv 1902.08153 and 2004.09576, not divided by the root of the number of values, which
     Adam makes up for: inside the range rounding counts as the identity. What is dropped passes
-    unquantized. Products with masks, since choosing by them is far slower.
+    unquantized. Products with masks of the values' own type, since choosing is far slower, and so
+    is a product of two types.
     """
 
     @staticmethod
@@ -36,11 +37,14 @@ class _OnGrid(torch.autograd.Function):
         inside: Tensor,
         dropped: Tensor | None,
     ) -> Tensor:
-        """Scale and zero point broadcast against x; ``dropped`` is 1 where x passes, else 0."""
-        slope = torch.addcmul(values, x, inside.to(x.dtype), value=-1)  # s dy/ds
+        """Scale and zero point broadcast against x; ``dropped`` is 1 where x passes, else 0.
+
+        ``inside`` likewise is 1 within the range of the grid.
+        """
+        slope = torch.addcmul(values, x, inside, value=-1)  # s dy/ds
         gate, out = inside, values
         if dropped is not None:
-            slope, gate = slope.mul_(1 - dropped), inside | (dropped > 0)
+            slope, gate = slope.mul_(1 - dropped), torch.maximum(inside, dropped)
             out = torch.lerp(values, x, dropped)
         ctx.save_for_backward(gate, slope, scale)
         return out
@@ -52,9 +56,16 @@ class _OnGrid(torch.autograd.Function):
         gate, slope, scale = ctx.saved_tensors
         wants = ctx.needs_input_grad
         inner = grad * gate
-        grad_scale = (grad * slope).sum_to_size(scale.shape) / scale if wants[1] else None
-        grad_zero = ((inner - grad) * scale).sum_to_size(scale.shape) if wants[2] else None
+        grad_scale = _summed_product(grad, slope, scale.shape) / scale if wants[1] else None
+        grad_zero = (inner - grad).sum_to_size(scale.shape) * scale if wants[2] else None
         return inner, grad_scale, grad_zero, None, None, None
+
+
+def _summed_product(one: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
+    """The product, summed to a shape that broadcasts to that of both."""
+    if shape.numel() == 1:
+        return torch.dot(one.reshape(-1), other.reshape(-1)).view(shape)
+    return (one * other).sum_to_size(shape)
 
 
 def draw_mask(x: Tensor, share: float) -> Tensor:
@@ -64,7 +75,7 @@ def draw_mask(x: Tensor, share: float) -> Tensor:
     """
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
     drawn = words.random_(-(1 << 63), None).view(torch.uint8)[: x.numel()]
-    return (drawn < round(share * 256)).to(x.dtype).view(x.shape)
+    return drawn.to(x.dtype).lt_(round(share * 256)).view(x.shape)
 
 
 class TrainedQuantizer(nn.Module, ABC):
@@ -100,7 +111,7 @@ class TrainedQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """All values on the grid, and where they are within its range."""
+        """All values on the grid; and 1 where they are within its range, else 0."""
 
     @abstractmethod
     def fitted(self) -> Quantizer:
@@ -129,8 +140,7 @@ class TrainedUniform(TrainedQuantizer):
         zero = zero.round()
         codes = (x / scale).round_().add_(zero)
         kept = codes.clamp(self._start.qmin, self._start.qmax)
-        inside = codes == kept
-        return kept.sub_(zero).mul_(scale), inside
+        return kept.sub(zero).mul_(scale), codes.eq_(kept)
 
     @torch.no_grad()
     def fitted(self) -> UniformQuantizer:
@@ -176,7 +186,8 @@ class TrainedTwin(TrainedQuantizer):
         least = 0.5 - start.levels if start.two_sided else -0.5
         most = (start.levels - 0.5) * 2**start.shift
         values = twin_fake_quantize(x, scale, start.shift, start.bits, start.two_sided)
-        return values, x.clamp(least * scale, most * scale) == x
+        steps = x / scale
+        return values, steps.clamp(least, most).eq_(steps)
 
     @torch.no_grad()
     def fitted(self) -> TwinUniformQuantizer:
