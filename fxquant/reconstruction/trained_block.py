@@ -33,7 +33,7 @@ from fxquant.side_by_side import Station, Values, tensors_of
 from fxquant.spec import Arg, OpKind
 from fxquant.work import Work
 
-# That a step holds for each value of a block: a quantizer a slope and a mask of four bytes each, most
+# That a step holds for each value of a block: a quantizer a slope and a mask, four bytes each, most
 # others their value. What loss feature runs behind the block is not counted.
 _BYTES = 8
 # Before names of nodes where torch keeps modules by name, which refuses some, such as "keys".
