@@ -75,6 +75,18 @@ def test_a_network_that_is_too_large_for_seconds_is_not_trained() -> None:
     assert "not trained: 10000 multiplications are no more than 0 steps" in str(report)
 
 
+def test_with_minutes_weights_are_moved_and_trained_within_the_work() -> None:
+    policy = policies.best(3, 6, "minutes")
+    assert policy.reconstruction is not None
+    few = replace(policy, reconstruction=replace(policy.reconstruction, iterations=200))
+    model, batch = seeded(Stack()), tokens(96)
+    report = fxquant.compile(model, [batch], few).report
+    assert report.changes["Reconstruct"] == 1
+    assert "ridge" in str(report) and "straight_through" in str(report)
+    none = replace(few, reconstruction=replace(policy.reconstruction, work=1e4))
+    assert fxquant.compile(model, [batch], none).report.changes["Reconstruct"] == 0
+
+
 def test_unknown_efforts_are_refused() -> None:
     with pytest.raises(UnknownKeyError, match="'minute' is unknown; did you mean 'minutes'"):
         policies.best(4, 4, "minute")

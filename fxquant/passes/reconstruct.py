@@ -29,7 +29,6 @@ from fxquant.blocks import find_blocks, whole_network
 from fxquant.graph import operand
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.reconstruction.checkpoint import Checkpoints, StateFile
-from fxquant.reconstruction.denormals import flushed_denormals
 from fxquant.reconstruction.losses import Measured, criterion, measure
 from fxquant.reconstruction.trained_block import Changes, TrainedBlock
 from fxquant.reconstruction.training import split, train_block
@@ -81,11 +80,7 @@ class Reconstruct:
             return PassResult(0, (Skip("network", reason),))
         kept = Checkpoints(self.cache, gm, images, repr(self.options))
         parts = split(len(images), self.options.held_out, self.options.seed)
-        with (
-            tempfile.TemporaryDirectory(prefix="fxquant-") as folder,
-            torch.random.fork_rng(),
-            flushed_denormals(),
-        ):
+        with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
             together = self.options.scope is Scope.NETWORK
             blocks = (whole_network(gm),) if together else find_blocks(gm)
             measured = measure(teacher, blocks, images, self.options, Path(folder))

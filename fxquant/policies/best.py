@@ -21,7 +21,8 @@ class Effort(StrEnum):
     """How long a compilation may take.
 
     ``seconds``: scales of small networks are trained on what is made of a few images, others not at
-    all; ``minutes``, ``hours``: weights as well, for longer, on hundreds of images.
+    all; ``minutes``: weights as well, of all but the largest, for longer, on hundreds of images;
+    ``hours``: of all.
     """
 
     SECONDS = "seconds"
