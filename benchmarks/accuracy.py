@@ -16,7 +16,8 @@ as well; ``by columns`` then rounds weights so that later columns make up for ea
 2502.04628), ``log2`` and ``AdaLog`` (arXiv 2407.12951) have other quantizers behind softmax.
 ``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone). ``best`` is
 our own pick, untrained and by effort, of mixed widths too, and with weights or activations alone
-at the width (the other ``at 8 bits``). ``AIQViT`` (arXiv 2502.04628) has one part after the other.
+at the width (the other ``at 8 bits``); with efforts beyond seconds, ``no ridge`` does not move
+weights before they are rounded, and ``codes stay`` does not train them. ``AIQViT`` (arXiv 2502.04628) has one part after the other.
 Those that train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` are made
 for ``--calibration 1024``, the others for the 32 images of the default.
 

@@ -16,6 +16,7 @@ from fxquant import (
 )
 from fxquant.budget import Method
 from fxquant.policies import Effort
+from fxquant.recovery import WeightTraining
 from fxquant.spec import Arg, GradientLoss, Metric, OpKind, ScaleSearch, Scheme
 
 # At these the same mean of mixed widths is measured as well.
@@ -122,7 +123,14 @@ def tiers(bits: int) -> dict[str, Policy]:
         "best, ends alike": policies.best(bits, bits, end_bits=2),
     }
     for effort in Effort:
-        found[f"best, {effort}"] = policies.best(bits, bits, effort)
+        whole = policies.best(bits, bits, effort)
+        assert whole.compensation is not None and whole.reconstruction is not None
+        no_ridge = replace(whole.compensation, ridge=False)
+        codes_stay = replace(whole.reconstruction, weights=WeightTraining.SCALES)
+        found[f"best, {effort}"] = whole
+        if effort is not Effort.SECONDS:
+            found[f"best, {effort}, no ridge"] = replace(whole, compensation=no_ridge)
+            found[f"best, {effort}, codes stay"] = replace(whole, reconstruction=codes_stay)
         found[f"best, {effort}, weights at 8 bits"] = policies.best(8, bits, effort)
         found[f"best, {effort}, activations at 8 bits"] = policies.best(bits, 8, effort)
     return found

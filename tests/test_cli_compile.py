@@ -60,8 +60,25 @@ def test_compile_prints_the_summary_and_what_stayed_float(
     printed = captured.out
     assert "mine: " in printed
     assert "3 calibration images" in printed
-    assert "has 3 images, 32 were asked for" in captured.err
+    assert "has 3 images, 32 were looked for" in captured.err
     assert "stayed float: blocks_0_attn" in printed
+
+
+@pytest.mark.usefixtures("no_export")
+@pytest.mark.parametrize(("held_out", "count"), [(0.3, 1024), (0.0, 32)])
+def test_a_training_that_holds_images_out_looks_for_many(
+    held_out: float, count: int, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "mine.yaml"
+    training = {"iterations": 1, "weights": "none", "held_out": held_out}
+    rules = [{"spec": {"bits": 4}}]
+    text = {"name": "mine", "rules": rules, "reconstruction": training}
+    policy.write_text(yaml.safe_dump(text))
+    common = ["--policy", str(policy), "--data", str(flat), "--out", str(tmp_path)]
+    assert main(["compile", "vit_tiny_patch16_224", *ARGS, "--random-weights", *common]) == 0
+    captured = capsys.readouterr()
+    assert f"has 3 images, {count} were looked for" in captured.err
+    assert ("trained on 3 images; hundreds" in captured.out) == bool(held_out)
 
 
 @pytest.mark.usefixtures("no_export")

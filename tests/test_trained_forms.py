@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from fxquant.ops import broadcast
 from fxquant.quantizers import (
     DynamicFocusingQuantizer,
     Quantizer,
@@ -77,6 +80,61 @@ def test_scale_and_zero_point_have_their_gradients() -> None:
     expected = float((ends * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum())
     assert float(form.log_scale.grad) == pytest.approx(expected)
     assert float(form.offset.grad) == pytest.approx(-10 * 0.25 * 7)
+
+
+def reference(form: Any, x: Tensor, dropped: Tensor) -> Tensor:
+    """The trained quantizer in plain operators and float64, by autograd alone."""
+    start = form.fitted()  # for its codes, which gradients do not see
+    scale = broadcast(
+        form._first.double() * form.log_scale.exp(), x.ndim, getattr(start, "axis", None)
+    )
+    steps = x / scale
+    if isinstance(start, TwinUniformQuantizer):
+        low = 0.5 - start.levels if start.two_sided else -0.5
+        inside = (steps >= low) & (steps <= (start.levels - 0.5) * 2**start.shift)
+        codes = (start(x.detach().float()).double() / scale).round().detach()
+    else:
+        first = form._start
+        zero = first.zero_point.double()
+        if form.offset.requires_grad:
+            zero = zero + form.offset * (first.qmax - first.qmin)
+        zero = broadcast(zero + (zero.round() - zero).detach(), x.ndim, first.axis)
+        whole = steps.round().detach() + zero
+        inside = (whole >= first.qmin) & (whole <= first.qmax)
+        codes = whole.clamp(first.qmin, first.qmax) - zero
+    near = torch.where(inside, steps + (codes - steps).detach(), codes)
+    return torch.where(dropped > 0, x, near * scale)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
+def test_gradients_are_those_of_plain_operators(start: Quantizer, drop: float) -> None:
+    form = trained(start, drop)
+    assert form is not None
+    with torch.no_grad():
+        for parameter in form.parameters():
+            parameter.add_(0.06 if parameter.requires_grad else 0)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 3, 50, generator=generator).requires_grad_()
+    slope = torch.randn(x.shape, generator=generator)
+    form.train()
+    torch.manual_seed(5)
+    found = form(x)
+    (found * slope).sum().backward()
+    torch.manual_seed(5)
+    dropped = draw_mask(x.detach(), drop) if drop else torch.zeros_like(x)
+    twin = copy.deepcopy(form).double()
+    twin.zero_grad()
+    exact = x.detach().double().requires_grad_()
+    wanted = reference(twin, exact, dropped)
+    (wanted * slope).sum().backward()
+    assert torch.allclose(found.double(), wanted, atol=1e-5)
+    assert torch.allclose(x.grad.double(), exact.grad, atol=1e-6)
+    for one, two in zip(form.parameters(), twin.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        if one.grad is not None:
+            assert float(two.grad.abs().max()) > 0.5
+            assert torch.allclose(one.grad.double(), two.grad, rtol=1e-3, atol=1e-3)
 
 
 @given(st.integers(0, 100), st.sampled_from([StraightThrough, AdaRound, LowRank]))

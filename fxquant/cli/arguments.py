@@ -62,7 +62,12 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
         help="argument of the model's constructor; repeatable",
     )
     parser.add_argument("--data", metavar="FOLDER", help=f"calibration: {_DATA_HELP}")
-    parser.add_argument("--images", type=_count, default=32, help="calibration images (32)")
+    parser.add_argument(
+        "--images",
+        type=_count,
+        help="calibration images (32; 1024 with policies that train on so many that some are held "
+        "out: best with effort minutes or hours, aiqvit)",
+    )
     parser.add_argument("--batch-size", type=_count, default=8)
     parser.add_argument(
         "--policy", default="best", help="preset (see `fxquant policies`) or YAML file (best)"

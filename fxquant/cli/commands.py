@@ -51,8 +51,8 @@ ONNX_FILE = "model.onnx"
 _CACHE = "cache"
 # Edges named for one reason; quant_config.json has them all.
 _SHOWN = 6
-# With fewer, the command line says so.
-_TRAINING_IMAGES = 128
+# Of calibration: as a rule, where a training holds some out, and what it should then have at least.
+_IMAGES, _TRAINING_IMAGES, _FEWEST = 32, 1024, 128
 _FILES = (ONNX_FILE, CONFIG_FILE, WEIGHTS_FILE, PREPROCESSING_FILE)
 
 
@@ -67,21 +67,22 @@ def run_compile(options: Namespace) -> int:
     arguments = dict(options.model_arg)
     own = preprocessing_of(source, image_size_of(arguments))
     preprocessing = _override(own, options)
-    loader = _calibration_loader(options, preprocessing)
+    trains = policy.reconstruction is not None and policy.reconstruction.held_out > 0
+    count = options.images or (_TRAINING_IMAGES if trains else _IMAGES)
+    loader = _calibration_loader(options, preprocessing, count)
     weights = Weights(
         checkpoint=options.checkpoint, pretrained=options.pretrained, random=options.random_weights
     )
     torch.manual_seed(options.seed)
     model = build_model(source, weights, arguments)
-    images = _read_images(loader, options.images)
+    images = _read_images(loader, count)
     cache = options.out / _CACHE
     compiled = compile(model, images, policy, cache=cache, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
-    count = sum(map(len, images))
-    wants_many = policy.reconstruction is not None and policy.reconstruction.held_out > 0
-    if wants_many and compiled.report.changes.get("Reconstruct") and count < _TRAINING_IMAGES:
-        print(f"note: it was trained on {count} images; hundreds (--images) train better")
+    found = sum(map(len, images))
+    if trains and compiled.report.changes.get("Reconstruct") and found < _FEWEST:
+        print(f"note: it was trained on {found} images; hundreds (--images) train better")
     if compiled.report.allocation is not None:
         print(compiled.report.allocation.summary())
     print_left_float(compiled.report)
@@ -92,10 +93,10 @@ def run_compile(options: Namespace) -> int:
     return 0
 
 
-def _calibration_loader(options: Namespace, preprocessing: Preprocessing) -> Batches:
+def _calibration_loader(options: Namespace, preprocessing: Preprocessing, count: int) -> Batches:
     if options.data is None and options.model not in DEMO_MODELS:
         raise DataError("--data is missing: give a folder of images like those the model will see")
-    name, count = options.data or DEMO, options.images
+    name = options.data or DEMO
     data = open_data(name, preprocessing, labelled=False, split="calib", count=count)
     return batches(data, count, options.batch_size, options.seed)
 
@@ -105,7 +106,7 @@ def _read_images(loader: Batches, count: int) -> list[torch.Tensor]:
     images = [batch for batch, _ in track(loader, label="read images", total=len(loader))]
     found = sum(map(len, images))
     if found < count:
-        print(f"note: --data has {found} images, {count} were asked for", file=sys.stderr)
+        print(f"note: --data has {found} images, {count} were looked for", file=sys.stderr)
     return images
 
 
