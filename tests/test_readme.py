@@ -14,6 +14,7 @@ from fxquant.testing import images
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+FOR_DEVELOPERS = (ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md")
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
@@ -55,9 +56,64 @@ def test_policies_in_yaml_compile(text: str, vit: object, tmp_path: Path) -> Non
 
 def test_methods_named_in_the_text_are_those_of_the_ablation() -> None:
     methods = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))["methods"]
-    known = methods(8).keys() | methods(4).keys()
-    named = set(re.findall(r"`(\+ [^`]+)`", TEXT.replace("\n", " ")))
-    assert named and named <= known, named - known
+    known = {name for bits in (8, 6, 5, 4, 3) for name in methods(bits)}
+    text = TEXT.replace("\n", " ")
+    asked = {
+        name
+        for names in re.findall(r'--methods ((?:"[^"]+" ?)+)', text)
+        for name in re.findall(r'"([^"]+)"', names)
+    }
+    named = set(re.findall(r"`(\+ [^`]+)`", text)) | asked
+    assert len(asked) > 10 and named <= known, named - known
+
+
+def tables() -> dict[tuple[str, str, str], list[float]]:
+    """Columns of top-1 beside float32's, by model, method and width: in order of the page."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    model, float32, widths = "", 0.0, list[str]()
+    for line in (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split("[┃│]", line)[1:-1]]
+        head = re.match(r"(\w+), (?:top-1, float32 ([\d.]+) %|KL)", cells[0]) if cells else None
+        if head:
+            model, float32, widths = head[1], float(head[2] or "nan"), cells[1:]
+        elif cells and "(" in cells[-1]:
+            for width, cell in zip(widths, cells[1:], strict=True):
+                lost = float32 - float(cell.split(" ")[0])
+                found.setdefault((model, cells[0], width), []).append(lost)
+    return found
+
+
+def test_what_readme_says_is_gained_is_in_the_results() -> None:
+    found = tables()
+    text = PAGES[0].read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(ptq4vit|best)`(?:, `effort=\"(\w+)\"`)? \|(.+)\|$", text, re.MULTILINE
+    )
+    rows = [row for row in rows if re.search(r"\d\.\d", row[2])]
+    assert len(rows) == 3
+    for preset, effort, cells in rows:
+        _, *lost = (float(cell.replace(",", "")) for cell in cells.split("|"))
+        method = f"best, {effort}" if effort else "+ both"
+        edges = [(m, method, w) for m in ("glyph_vit", "glyph_swin") for w in ("W4A4", "W3A3")]
+        for edge, points in zip(edges, lost, strict=True):
+            # Printed to a tenth, as is float32's top-1.
+            assert any(abs(one - points) < 0.11 for one in found[edge]), (preset, edge, points)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *FOR_DEVELOPERS], ids=lambda page: page.name)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    own = [
+        str(path.relative_to(ROOT))
+        for top in ("fxquant", "tests", "benchmarks", "examples")
+        for path in (ROOT / top).rglob("*.py")
+    ]
+    named = set(re.findall(r"(?<![\w./])((?:\w+/)*\w+\.py)\b", text))
+    own_words = {"quickstart.py", "mine.py"}
+    missing = [
+        name for name in named - own_words if not any(f"/{p}".endswith(f"/{name}") for p in own)
+    ]
+    assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
