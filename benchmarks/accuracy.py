@@ -17,9 +17,10 @@ as well; ``by columns`` then rounds weights so that later columns make up for ea
 ``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone). ``best`` is
 our own pick, untrained and by effort, of mixed widths too, and with weights or activations alone
 at the width (the other ``at 8 bits``); with efforts beyond seconds, ``no ridge`` does not move
-weights before they are rounded, and ``codes stay`` does not train them. ``AIQViT`` (arXiv 2502.04628) has one part after the other.
-Those that train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` are made
-for ``--calibration 1024``, the others for the 32 images of the default.
+weights before they are rounded, and ``codes stay`` does not train them. ``AIQViT`` (arXiv
+2502.04628) has one part after the other. Those that train run only where ``--methods`` names them.
+``best, minutes`` and ``hours`` are made for ``--calibration 1024``, the others for the 32 images of
+the default.
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
 and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,
