@@ -157,7 +157,10 @@ def _stretches(data: list[fx.Node]) -> Iterator[_Stretch]:
         single = [*live] == [node] and _leading(node) == batch and node.op != "call_module"
         if whole or single:
             nodes = tuple(data[start : i + 1])
-            readers = sum(begun_with in n.all_input_nodes for n in nodes)
+            # A quantizer that a branch and what goes around it share is no reader of its own.
+            same = {begun_with, *(u for u in begun_with.users if u.op == "call_module")}
+            others = [n for n in nodes if n not in same]
+            readers = sum(not same.isdisjoint(n.all_input_nodes) for n in others)
             yield _Stretch(nodes, any(map(_is_softmax, nodes)), readers > 1)
             start, begun_with = i + 1, node
 

@@ -105,8 +105,9 @@ class Allocation:
         sensitivity: what the choice goes by.
         images: calibration images that losses are measured on, drawn by ``seed``; None takes as
             many as ``work`` allows, at least four.
-        work: multiplications that measuring may take where ``images`` is None. The default is
-            some four minutes on two cores of an AVX2 server.
+        work: multiplications that measuring each operand at each width may take where ``images``
+            is None; what greedy measures again is not counted. The default is some four minutes on
+            two cores of an AVX2 server.
         recheck: number of best candidates that greedy measures again at each step, with all
             other groups at the widths they have by then; 0 for none. Read by greedy on measured
             sensitivities alone.

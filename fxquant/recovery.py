@@ -48,7 +48,8 @@ class BlockLoss(StrEnum):
     """How far a quantized block's output is from the float one.
 
     ``mse``: squared error; ``fisher``: weighed by the squared gradient of a loss of the network's
-    outputs (BRECQ, arXiv 2102.05426, eq. 10), averaged over the images; ``feature``: squared error
+    outputs (BRECQ, arXiv 2102.05426, eq. 10), of which the means over the images and along each
+    axis are kept, and their product is the weight of a value; ``feature``: squared error
     of the block, doubled, and of the last product's input, which the float rest of the network
     computes from the block's output, each as a share of its first value (METHODS 4.1).
     """
@@ -66,8 +67,9 @@ class Compensation:
         by_columns: round column after column, later ones making up for the errors of earlier ones
             (GPTQ, arXiv 2210.17323); else to nearest.
         ridge: first move weights to where the outputs of the quantized inputs come nearest to the
-            float outputs (ERQ, arXiv 2407.06794, eq. 10), as far as that holds on images left out.
-            It lowers the error of each layer, not always the network's loss.
+            float outputs (ERQ, arXiv 2407.06794, eq. 10), as far as that holds on images left out,
+            with all that were made of them. It lowers the error of each layer, not always the
+            network's loss.
         damping: share of the mean variance of the inputs that is added to each.
         images: least number to fit to. Where fewer are given, others are made of them as in
             :class:`Reconstruction`, as far as 0.2 TMAC run them through the network; 0 makes none.
@@ -102,8 +104,8 @@ class Reconstruction:
     Attributes:
         scope: block after block, or all together.
         weights: what of them is trained.
-        scales: train the scales and zero points of activations, and the scales of those weights
-            that are trained.
+        scales: train the scales and zero points of activations, those of logarithmic quantizers
+            excepted, and the scales of those weights that are trained.
         biases: train the biases of products.
         block_loss: what is minimised; the last block, and a network, are compared by their
             outputs: logits by their divergence, others, and all with ``mse``, by squared error.

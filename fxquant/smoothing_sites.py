@@ -69,7 +69,7 @@ def choose_smoothing(
     *,
     progress: bool = False,
 ) -> Choices:
-    """The map of channels at each site whose loss is less than without.
+    """The map of channels at each site whose loss is at most half of that without.
 
     The loss is that of the network's outputs, on some of the images, with only the products of the
     site quantized.
@@ -92,17 +92,18 @@ def choose_smoothing(
         found.sort(key=lambda item: min(network.place[node] for node in _nodes(item[0])))
         for site, readings in track(found, label="smooth", total=len(found), enabled=progress):
             choice = _choose(network, site, readings, search.metric)
-            if choice is not None and choice.gain <= _GAIN:
+            if choice.gain <= _GAIN:
                 folds[site.source.name] = choice
             else:
-                refused[site.source.name] = "not smoothed: the loss would not fall by half"
+                refused[site.source.name] = (
+                    f"not smoothed: the loss would be {choice.gain:.2f} of that without, and "
+                    f"{_GAIN} is asked for"
+                )
         return Choices(folds, refused, _moved(samples, folds.values()))
 
 
-def _choose(
-    network: NetworkLoss, site: Site, readings: list[Reading], metric: Metric
-) -> Choice | None:
-    """The finalist of least loss, None for no change."""
+def _choose(network: NetworkLoss, site: Site, readings: list[Reading], metric: Metric) -> Choice:
+    """The finalist of least loss, the first of which is no change."""
     tried = finalists(readings, metric, shiftable=site.shiftable)
     losses = []
     for smoothing in tried:
@@ -110,7 +111,7 @@ def _choose(
         instead = dict(zip(_nodes(site), trial.instead, strict=True))
         losses.append(network.changed(instead))
     best = losses.index(min(losses))
-    return Choice(site, tried[best], losses[best] / losses[0]) if best else None
+    return Choice(site, tried[best], losses[best] / losses[0] if best else 1.0)
 
 
 def _compared(

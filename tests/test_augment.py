@@ -20,7 +20,7 @@ from fxquant.graph import get_parameter
 from fxquant.passes import Reconstruct, run_passes
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import augment, training
-from fxquant.reconstruction.augment import augmented, fresh
+from fxquant.reconstruction.augment import augmented, fresh, made_in_folds
 from fxquant.recovery import Reconstruction
 from fxquant.side_by_side import SideBySide
 from fxquant.testing import relative_error, seeded
@@ -30,6 +30,16 @@ NETWORK = {"scope": "network", "block_loss": "mse"}
 
 
 SIZES = st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(4, 9), st.integers(4, 9))
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 9))
+def test_what_is_made_of_an_image_is_in_its_fold(images: int, count: int, folds: int) -> None:
+    own = torch.eye(images)  # each has an axis of its own, and mixing keeps to the axes of both
+    folds = min(folds, images)
+    found = made_in_folds(own, count, folds)
+    assert len(found) == folds and sum(map(len, found)) == images + count
+    seen = torch.stack([(fold != 0).any(0) for fold in found])
+    assert bool((seen.sum(0) == 1).all())
 
 
 @given(SIZES, st.integers(0, 99))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant import policies
 from fxquant.blocks import find_blocks, is_size, size_for, waves
 from fxquant.capture import capture
 from fxquant.demo.models import build
@@ -57,6 +58,16 @@ def test_an_attention_and_the_mlp_behind_it_are_one_block() -> None:
     kinds = [op_kind(node) for node in blocks[1].products]
     assert kinds.count(OpKind.MATMUL) == 2
     assert kinds.count(OpKind.LINEAR) == 6
+
+
+def test_blocks_are_the_same_when_all_between_products_is_quantized() -> None:
+    def names(rules: tuple[Rule, ...]) -> list[str]:
+        gm = observed(*rules, model=Stack())
+        run_passes(gm, [Freeze()])
+        return [block.name for block in find_blocks(gm)]
+
+    for full in (False, True):
+        assert names(policies.w8a8(full=full).rules) == ["stem", "one", "two", "head"]
 
 
 def test_every_node_that_depends_on_the_image_is_in_one_block() -> None:

@@ -184,9 +184,19 @@ def test_images_are_made_as_far_as_the_work_goes(monkeypatch: pytest.MonkeyPatch
     gm = frozen()
     monkeypatch.setattr(closed_form, "_WORK", 7.5 * Work(gm).whole)
     sides = SideBySide(gm, BATCH[:5])
-    made = closed_form._with_made(sides, gm, 100).images
+    plain, ridge = (Compensation(images=100, ridge=flag) for flag in (False, True))
+    made = closed_form._arranged(sides, gm, plain)[0].images
     assert len(made) == 7 and torch.equal(made[:5], BATCH[:5])
-    assert torch.equal(made, closed_form._with_made(sides, gm, 100).images)
+    assert torch.equal(made, closed_form._arranged(sides, gm, plain)[0].images)
+    folded, parts = closed_form._arranged(sides, gm, ridge)
+    assert [(part.stop - part.start, fold) for part, fold in parts] == [
+        (3, 0),
+        (2, 1),
+        (1, 2),
+        (1, 3),
+    ]
+    firsts = torch.cat([folded.images[0:2], folded.images[3:4], folded.images[5:]])
+    assert torch.equal(firsts, BATCH[:5])
 
 
 def test_files_hold_it() -> None:

@@ -13,11 +13,13 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies
+from fxquant.errors import PolicyError
 from fxquant.passes import Compensate, run_passes
+from fxquant.policy import Rule
 from fxquant.quantizers import UniformQuantizer
 from fxquant.recovery import Compensation, Reconstruction
 from fxquant.side_by_side import SideBySide
-from fxquant.spec import OpKind
+from fxquant.spec import OpKind, Scheme, TensorSpec
 from fxquant.testing import DIM, seeded
 from tests.test_blocks import Stack
 from tests.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct
@@ -132,3 +134,49 @@ def test_low_rank_changes_show_what_they_gain() -> None:
     gains = {gain.site: gain.ratio for gain in result.gains if gain.choice == "rank 3"}
     assert len(gains) > 4
     assert gains["stem"] == pytest.approx(stem_error(gm) / error, rel=1e-3)
+
+
+class Dense(Stack):
+    """Its last product reads the tokens of all images in one row of rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.two(self.one(self.stem(x))))
+        return self.head(x.reshape(-1, DIM)).reshape(*x.shape[:2], 3)
+
+
+class Crossed(Stack):
+    """There, images alternate token by token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.two(self.one(self.stem(x))))
+        rows = self.head(x.transpose(0, 1).reshape(-1, DIM))
+        return rows.reshape(x.shape[1], -1, 3).transpose(0, 1)
+
+
+def test_the_last_feature_is_compared_image_by_image() -> None:
+    result = reconstruct(frozen(Dense()), block_loss="feature")
+    assert result.changed and all(0 < gain.ratio < 1 for gain in result.gains)
+    with pytest.raises(PolicyError, match="is not laid out so: choose 'fisher' or 'mse'"):
+        reconstruct(frozen(Crossed()), block_loss="feature")
+    assert reconstruct(frozen(Crossed()), block_loss="mse").changed
+
+
+class Repeated(Stack):
+    """One block after itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.one(self.one(self.stem(x)))).mean(1))
+
+
+def test_what_is_not_trained_says_why(tmp_path: Path) -> None:
+    log = Rule(fed_by="softmax", spec=TensorSpec(bits=4, scheme=Scheme.ADALOG))
+    training = Reconstruction(**SHORT)
+    policy = replace(policies.minmax(4, 4).with_rules(log), reconstruction=training)
+    found = []
+    for _ in range(2):  # the second takes what the first trained
+        report = fxquant.compile(seeded(Repeated()), [BATCH], policy, cache=tmp_path).report
+        found.append([note for note in report.notes if note[0] == "Reconstruct"])
+    reasons = [reason for _, _, reason in found[0]]
+    assert reasons.count("weight not trained: several products share it") == 6
+    assert reasons.count("scale of lhs not trained: LogQuantizer has no such form") == 2
+    assert found[0] == found[1]

@@ -111,6 +111,17 @@ def test_blocks_of_other_options_are_not_taken(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_other_threads_trained_is_not_taken(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    reconstruct(frozen(), tmp_path, iterations=2)
+    try:
+        torch.set_num_threads(threads + 1)
+        reconstruct(frozen(), tmp_path, iterations=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     reconstruct(frozen(), tmp_path)
     path = next(tmp_path.rglob("block-1.safetensors"))

@@ -185,7 +185,11 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     ):
         option = f"--{cost.replace('_', '-')}"
         group.add_argument(option, type=float, metavar="X", help=f"at most X: {of}")
-    group.add_argument("--allocate", choices=[str(method) for method in Method], help="(exact)")
+    group.add_argument(
+        "--allocate",
+        choices=[str(method) for method in Method],
+        help="(the preset's own, else exact)",
+    )
 
 
 def _add_preprocessing(parser: argparse.ArgumentParser) -> None:

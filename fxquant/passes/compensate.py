@@ -27,11 +27,11 @@ from fxquant.graph import arguments, get_parameter, op_kind, operand, submodule
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.patches import patches
 from fxquant.quantizers import UniformQuantizer
-from fxquant.reconstruction.augment import made_of
+from fxquant.reconstruction.augment import made_in_folds
 from fxquant.recovery import Compensation
 from fxquant.rewrite import replace_constant, set_bias
 from fxquant.search.rounding import Moments, ridge_update, round_weight
-from fxquant.side_by_side import SideBySide, Station
+from fxquant.side_by_side import SideBySide, Station, chunks
 from fxquant.spec import OpKind, Stage
 from fxquant.work import Work
 
@@ -42,6 +42,9 @@ _OVERFLOW = "not compensated: squares of what it reads or gives are beyond float
 _WORK = 2e11
 # Parts of the images of which each is once left out when the ridge is chosen.
 _FOLDS = 4
+
+# Some images that run at a time, and the fold that they are in.
+_Part = tuple[slice, int]
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ class Compensate:
                     wanted[node] = found
         if wanted:
             blocks, memory = find_blocks(gm), self.options.memory_bytes
-            sides = _with_made(self.sides, gm, self.options.images)
+            sides, parts = _arranged(self.sides, gm, self.options)
             for station in sides.walk(gm, blocks, "compensate", memory):
                 for wave in waves(station.block.nodes, set(wanted)):
-                    for node, moments in _collect(station, wave, self.options.ridge).items():
+                    for node, moments in _collect(station, wave, parts).items():
                         if moments.whole.finite:
                             gains.append(_improve(gm, node, wanted[node], moments, self.options))
                         else:
@@ -84,14 +87,25 @@ class Compensate:
         return PassResult(len(gains), tuple(skips), tuple(gains))
 
 
-def _with_made(sides: SideBySide, gm: fx.GraphModule, count: int) -> SideBySide:
-    """On so many images, some made of those given where they are fewer."""
-    missing = min(count, int(_WORK // max(Work(gm).whole, 1))) - len(sides.images)
+def _arranged(
+    sides: SideBySide, gm: fx.GraphModule, options: Compensation
+) -> tuple[SideBySide, list[_Part]]:
+    """On as many images as are asked for, some made of those given; and those in parts."""
+    images, folds = sides.images, _FOLDS if options.ridge else 1
+    missing = min(options.images, int(_WORK // max(Work(gm).whole, 1))) - len(images)
     if missing <= 0:
-        return sides
+        found = list(chunks(len(images)))
+        return sides, [(chunk, i % min(folds, len(found))) for i, chunk in enumerate(found)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return sides.on(torch.cat((sides.images, made_of(sides.images, missing))))
+        groups = made_in_folds(images, missing, min(folds, len(images)))
+    parts: list[_Part] = []
+    start = 0
+    for fold, group in enumerate(groups):
+        own = chunks(len(group))
+        parts += [(slice(start + chunk.start, start + chunk.stop), fold) for chunk in own]
+        start += len(group)
+    return sides.on(torch.cat(groups)), parts
 
 
 def _coder(gm: fx.GraphModule, node: fx.Node) -> UniformQuantizer | str:
@@ -129,8 +143,8 @@ class _Statistics:
         """Takes what the float product gives."""
         self._target = result
 
-    def see_quantized(self, chunk: int) -> Callable[[tuple[Any, ...], Any], None]:
-        """Takes what the quantized product reads, of a chunk of images."""
+    def see_quantized(self, fold: int) -> Callable[[tuple[Any, ...], Any], None]:
+        """Takes what the quantized product reads, of images of one fold."""
 
         def take(args: tuple[Any, ...], _: Any) -> None:
             assert self._target is not None
@@ -142,21 +156,24 @@ class _Statistics:
             rows = x.flatten(0, -2).float(), y.flatten(0, -2).float()
             self.whole.add(*rows)
             if self.parts:
-                self.parts[chunk % len(self.parts)].add(*rows)
+                self.parts[fold].add(*rows)
 
         return take
 
 
-def _collect(station: Station, wave: list[fx.Node], ridge: bool) -> dict[fx.Node, _Statistics]:
+def _collect(
+    station: Station, wave: list[fx.Node], parts: list[_Part]
+) -> dict[fx.Node, _Statistics]:
     """Statistics of products none of which reads another's output."""
-    chunks = list(station.chunks())
-    folds = min(_FOLDS, len(chunks)) if ridge and len(chunks) > 1 else 0
+    folds = len({fold for _, fold in parts})
     gm = station.student.graph_module
     found = {
-        node: _Statistics(node, get_parameter(gm, operand(operand(node, 1), 0)), folds)
+        node: _Statistics(
+            node, get_parameter(gm, operand(operand(node, 1), 0)), folds if folds > 1 else 0
+        )
         for node in wave
     }
-    for number, chunk in enumerate(chunks):
+    for chunk, fold in parts:
         station.teacher.run_block(
             station.block,
             station.exact.get(chunk, station.device),
@@ -166,7 +183,7 @@ def _collect(station: Station, wave: list[fx.Node], ridge: bool) -> dict[fx.Node
         station.student.run_block(
             station.block,
             station.given.get(chunk, station.device),
-            watch={node.name: its.see_quantized(number) for node, its in found.items()},
+            watch={node.name: its.see_quantized(fold) for node, its in found.items()},
             until=wave[-1].name,
         )
     return found

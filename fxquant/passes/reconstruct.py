@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.blocks import find_blocks, whole_network
-from fxquant.graph import operand
+from fxquant.graph import operand, quantized_edges
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.reconstruction.checkpoint import Checkpoints, StateFile
 from fxquant.reconstruction.losses import Measured, criterion, measure
-from fxquant.reconstruction.trained_block import Changes, TrainedBlock
+from fxquant.reconstruction.trained_block import Changes, TrainedBlock, refusal
 from fxquant.reconstruction.training import split, train_block
 from fxquant.recovery import Reconstruction, Scope
 from fxquant.rewrite import replace_constant, set_bias
@@ -72,7 +72,11 @@ class Reconstruct:
         if _DONE in gm.meta:
             return PassResult(0)
         changed, gains = 0, list[Gain]()
-        skips: list[Skip] = []
+        skips = [
+            Skip(edge.node.name, reason)
+            for edge in quantized_edges(gm)
+            if (reason := refusal(gm, edge, self.options)) is not None
+        ]
         teacher, images = self.sides.teacher(), self.sides.images
         steps = _affordable(gm, self.options, len(images))
         if steps < min(_FEWEST, self.options.iterations):

@@ -103,8 +103,8 @@ def mptq_vit(
 ) -> Policy:
     """MPTQ-ViT: SQ-b, OPT-m and mixed precision (arXiv 2401.14895).
 
-    :func:`ptq4vit`, its channels smoothed first where the loss falls, the region ratio of twin
-    quantizers searched with their scale, uniform ones among the candidates.
+    :func:`ptq4vit`, its channels smoothed first where that halves the loss, the region ratio of
+    twin quantizers searched with their scale, uniform ones among the candidates.
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.

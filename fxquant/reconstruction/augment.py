@@ -59,6 +59,26 @@ def made_of(images: Tensor, count: int) -> Tensor:
     return torch.cat([augmented(images[sources[part]]) for part in chunks(count)])
 
 
+def made_in_folds(images: Tensor, count: int, folds: int) -> list[Tensor]:
+    """Images in folds, each with others made of its own alone, so many in all folds together.
+
+    So that what is fitted to an image is not judged by one that was made of it.
+
+    Args:
+        images: ``(B, …)`` on the CPU, B at least ``folds``.
+        count: how many are made.
+        folds: how many folds.
+
+    Returns:
+        Of each fold its images and those made of them, ``(n, …)``.
+    """
+    found = []
+    for fold, own in enumerate(images.tensor_split(folds)):
+        made = count // folds + (fold < count % folds)
+        found.append(torch.cat((own, made_of(own, made))) if made else own)
+    return found
+
+
 def _sources(images: int, count: int) -> Tensor:
     """Numbers of images to make others of, each as often as the next."""
     # On the CPU, so that they are the same on every device.

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from fxquant.capture import device_of
 from fxquant.errors import FileFormatError, OutputError
 from fxquant.files import write_whole
 from fxquant.quantizers import Quantizer, from_config
@@ -20,7 +21,7 @@ from fxquant.reconstruction.trained_block import Changes
 from fxquant.sensitivity.cache import fingerprint
 
 # Raised with any change of the training, so that nothing trained before it is taken.
-_FORMAT = 7
+_FORMAT = 8
 _ON_ITS_WAY = ".training"
 _DIGEST = hashlib.sha256().digest_size
 
@@ -98,7 +99,9 @@ class Checkpoints:
         self._folder: Path | None = None
         if folder is not None:
             configs = [q.config() for _, q in gm.named_modules() if isinstance(q, Quantizer)]
-            name = fingerprint(gm, images, f"{_FORMAT} {settings}", configs)[:16]
+            # Sums depend on threads and device, and training on each digit of a sum.
+            where = torch.get_num_threads(), str(device_of(gm))
+            name = fingerprint(gm, images, f"{_FORMAT} {settings}", configs, where)[:16]
             self._folder = folder / f"reconstruction-{name}"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div
 
 from fxquant.blocks import Block
 from fxquant.capture import device_of
+from fxquant.errors import PolicyError
 from fxquant.network_loss import is_logits
 from fxquant.recovery import BlockLoss, Reconstruction
 from fxquant.samples import OutputLoss
@@ -201,17 +202,37 @@ def measure_features(
         blocks: all.
         images: ``(n, …)``, on the graph's device part by part.
         shelf: takes it for all images.
+
+    Raises:
+        PolicyError: it is not laid out image by image.
     """
     device, (start,) = device_of(teacher.graph_module), blocks[0].inputs
+    one, two = (
+        last_input(teacher, blocks, {start.name: images[part].to(device)})
+        for part in (slice(1), slice(2))
+    )
+    near = 1e-3 * float(one.abs().max())
+    if one.shape[1:] != two.shape[1:] or not torch.allclose(one[0], two[0], atol=near):
+        raise PolicyError(
+            f"block_loss 'feature' compares what {blocks[-1].products[-1].name} reads, image by "
+            "image, and that is not laid out so: choose 'fisher' or 'mse'"
+        )
     for chunk in chunks(len(images)):
         found = last_input(teacher, blocks, {start.name: images[chunk].to(device)})
         shelf.put(chunk.start, {_FEATURES: found})
 
 
 def last_input(teacher: BlockRunner, blocks: tuple[Block, ...], values: Values) -> Tensor:
-    """What the last product of some blocks reads, from the values at their start."""
+    """What the last product of some blocks reads, from the values at their start.
+
+    An entry an image, where it reads tokens or windows of one image behind another's.
+    """
     seen: list[Tensor] = []
+    count = len(next(iter(values.values())))
     watch = {blocks[-1].products[-1].name: lambda args, _: seen.append(args[0])}
     for block in blocks:
         values = teacher.run_block(block, values, watch=watch)
-    return seen[0]
+    (found,) = seen
+    if len(found) % count:
+        return found
+    return found.reshape(count, -1, *found.shape[1:]).squeeze(1)

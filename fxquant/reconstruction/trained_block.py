@@ -104,9 +104,10 @@ class TrainedBlock(nn.Module):
     ) -> None:
         call, key = edge.source, _OF + edge.source.name
         quantizer = submodule(gm, call)
+        if refusal(gm, edge, options) is not None:
+            return
         if edge.arg is Arg.WEIGHT:
-            if not isinstance(quantizer, UniformQuantizer) or len(call.users) > 1:
-                return
+            assert isinstance(quantizer, UniformQuantizer)
             weight = get_parameter(gm, operand(call, 0)).detach()
             form = _weight_form(weight, quantizer, options, generator)
             if form is not None:
@@ -177,6 +178,21 @@ class TrainedBlock(nn.Module):
             if isinstance(form, RankSearch):
                 settled = form.settled(None if ranks is None else ranks[name])
                 self.weights[_OF + name] = settled
+
+
+def refusal(gm: fx.GraphModule, edge: Edge, options: Reconstruction) -> str | None:
+    """Why the quantizer of an edge, or its weight, is not trained as the options ask; else None."""
+    quantizer = submodule(gm, edge.source)
+    if edge.arg is Arg.WEIGHT and options.weights is not WeightTraining.NONE:
+        if not isinstance(quantizer, UniformQuantizer):
+            return "weight not trained: it is not quantized uniformly"
+        if len(edge.source.users) > 1:
+            return "weight not trained: several products share it"
+    if edge.arg is not Arg.WEIGHT and options.scales:
+        assert isinstance(quantizer, Quantizer)
+        if trained(quantizer, 0.0) is None:
+            return f"scale of {edge.arg} not trained: {type(quantizer).__name__} has no such form"
+    return None
 
 
 def _by_node(forms: nn.ModuleDict) -> list[tuple[str, nn.Module]]:

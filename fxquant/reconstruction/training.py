@@ -210,7 +210,7 @@ class _Run:
         drawn = [one.cpu() for one in state["drawn"]]
         torch.set_rng_state(drawn[0])
         self._generator.set_state(drawn[1])
-        if self._device.type == "cuda" and len(drawn) > 2:  # not where a CPU began
+        if self._device.type == "cuda":
             torch.cuda.set_rng_state(drawn[2], self._device)
 
 
