@@ -35,7 +35,7 @@ import argparse
 import csv
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -143,8 +143,9 @@ def run(work: list[Job], path: Path, processes: int) -> dict[Job, Score]:
         path.open("a", newline="", encoding="utf-8") as file,
         ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
-        found = track(pool.map(one, left), label="measure", total=len(left))
-        for job, score in zip(left, found, strict=True):
+        running = {pool.submit(one, job): job for job in left}
+        for future in track(as_completed(running), label="measure", total=len(left)):
+            job, score = running[future], future.result()
             done[job] = score
             csv.writer(file).writerow([*job, f"{score.top1:.4f}", f"{score.divergence:.6f}"])
             file.flush()
