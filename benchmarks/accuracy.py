@@ -3,24 +3,24 @@
     python benchmarks/accuracy.py --out ablation
 
 From min-max to PTQ4ViT (arXiv 2111.12293): ``base PTQ`` searches scales by cosine distance, one
-round from half the range; ``+ rounds`` takes three and the whole range; ``+ Hessian`` then
-compares by squared error weighted by gradients; ``+ twin`` is the base with twin quantizers,
-``+ both`` the preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by
-row`` weighs each row by its own gradient, of the arg-max cross-entropy, as the paper does, and ``as
-published`` has the paper's symmetric quantizers and weights per tensor besides. ``+ Hessian,
-symmetric`` quantizes what softmax and GELU give as the paper's uniform baseline does; ``ends at 8
-bits`` keeps the first and last layers at 8 bits, as ``best`` does, ``best, ends alike`` does not.
-``OPT-m`` searches the ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels
-as well; ``by columns`` then rounds weights so that later columns make up for earlier ones, after
-``ridge`` has moved them to make up for the activations. ``+ both, uniform``, ``focusing`` (arXiv
-2502.04628), ``log2`` and ``AdaLog`` (arXiv 2407.12951) have other quantizers behind softmax.
-``mixed`` gives each edge a width of its own, of the same mean (at 4 and 5 bits alone). ``best`` is
-our own pick, untrained and by effort, of mixed widths too, and with weights or activations alone
-at the width (the other ``at 8 bits``); with efforts beyond seconds, ``no ridge`` does not move
-weights before they are rounded, and ``codes stay`` does not train them. ``AIQViT`` (arXiv
-2502.04628) has one part after the other. Those that train run only where ``--methods`` names them.
-``best, minutes`` and ``hours`` are made for ``--calibration 1024``, the others for the 32 images of
-the default.
+round from half the range; ``+ rounds`` takes three and the whole range; ``+ Hessian`` then compares
+by squared error weighted by gradients; ``+ twin`` is the base with twin quantizers, ``+ both`` the
+preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by row`` weighs each
+row by its own gradient, of the arg-max cross-entropy, as the paper does, and ``as published`` has
+the paper's symmetric quantizers and weights per tensor besides. ``+ Hessian, symmetric`` quantizes
+what softmax and GELU give as the paper's uniform baseline does; ``ends at 8 bits`` keeps the first
+and last layers at 8 bits, as ``best`` does, ``best, ends alike`` does not. ``OPT-m`` searches the
+ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels as well; ``by columns``
+then rounds weights so that later columns make up for earlier ones, after ``ridge`` has moved them
+to make up for the activations. ``+ both, uniform``, ``focusing`` (arXiv 2502.04628), ``log2`` and
+``AdaLog`` (arXiv 2407.12951) have other quantizers behind softmax. ``mixed`` gives each edge a
+width of its own, of the same mean over weights and activations, ``mixed apart`` of the same mean
+over each (at 4 and 5 bits alone). ``best`` is our own pick, untrained and by effort, of mixed
+widths too, and with weights or activations alone at the width (the other ``at 8 bits``); with
+efforts beyond seconds, ``no ridge`` does not move weights before they are rounded, and ``codes
+stay`` does not train them. ``AIQViT`` (arXiv 2502.04628) has one part after the other. Those that
+train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` are made for
+``--calibration 1024``, the others for the 32 images of the default.
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
 and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,

@@ -100,8 +100,8 @@ def compensated(bits: int) -> dict[str, Policy]:
 
 
 def mixed(bits: int) -> dict[str, Policy]:
-    """Widths of 3 to 8 bits of that mean over all weights and activations."""
-    budget = Budget(mean_bits=bits)
+    """Widths of 3 to 8 bits of that mean, over all weights and activations, or over each alone."""
+    budget, apart = Budget(mean_bits=bits), Budget(mean_weight_bits=bits, mean_act_bits=bits)
     uniform, whole = policies.ptq4vit(twin=False), policies.ptq4vit()
     exact, greedy = (Allocation(budget=budget, method=method) for method in Method)
     return {
@@ -110,8 +110,9 @@ def mixed(bits: int) -> dict[str, Policy]:
         "+ both, mixed": replace(whole, allocation=exact),
         "MPTQ-ViT, mixed": policies.mptq_vit(budget=budget),
         **{
-            f"best, {effort}, mixed": policies.best(bits, bits, effort, budget=budget)
+            f"best, {effort}, {name}": policies.best(bits, bits, effort, budget=limits)
             for effort in Effort
+            for name, limits in (("mixed", budget), ("mixed apart", apart))
         },
     }
 
