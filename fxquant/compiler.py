@@ -107,9 +107,8 @@ def compile(
             of the loss which the search names. What smoothing and allocation measure stays the
             divergence from the float outputs.
         cache: folder for the losses that a policy with an allocation measures and the blocks that
-            one with a reconstruction trains; an interrupted run goes on where it stopped and ends
-            with the same numbers, given the same folder, threads, device and images in the same
-            order (a loader that shuffles anew begins anew).
+            one with a reconstruction trains; an interrupted run goes on where it stopped, given
+            the same threads, device, and images in the same order.
         progress: show the progress of long steps on stderr.
 
     Returns:
