@@ -48,13 +48,8 @@ def fresh(station: Station, index: Tensor, count: int) -> Station:
     return replace(station, exact=given, given=given, target=target, count=count)
 
 
-def made_of(images: Tensor, count: int) -> Tensor:
-    """So many images made of others, by torch's generator of the CPU.
-
-    Args:
-        images: ``(B, …)`` on the CPU.
-        count: how many.
-    """
+def _made_of(images: Tensor, count: int) -> Tensor:
+    """So many images made of others ``(B, …)``, by torch's generator of the CPU."""
     sources = _sources(len(images), count)
     return torch.cat([augmented(images[sources[part]]) for part in chunks(count)])
 
@@ -75,7 +70,7 @@ def made_in_folds(images: Tensor, count: int, folds: int) -> list[Tensor]:
     found = []
     for fold, own in enumerate(images.tensor_split(folds)):
         made = count // folds + (fold < count % folds)
-        found.append(torch.cat((own, made_of(own, made))) if made else own)
+        found.append(torch.cat((own, _made_of(own, made))) if made else own)
     return found
 
 

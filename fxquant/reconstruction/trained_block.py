@@ -182,16 +182,13 @@ class TrainedBlock(nn.Module):
 
 def refusal(gm: fx.GraphModule, edge: Edge, options: Reconstruction) -> str | None:
     """Why the quantizer of an edge, or its weight, is not trained as the options ask; else None."""
+    if edge.arg is Arg.WEIGHT:
+        shared = len(edge.source.users) > 1 and options.weights is not WeightTraining.NONE
+        return "weight not trained: several products share it" if shared else None
     quantizer = submodule(gm, edge.source)
-    if edge.arg is Arg.WEIGHT and options.weights is not WeightTraining.NONE:
-        if not isinstance(quantizer, UniformQuantizer):
-            return "weight not trained: it is not quantized uniformly"
-        if len(edge.source.users) > 1:
-            return "weight not trained: several products share it"
-    if edge.arg is not Arg.WEIGHT and options.scales:
-        assert isinstance(quantizer, Quantizer)
-        if trained(quantizer, 0.0) is None:
-            return f"scale of {edge.arg} not trained: {type(quantizer).__name__} has no such form"
+    assert isinstance(quantizer, Quantizer)
+    if options.scales and trained(quantizer, 0.0) is None:
+        return f"scale of {edge.arg} not trained: {type(quantizer).__name__} has no such form"
     return None
 
 
