@@ -163,7 +163,7 @@ def compile(
     results |= _recover(gm, images, recipe, samples, cache, clock, progress)
     results |= run_passes(gm, (QuantizeBias(),))
     clock.lap("fit")
-    report = _report(gm, recipe, results, images.first, seen, clock, outcome)
+    report = _report(gm, model, recipe, results, images.first, seen, clock, outcome)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
 
@@ -281,7 +281,7 @@ def _canonicalize(gm: fx.GraphModule, images: Tensor) -> dict[str, PassResult]:
     return results
 
 
-def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
+def _outputs(gm: nn.Module, images: Tensor) -> list[Tensor]:
     """The float tensors among the outputs.
 
     Raises:
@@ -303,8 +303,10 @@ def _difference(old: Tensor, new: Tensor) -> float:
     return float(gap.max() / size.max().clamp(min=1e-6))
 
 
+@torch.no_grad()
 def _report(
     gm: fx.GraphModule,
+    model: nn.Module,
     recipe: Policy,
     results: dict[str, PassResult],
     images: Tensor,
@@ -314,12 +316,14 @@ def _report(
 ) -> Report:
     reasons = {skip.site: skip.reason for skip in results["AssignSpecs"].skips}
     before, after = weight_bytes(gm)
-    sqnr = measure_sqnr(gm, images[:_REPORT_IMAGES].to(device_of(gm)))
+    few = images[:_REPORT_IMAGES].to(device_of(gm))
+    sqnr, output_sqnr = measure_sqnr(gm, few, _outputs(model, few))
     clock.lap("report")
     return Report(
         policy=recipe.name,
         plan=make_plan(gm, reasons),
         sqnr=sqnr,
+        output_sqnr=output_sqnr,
         images=seen,
         float_bytes=before,
         quantized_bytes=after,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
 
 CONFIG_FILE, WEIGHTS_FILE = "quant_config.json", "model.safetensors"
-FORMAT = 3
+FORMAT = 4
 BACKENDS = ("integer", "inductor")
 _CODES = "codes."
 

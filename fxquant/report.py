@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.allocate.outcome import Outcome
 from fxquant.graph import edges, fed_by, get_parameter, submodule
+from fxquant.network_loss import float_outputs
 from fxquant.quantizers import Quantizer
 from fxquant.rewrite import ADDED
 from fxquant.spec import Arg, Granularity, ObserverKind, Scheme, TensorSpec
@@ -71,23 +72,25 @@ def make_plan(gm: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[PlanEntry
 
 
 @torch.no_grad()
-def measure_sqnr(gm: fx.GraphModule, images: Tensor) -> dict[str, float]:
+def measure_sqnr(
+    gm: fx.GraphModule, images: Tensor, reference: list[Tensor]
+) -> tuple[dict[str, float], float]:
     """Signal to quantization noise of every quantizer on one batch, the network quantized.
 
     Args:
         gm: in stage FROZEN.
         images: ``(B, …)`` on the graph's device.
+        reference: the float model's outputs for them.
 
     Returns:
-        Quantizer name -> decibels; infinite where the quantizer changes nothing.
+        Quantizer name -> decibels, infinite where the quantizer changes nothing; and the decibels
+        of the outputs, all together, those that are infinite in the float model left out.
     """
     measured: dict[str, float] = {}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            signal = float(args[0].double().square().sum())
-            noise = float((output - args[0]).double().square().sum())
-            measured[name] = 10 * math.log10(signal / noise) if noise else math.inf
+            measured[name] = _decibels([args[0]], [output])
 
         return hook
 
@@ -97,11 +100,23 @@ def measure_sqnr(gm: fx.GraphModule, images: Tensor) -> dict[str, float]:
         if isinstance(module, Quantizer)
     ]
     try:
-        gm(images)
+        outputs = float_outputs(gm(images))
     finally:
         for handle in handles:
             handle.remove()
-    return measured
+    finite = [value.isfinite() for value in reference]
+    ours = [value[where] for value, where in zip(outputs, finite, strict=True)]
+    theirs = [value[where] for value, where in zip(reference, finite, strict=True)]
+    return measured, _decibels(theirs, ours)
+
+
+def _decibels(signals: list[Tensor], found: list[Tensor]) -> float:
+    pairs = list(zip(signals, found, strict=True))
+    signal = sum(float(one.double().square().sum()) for one, _ in pairs)
+    noise = sum(float((two - one).double().square().sum()) for one, two in pairs)
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:
@@ -138,7 +153,8 @@ class Report:
     Attributes:
         policy: name of the policy.
         plan: the decision for each edge.
-        sqnr: quantizer name -> signal to noise on one calibration batch, dB.
+        sqnr: quantizer name -> signal to noise on the first calibration images, dB.
+        output_sqnr: that of the model's outputs, against the float model's.
         images: number of calibration images seen.
         float_bytes: size of the parameters before.
         quantized_bytes: size after, weights at their bit-width, and the scales.
@@ -153,6 +169,7 @@ class Report:
     policy: str
     plan: tuple[PlanEntry, ...]
     sqnr: dict[str, float]
+    output_sqnr: float
     images: int
     float_bytes: int
     quantized_bytes: int
@@ -184,14 +201,16 @@ class Report:
         besides = f" ({len(others)} products have no quantized form)" if others else ""
         return (
             f"{self.policy}: {quantized} of {len(self.plan)} edges quantized{besides}, "
-            f"{self.images} calibration images, parameters {self.float_bytes / 1e6:.2f} -> "
+            f"outputs at {self.output_sqnr:.1f} dB, {self.images} calibration images, "
+            f"parameters {self.float_bytes / 1e6:.2f} -> "
             f"{self.quantized_bytes / 1e6:.2f} MB, {sum(self.seconds.values()):.1f} s"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; infinite decibels become None."""
+        """Plain JSON values; decibels that are no finite number become texts."""
         values = asdict(self)
-        values["sqnr"] = {k: v if v < float("inf") else None for k, v in self.sqnr.items()}
+        values["sqnr"] = {name: _to_json(value) for name, value in self.sqnr.items()}
+        values["output_sqnr"] = _to_json(self.output_sqnr)
         return values
 
     @classmethod
@@ -201,7 +220,7 @@ class Report:
             PlanEntry(**{**e, "spec": None if e["spec"] is None else spec_from_dict(e["spec"])})
             for e in values["plan"]
         )
-        sqnr = {k: float("inf") if v is None else v for k, v in values["sqnr"].items()}
+        sqnr = {name: float(value) for name, value in values["sqnr"].items()}
         notes = tuple((a, b, c) for a, b, c in values["notes"])
         allocation = values.get("allocation")  # files of older versions have none
         return cls(
@@ -209,6 +228,7 @@ class Report:
                 **values,
                 "plan": plan,
                 "sqnr": sqnr,
+                "output_sqnr": float(values["output_sqnr"]),
                 "notes": notes,
                 "gains": tuple(tuple(gain) for gain in values.get("gains", ())),
                 "allocation": None if allocation is None else Outcome.from_dict(allocation),
@@ -243,6 +263,10 @@ class Report:
                 console.print(f"{name}: {site or '(model)'}: {reason}", soft_wrap=True)
         console.print(self.summary(), soft_wrap=True)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def _to_json(decibels: float) -> float | str:
+    return decibels if math.isfinite(decibels) else str(decibels)
 
 
 def _kind(spec: TensorSpec) -> str:

@@ -13,6 +13,7 @@ import timm
 import torch
 
 import fxquant
+from fxquant.backends.onnx_qdq.difference import Difference
 from fxquant.cli import commands, main
 from fxquant.cli.preprocess import timm_preprocessing
 from tests.cli_helpers import ARGS, TINY, VIT, draw, draw_flat, fails
@@ -163,7 +164,7 @@ def test_doctor_exits_with_1_on_a_wrong_file(
 ) -> None:
     # The package has a function of the module's name.
     module = sys.modules["fxquant.backends.onnx_qdq.doctor"]
-    monkeypatch.setattr(module, "optimization_difference", lambda *_: 0.5)
+    monkeypatch.setattr(module, "optimization_difference", lambda *_: Difference(found=0.5))
     assert main(["doctor", str(compiled / "model.onnx")]) == 1
     assert "WRONG" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fxquant.backends.onnx_qdq import doctor
-from fxquant.backends.onnx_qdq.doctor import TOLERANCE, relative_difference
+from fxquant.backends.onnx_qdq.difference import TOLERANCE, compare, relative_difference
 from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.errors import FileFormatError, LoweringError
 from tests.qdq_files import K, N, gemm_file
@@ -26,7 +27,7 @@ def test_a_right_file_is_ok(tmp_path: Path) -> None:
 
 def test_a_bias_in_the_wrong_unit_is_found(tmp_path: Path) -> None:
     report = doctor(gemm_file(tmp_path / "m.onnx", bias_factor=3.0))
-    assert not report.ok and report.difference > 0.05
+    assert not report.ok and report.difference.found > 0.05
     assert "WRONG" in str(report)
 
 
@@ -96,7 +97,7 @@ def one_node(path: Path, node: onnx.NodeProto, kind: int, shape: list[str | int]
 def test_inputs_of_every_type_are_fed(tmp_path: Path, kind: str) -> None:
     node = helper.make_node("Identity", ["x"], ["y"])
     path = one_node(tmp_path / "m.onnx", node, getattr(TensorProto, kind), ["batch", 3])
-    assert doctor(path).difference == 0
+    assert doctor(path).difference.found == 0
     if kind in ("FLOAT16", "DOUBLE"):
         assert doctor(path, np.ones((2, 3), np.float32)).ok
 
@@ -117,7 +118,7 @@ def test_a_file_without_the_default_operators_is_examined(tmp_path: Path) -> Non
 def test_equal_infinities_are_no_difference(tmp_path: Path) -> None:
     node = helper.make_node("Log", ["x"], ["y"])
     path = one_node(tmp_path / "m.onnx", node, TensorProto.FLOAT, ["batch", 3])
-    assert doctor(path, np.array([[0, 1, 2]], np.float32)).difference < 1e-6
+    assert doctor(path, np.array([[0, 1, 2]], np.float32)).difference.found < 1e-6
 
 
 def test_sizes_left_open_lead_to_real_images(tmp_path: Path) -> None:
@@ -149,3 +150,22 @@ def test_the_difference_of_outputs(
 def test_a_number_missing_on_one_side_is_never_ok() -> None:
     assert not relative_difference(np.array([np.nan]), np.array([1.0])) <= TOLERANCE
     assert not relative_difference(np.array([1.0]), np.array([np.nan])) <= TOLERANCE
+
+
+def test_rounding_explains_a_difference_only_where_noise_makes_the_like() -> None:
+    images = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+
+    def chaotic(x: Any) -> list[Any]:
+        return [np.sin(1e6 * x.astype(np.float64))]
+
+    def calm(x: Any) -> list[Any]:
+        return [x.astype(np.float64)]
+
+    plain = chaotic(images)
+    found = compare([plain[0] * 1.3], plain, images, chaotic)
+    assert found.found == pytest.approx(0.3) and found.ties > 0.3 and found.ok
+    assert "round otherwise" in str(found)
+    found = compare([images * 1.3], calm(images), images, calm)
+    assert found.found == pytest.approx(0.3) and 0 < found.ties < 1e-4 and not found.ok
+    found = compare([images * 1.01], calm(images), images, calm)
+    assert found.ok and found.ties == 0 and "round" not in str(found)

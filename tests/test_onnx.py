@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies, testing
 from fxquant.backends.onnx_qdq import TARGETS, make_session
-from fxquant.backends.onnx_qdq.doctor import TOLERANCE, relative_difference
+from fxquant.backends.onnx_qdq.difference import TOLERANCE, relative_difference
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
 from fxquant.errors import LoweringError, OutputError
 from fxquant.testing import DIM, PackedAttention, seeded, tokens
@@ -103,7 +103,7 @@ def test_auto_is_the_target_that_is_exact_here(tmp_path: Path) -> None:
     model = build(policies.w8a8())
     exported = model.export_onnx(tmp_path / "m.onnx")
     assert exported.target == ("x86-avx2" if u8s8_saturates() else "x86-vnni")
-    assert exported.difference is not None and exported.difference < 0.05
+    assert exported.difference is not None and exported.difference.found < 0.05
 
 
 def _spec(**options: object) -> TensorSpec:

@@ -11,16 +11,12 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from fxquant.backends.onnx_qdq.difference import Difference, Outputs, compare
 from fxquant.backends.onnx_qdq.packing import packed_type
 from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session, read_model
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
 from fxquant.errors import FileFormatError
 
-# A rounding tie moves a code by one now and then, which a deep network carries to its end; a
-# wrong fusion changes the output by more than this share of its norm.
-TOLERANCE = 0.05
-# Inner values are about 1, so that float32 leaves 1e-6, TOLERANCE of this, where zero is right.
-SMALLEST = 2e-5
 _BATCH = 2
 _FLOATS = {
     "tensor(float16)": np.float16,
@@ -50,7 +46,7 @@ class DoctorReport:
             stores at its width and onnxruntime unpacks into bytes.
         fused: integer kernel -> number of nodes that run on it.
         unfused: products that run in float, with reasons.
-        difference: relative L2 difference of the outputs between graph optimizations on and off.
+        difference: of the outputs between graph optimizations on and off.
         saturates: int8 right operands meet a CPU whose uint8 x int8 product overflows.
     """
 
@@ -61,13 +57,13 @@ class DoctorReport:
     stored: dict[str, int]
     fused: dict[str, int]
     unfused: tuple[Unfused, ...]
-    difference: float
+    difference: Difference
     saturates: bool
 
     @property
     def ok(self) -> bool:
         """Whether optimizations leave the result as it is."""
-        return self.difference <= TOLERANCE
+        return self.difference.ok
 
     def __str__(self) -> str:
         """Several lines of text."""
@@ -81,7 +77,7 @@ class DoctorReport:
         ]
         lines += [f"float: {item.node} ({item.op}): {item.reason}" for item in self.unfused]
         verdict = "ok" if self.ok else "WRONG: do not deploy this file on this CPU"
-        lines.append(f"optimizations on and off differ by {self.difference:.1e}: {verdict}")
+        lines.append(f"optimizations on and off differ by {self.difference}: {verdict}")
         if self.saturates:
             lines.append(
                 "this CPU has no VNNI: its uint8 x int8 product overflows 16 bits. Export with "
@@ -119,8 +115,8 @@ def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorRepor
     )
 
 
-def optimization_difference(path: Path, images: NDArray[np.float32] | None = None) -> float:
-    """Relative L2 difference of the outputs between graph optimizations on and off.
+def optimization_difference(path: Path, images: NDArray[np.float32] | None = None) -> Difference:
+    """That of the outputs between graph optimizations on and off.
 
     Args:
         path: an ONNX file.
@@ -129,36 +125,22 @@ def optimization_difference(path: Path, images: NDArray[np.float32] | None = Non
     Raises:
         FileFormatError: the model does not run on the data.
     """
-    results = []
-    for optimize in (True, False):
-        session = make_session(path, optimize=optimize)
-        feeds = _feeds(session, images)
+    fast, plain = (make_session(path, optimize=optimize) for optimize in (True, False))
+    feeds = _feeds(plain, images)
+
+    def run(session: ort.InferenceSession, changed: dict[str, NDArray[np.generic]]) -> Outputs:
         try:
-            outputs = session.run(None, feeds)
+            return session.run(None, feeds | changed)  # type: ignore[no-any-return]
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             shapes = {name: value.shape for name, value in feeds.items()}
             advice = _advice(session) if images is None else ""
             raise FileFormatError(
                 f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}{advice}"
             ) from error
-        results.append(np.concatenate([np.ravel(o).astype(np.float64) for o in outputs]))
-    return relative_difference(results[0], results[1])
 
-
-def relative_difference(values: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
-    """L2 norm of the difference over that of the finite plain values.
-
-    Equal infinities agree, and so do two NaN. Of outputs below ``SMALLEST`` the difference is
-    taken relative to that.
-
-    Args:
-        values: of any shape.
-        plain: what they should be, of the same.
-    """
-    differ = (values != plain) & ~(np.isnan(values) & np.isnan(plain))
-    gap = np.subtract(values, plain, out=np.zeros_like(plain), where=differ)
-    size = float(np.linalg.norm(plain[np.isfinite(plain)]))
-    return float(np.linalg.norm(gap)) / max(size, SMALLEST)
+    name = next(iter(feeds), "")
+    first = feeds.get(name, np.zeros(0, np.bool_))
+    return compare(run(fast, {}), run(plain, {}), first, lambda x: run(plain, {name: x}))
 
 
 def _advice(session: ort.InferenceSession) -> str:

@@ -1,0 +1,84 @@
+"""The report: the plan, what stayed float and why, and the noise of edges and outputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant import Rule, TensorSpec, testing
+from fxquant.quantizers import Quantizer
+from fxquant.testing import DIM, images, seeded, tokens
+
+X = images(4, 16)
+
+
+@pytest.fixture(scope="module")
+def quantized(vit: nn.Module) -> fxquant.CompiledModel:
+    return fxquant.compile(vit, [X])
+
+
+def test_plan_and_report(quantized: fxquant.CompiledModel) -> None:
+    report = quantized.report
+    plan = {entry.edge: entry for entry in quantized.plan}
+    softmax = plan["blocks_0_attn_matmul_1__lhs"]
+    assert (softmax.fed_by, softmax.op, softmax.arg) == ("softmax", "matmul", "lhs")
+    assert softmax.path == "blocks.0.attn"
+    assert softmax.spec == TensorSpec(bits=8)
+    assert plan["patch_embed_proj__input"].fed_by == "image"
+    assert report.left_float == () and report.policy == "w8a8"
+    assert report.quantized_bytes < 0.5 * report.float_bytes
+    assert set(report.seconds) == {"capture", "calibrate", "fit", "report"}
+
+    modules = {n for n, m in quantized.graph_module.named_modules() if isinstance(m, Quantizer)}
+    assert {entry.quantizer for entry in quantized.plan} == modules == set(report.sqnr)
+    assert all(25 < decibel < 90 for decibel in report.sqnr.values())
+
+    text = str(report)
+    for part in (*plan, "softmax", "8 sym", "8 asym", "SQNR", "w8a8: 20 of 20 edges"):
+        assert part in text
+    assert type(report).from_dict(report.to_dict()) == report
+
+
+def test_the_outputs_noise_is_that_of_the_first_images(
+    vit: nn.Module, quantized: fxquant.CompiledModel
+) -> None:
+    with torch.no_grad():
+        signal, found = vit(X[:8]).double(), quantized(X[:8]).double()
+    decibels = 10 * float((signal.square().sum() / (found - signal).square().sum()).log10())
+    assert quantized.report.output_sqnr == pytest.approx(decibels, rel=1e-6)
+    assert f"outputs at {decibels:.1f} dB" in quantized.report.summary()
+
+
+def test_what_stays_float_is_listed_with_its_reason(vit: nn.Module) -> None:
+    policy = fxquant.policies.w8a8().with_rules(Rule(path="head", spec=None))
+    model = fxquant.compile(vit, [X], policy)
+    assert {e.edge: e.reason for e in model.report.left_float} == {
+        "head__input": "left float: rule 1 says so",
+        "head__weight": "left float: rule 1 says so",
+    }
+    assert "head__input: left float: rule 1 says so" in str(model.report)
+    assert "18 of 20 edges" in model.report.summary()
+
+
+def test_more_bits_are_reported_as_less_noise() -> None:
+    model = seeded(testing.Block())
+    reports = [
+        fxquant.compile(model, [tokens()], fxquant.policies.minmax(bits, bits)).report
+        for bits in (4, 8)
+    ]
+    coarse, fine = (report.sqnr for report in reports)
+    assert 12 < reports[1].output_sqnr - reports[0].output_sqnr < 36
+    gains = [fine[name] - coarse[name] for name in fine]
+    assert 18 < sum(gains) / len(gains) < 30  # about 6 dB a bit
+
+
+def test_a_layer_of_zeros_costs_nothing() -> None:
+    model = seeded(nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM)))
+    nn.init.zeros_(model[2].weight)
+    compiled = fxquant.compile(model, [tokens()])
+    assert compiled.report.sqnr["quant._2__weight"] == math.inf
+    assert type(compiled.report).from_dict(compiled.report.to_dict()) == compiled.report
