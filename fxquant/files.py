@@ -68,6 +68,8 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
 def _make_folder(folder: Path) -> list[Path]:
     """Makes a folder and its parents; those that were not there, outermost first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()][::-1]
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxquant import quantizers, saved_checks
-from fxquant.errors import BatchError, FileFormatError, FxQuantError, LoweringError
+from fxquant.errors import FileFormatError, FxQuantError, LoweringError
 from fxquant.files import write_together, write_utf8
 from fxquant.graph import get_parameter, possible_edges, submodule
+from fxquant.inputs import InputCheck, check_images, explained
 from fxquant.policy_file import policy_from_dict
 from fxquant.quantizers import Quantizer
 from fxquant.report import PlanEntry, Report
@@ -69,25 +70,17 @@ class CompiledModel(nn.Module):
         """Outputs of the quantized model, for images ``(B, C, H, W)``.
 
         Raises:
-            BatchError: the images are no float numbers; or have another shape than those that the
-                model was compiled for, and it does not run on them.
+            BatchError: the images are no float numbers; or are not in float32, or of another shape
+                than those that the model was compiled for, and it does not run on them.
         """
-        if isinstance(images, Tensor) and not images.is_floating_point():
-            raise BatchError(
-                f"the model takes float images, got {images.dtype}: convert and normalise them as "
-                "those that it was calibrated with"
-            )
+        check_images(images)
         try:
             return self.graph_module(images)
         except (RuntimeError, TypeError) as error:
-            if isinstance(images, Tensor) and images.shape[1:] == self.image_shape:
+            explanation = explained(images, self.image_shape, error)
+            if explanation is None:
                 raise
-            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            expected = ", ".join(map(str, self.image_shape))
-            raise BatchError(
-                f"the model was compiled for images of shape (B, {expected}), got {found}: resize "
-                f"them, or compile for that size ({error})"
-            ) from error
+            raise explanation from error
 
     def lower(
         self, backend: str, *, integer_only: bool | None = None, float_products: bool = False
@@ -104,6 +97,10 @@ class CompiledModel(nn.Module):
             float_products: of the integer-only form: multiply whole numbers held as floats, with
                 the same results, faster; on a GPU torch has no other product.
 
+        Returns:
+            A module that takes images as this does, of the shape that it was compiled for alone;
+            it raises BatchError for others, and NonFiniteError for NaN and infinity.
+
         Raises:
             LoweringError: unknown backend, or it cannot express the graph as asked.
         """
@@ -112,6 +109,11 @@ class CompiledModel(nn.Module):
                 f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}; there are "
                 f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime"
             )
+        lowered = self._lowered(backend, integer_only, float_products)
+        lowered.register_forward_pre_hook(InputCheck(self.image_shape), with_kwargs=True)
+        return lowered
+
+    def _lowered(self, backend: str, integer_only: bool | None, float_products: bool) -> nn.Module:
         from fxquant.backends.integer import lower_to_integer
 
         if backend == "integer":

@@ -22,6 +22,8 @@ from fxquant.spec import ObserverKind, Scheme, TensorSpec
 BINS = 4096
 # Below the largest of its row by this much, a value is nothing to a softmax.
 _NEGLIGIBLE = 12.0
+# Share kept by the percentile observer, in percent, where the spec names none.
+_PERCENTILE = 99.99
 
 
 class Observer(nn.Module, ABC):
@@ -187,7 +189,8 @@ class HistogramObserver(Observer):
         lo, hi = self.range()
         assert self.counts is not None and self.limit is not None
         if spec.observer is ObserverKind.PERCENTILE:
-            return percentile_range(self.counts, self.limit, lo, hi, spec.percentile)
+            share = _PERCENTILE if spec.percentile is None else spec.percentile
+            return percentile_range(self.counts, self.limit, lo, hi, share)
         if spec.observer is ObserverKind.MINMAX or spec.scheme is not Scheme.UNIFORM:
             return lo, hi
         return mse_range(self.counts, self.limit, lo, hi, spec)

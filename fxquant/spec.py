@@ -160,8 +160,8 @@ class TensorSpec:
             codes are unsigned and the zero_point is fitted.
         granularity: what shares a scale.
         observer: how the range is fitted to the data.
-        percentile: share of the values kept inside the range, in percent; read only by the
-            percentile observer.
+        percentile: of the percentile observer: share of the values kept inside the range, in
+            percent; None for 99.99.
         max_shift: of the twin scheme: largest m in ``D_R2 = 2^m D_R1``, 1 to 11; None for 11. A
             small one keeps all values on one 8-bit grid, so that a product needs one pass.
     """
@@ -171,7 +171,7 @@ class TensorSpec:
     symmetric: bool = False
     granularity: Granularity = Granularity.TENSOR
     observer: ObserverKind = ObserverKind.MINMAX
-    percentile: float = 99.99
+    percentile: float | None = None
     max_shift: int | None = None
 
     def __post_init__(self) -> None:
@@ -180,8 +180,8 @@ class TensorSpec:
         Raises:
             BitWidthError: bits is not an integer in 2..16.
             UnknownKeyError: scheme, granularity or observer is unknown.
-            PolicyError: percentile is no number in (50, 100], symmetric no boolean, or the
-                scheme does not go with the other values.
+            PolicyError: percentile is no number in (50, 100], or given to another observer,
+                symmetric no boolean, or the scheme does not go with the other values.
         """
         parse_field(self, "scheme", Scheme)
         parse_field(self, "granularity", Granularity)
@@ -194,12 +194,22 @@ class TensorSpec:
                 f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}; "
                 "to leave a tensor float, give the rule `spec: null`"
             )
-        check_number(self, "percentile")
-        if not 50 < self.percentile <= 100:
-            raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
+        self._check_percentile()
         self._check_shift()
         if self.scheme is not Scheme.UNIFORM:
             self._check_byte_scheme()
+
+    def _check_percentile(self) -> None:
+        if self.percentile is None:
+            return
+        check_number(self, "percentile")
+        if not 50 < self.percentile <= 100:
+            raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
+        if self.observer is not ObserverKind.PERCENTILE:
+            raise PolicyError(
+                "percentile belongs to observer percentile alone, and the observer is "
+                f"{self.observer}: name that observer, or leave percentile out"
+            )
 
     def _check_shift(self) -> None:
         shift = self.max_shift

@@ -121,6 +121,11 @@ def test_the_first_and_last_layers_keep_their_bits() -> None:
             policies.best(*widths, end_bits=99)
     with pytest.raises(PolicyError, match="a budget chooses each edge's own"):
         policies.best(4, 4, end_bits=6, budget=Budget(mean_bits=4))
+    with pytest.raises(PolicyError, match="end_bits goes with one width"):
+        policies.best(4, 4, end_bits=8, budget=Budget(mean_bits=4))
+    for one in ("four", "4", None, True):
+        with pytest.raises(BitWidthError, match="bits must be an integer"):
+            policies.best(4, one)  # type: ignore[arg-type]
 
 
 def test_an_image_that_the_last_layer_reads_stays_pinned() -> None:
@@ -141,4 +146,4 @@ def test_the_command_line_has_its_options(
     expected = policies.best(4, 6, "minutes", end_bits=7, full=True)
     assert read_policy(tmp_path / "mine.yaml") == expected
     assert main(["policies", "ptq4vit", "--effort", "hours"]) == 2
-    assert "preset ptq4vit has no effort: best take it" in capsys.readouterr().err
+    assert "preset ptq4vit has no effort: best takes it" in capsys.readouterr().err

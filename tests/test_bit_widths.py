@@ -25,7 +25,7 @@ from fxquant.graph import edges, get_parameter, operand
 from fxquant.quantizers import Quantizer
 from fxquant.report import Report
 from fxquant.sensitivity.cache import LossCache
-from fxquant.spec import Arg, Metric, ScaleSearch
+from fxquant.spec import Arg, Metric, ObserverKind, ScaleSearch
 from fxquant.testing import images
 from tests.graphs import observed
 
@@ -45,6 +45,13 @@ def compiled(
     result = fxquant.compile(model, [images(8, 16)], policy, cache=cache)
     assert result.report.allocation is not None
     return result, result.report.allocation
+
+
+def test_ranges_that_cut_values_off_are_no_obstacle(vit: nn.Module) -> None:
+    # Widths are judged with ranges of least squared error where a search is to find the scales.
+    clipped = Rule(arg=Arg.LHS, spec=TensorSpec(observer=ObserverKind.PERCENTILE, percentile=99.0))
+    _, outcome = compiled(vit, mixed(search=ScaleSearch(rounds=1)).with_rules(clipped))
+    assert outcome.costs["mean_bits"] <= 4
 
 
 @pytest.mark.parametrize("method", Method)

@@ -46,7 +46,9 @@ uniform = st.builds(
     symmetric=st.booleans(),
     granularity=st.sampled_from(Granularity),
     observer=st.sampled_from(ObserverKind),
-    percentile=st.floats(50.5, 100),
+)
+clipped = st.builds(
+    TensorSpec, observer=st.just(ObserverKind.PERCENTILE), percentile=st.floats(50.5, 100)
 )
 twin = st.builds(
     TensorSpec,
@@ -61,7 +63,7 @@ from_zero = st.builds(
     scheme=st.sampled_from([scheme for scheme in Scheme if scheme.from_zero]),
     observer=st.sampled_from(ObserverKind),
 )
-specs = uniform | twin | from_zero
+specs = uniform | clipped | twin | from_zero
 searches = st.builds(
     ScaleSearch,
     metric=st.sampled_from(Metric),
@@ -313,11 +315,14 @@ def test_a_policy_that_cannot_be_written(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: TensorSpec(percentile="99"), "percentile must be a number, got '99'"),
-        (lambda: TensorSpec(percentile=None), "percentile must be a number, got None"),
         (lambda: TensorSpec(percentile=True), "percentile must be a number, got True"),
         (
             lambda: TensorSpec(percentile=float("nan")),
             r"percentile must be in \(50, 100\], got nan",
+        ),
+        (
+            lambda: TensorSpec(percentile=99, observer="mse"),
+            "percentile belongs to observer percentile alone, and the observer is mse",
         ),
         (lambda: TensorSpec(observer=3), "observer must be one of .*got 3"),
         (lambda: Rule(spec="w8"), "spec must be a TensorSpec, or None .* got 'w8'"),

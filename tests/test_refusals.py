@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import policies
+from fxquant import Policy, Rule, TensorSpec, policies
 from fxquant.budget import Allocation, Budget
-from fxquant.errors import BatchError, CaptureError, EmptyLoaderError, OutputError, PolicyError
+from fxquant.errors import (
+    BatchError,
+    CaptureError,
+    EmptyLoaderError,
+    NonFiniteError,
+    OutputError,
+    PolicyError,
+)
 from fxquant.policy_file import read_policy
 from fxquant.spec import ScaleSearch
 from fxquant.testing import DIM, images, seeded, tokens
@@ -81,6 +89,63 @@ def test_images_of_another_size_are_explained_at_run_time(
         quantized(torch.randn(2, 3, size, size))
     with pytest.raises(BatchError, match="got list"):
         quantized([1.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x * torch.nan, NonFiniteError, "NaN or infinity"),
+        (lambda x: x.to(torch.uint8), BatchError, r"float images, got torch\.uint8"),
+        (
+            lambda x: x.half(),
+            BatchError,
+            r"got images in torch\.float16: call images\.float",
+        ),
+        (lambda x: x.double(), BatchError, r"got images in torch\.float64"),
+        (lambda x: x[:, :, 1:], BatchError, r"shape \(B, 3, 16, 16\), got \(4, 3, 15, 16\)"),
+        (lambda x: x[0], BatchError, r"got \(3, 16, 16\)"),
+        (lambda x: x[:0], BatchError, r"got \(0, 3, 16, 16\), no image"),
+        (lambda x: [x], BatchError, "takes a tensor of images, got list"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["simulation", "integer"])
+def test_images_that_make_no_sense_are_refused_at_run_time(
+    quantized: fxquant.CompiledModel,
+    backend: str,
+    change: Callable[[Tensor], Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    images = change(X)
+    if backend == "integer":
+        lowered = quantized.lower(backend)
+        with pytest.raises(error, match=message):
+            lowered(images)
+        with pytest.raises(error, match=message):
+            lowered(x=images)
+    elif error is NonFiniteError:  # which the simulation shows, as the float model does
+        assert bool(quantized(images).isnan().all())
+    elif len(images):
+        with pytest.raises(error, match=message):
+            quantized(images)
+    else:
+        assert quantized(images).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "rules", [(Rule(spec=None),), (Rule(spec=TensorSpec(), path="no", optional=True),)]
+)
+def test_a_policy_that_quantizes_nothing_is_refused(
+    vit: nn.Module, rules: tuple[Rule, ...]
+) -> None:
+    with pytest.raises(PolicyError, match="quantizes nothing of this model: 20 x 'left float"):
+        fxquant.compile(vit, [X], Policy(name="nothing", rules=rules))
+
+
+def test_a_folder_that_is_a_file_is_named(quantized: fxquant.CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    with pytest.raises(OutputError, match="model is a file"):
+        quantized.save(tmp_path / "model")
 
 
 @pytest.mark.parametrize("strict", [True, False])

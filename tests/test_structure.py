@@ -21,6 +21,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "suggest",
         "files",
+        "inputs",
         "progress",
         "batches",
         "pick",

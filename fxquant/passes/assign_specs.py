@@ -10,6 +10,7 @@ that never comes first.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -90,8 +91,9 @@ class AssignSpecs:
 
         Raises:
             UnusedRuleError: a rule that is not optional matches no edge of the graph.
-            PolicyError: a rule gives a scheme for activations that a product reads to a weight or
-                to no product, or one for values from zero up to a convolution.
+            PolicyError: nothing is quantized, or a rule gives a scheme for activations that a
+                product reads to a weight or to no product, or one for values from zero up to a
+                convolution.
         """
         # For each rule, the rules that decided the edges it matches.
         deciders: dict[int, set[int]] = {}
@@ -116,6 +118,10 @@ class AssignSpecs:
                 if self.rules[hits[0]].pinned:
                     pinned[edge.node] = pinned.get(edge.node, frozenset()) | {edge.arg}
         self._check_used(gm, set(deciders))
+        if not chosen:
+            raise PolicyError(
+                f"the policy quantizes nothing of this model: {self._why_nothing(skips)}"
+            )
         skips += [
             Skip(
                 f"rule {i + 1}",
@@ -151,6 +157,12 @@ class AssignSpecs:
             return spec, "observer minmax: it is no softmax along the last axis that reads it"
         reason = _per_tensor_reason(edge, spec.granularity, value)
         return (replace(spec, granularity=Granularity.TENSOR) if reason else spec), reason
+
+    @staticmethod
+    def _why_nothing(skips: list[Skip]) -> str:
+        reasons = Counter(skip.reason for skip in skips)
+        shown = (f"{count} x {reason!r}" for reason, count in reasons.most_common(3))
+        return "; ".join(shown)
 
     def _check_used(self, gm: fx.GraphModule, matched: set[int]) -> None:
         for i, rule in enumerate(self.rules):

@@ -64,7 +64,8 @@ def preset(name: str, **options: Any) -> Policy:
         takers = [other for other in PRESETS if takes(other, key)]
         if name not in takers:
             own = inspect.signature(PRESETS[name]).parameters
-            who = f": {', '.join(takers)} take it" if takers else did_you_mean(key, own)
+            verb = "takes" if len(takers) == 1 else "take"
+            who = f": {', '.join(takers)} {verb} it" if takers else did_you_mean(key, own)
             raise PolicyError(f"preset {name} has no {key}{who}")
     return PRESETS[name](**given)
 

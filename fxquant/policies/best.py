@@ -13,7 +13,7 @@ from fxquant.policies.rules import elementwise_rules, end_rules
 from fxquant.policies.searched import mptq_vit, ptq4vit
 from fxquant.policy import Policy, Rule
 from fxquant.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
-from fxquant.spec import MAX_KERNEL_BITS, Arg, ScaleSearch
+from fxquant.spec import MAX_KERNEL_BITS, Arg, ScaleSearch, TensorSpec
 from fxquant.suggest import did_you_mean
 
 
@@ -70,7 +70,7 @@ def best(
     act_bits: int = 8,
     effort: Effort | str = Effort.SECONDS,
     *,
-    end_bits: int = _END_BITS,
+    end_bits: int | None = None,
     budget: Budget | None = None,
     full: bool = False,
 ) -> Policy:
@@ -89,7 +89,8 @@ def best(
         effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds; at 8 bits alike.
             The first two bound what training takes, so that large networks get fewer steps.
         end_bits: least width of the weights of those, and of what the last ones read
-            (:func:`fxquant.policies.end_rules`); 2 gives them no width of their own.
+            (:func:`fxquant.policies.end_rules`), 8 where not given; 2 gives them no width of their
+            own.
         budget: mixed precision within it, chosen exactly, instead of all those widths; at
             ``weight_bits`` and ``act_bits`` it is then decided what to smooth.
         full: also quantize what norms, softmax, activation functions and additions read, to 8
@@ -107,9 +108,11 @@ def best(
             f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
             f"{', '.join(Effort)}"
         )
-    wide = end_rules(end_bits)
-    if budget is not None and end_bits != _END_BITS:
+    for bits in (weight_bits, act_bits):
+        TensorSpec(bits=bits)  # which checks it
+    if budget is not None and end_bits is not None:
         raise PolicyError("end_bits goes with one width for all; a budget chooses each edge's own")
+    wide = end_rules(_END_BITS if end_bits is None else end_bits)
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
     if weight_bits == act_bits == MAX_KERNEL_BITS and budget is None:
@@ -123,7 +126,7 @@ def best(
         bits = weight_bits if rule.arg is Arg.WEIGHT else act_bits
         if rule.spec is not None and rule.spec.bits > bits:
             ends.append(rule)
-    if end_bits != _END_BITS:
+    if end_bits not in (None, _END_BITS):
         suffix = f"_ends{end_bits}{suffix}"
     image = [rule for rule in base.rules if rule.fed_by == "image"]
     others = [rule for rule in base.rules if rule not in image]

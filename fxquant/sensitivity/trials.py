@@ -51,7 +51,7 @@ class Trials:
         assert edge.spec is not None
         spec = replace(edge.spec, bits=bits)
         if self._least_squares:
-            spec = replace(spec, observer=ObserverKind.MSE)
+            spec = replace(spec, observer=ObserverKind.MSE, percentile=None)
         observer = submodule(self._gm, edge.source)
         twin = spec.scheme is Scheme.TWIN_UNIFORM
         if self._opt_m and twin and isinstance(observer, HistogramObserver):

@@ -76,7 +76,7 @@ def float_operations(network: nn.Module, images: Tensor) -> list[str]:
         ValueError: the network never turns floats into integers, so there is nothing to watch.
     """
     with _Recorder() as recorder:
-        network(images)
+        network.forward(images)  # what is computed, without a hook that looks at the images
     ran = recorder.operations
     first = next((i for i, operation in enumerate(ran) if operation.rounds), None)
     if first is None:

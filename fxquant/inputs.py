@@ -1,0 +1,81 @@
+"""What a compiled model says of images that it cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.errors import BatchError, NonFiniteError
+
+
+def check_images(images: Any) -> Tensor:
+    """The images, if they are float numbers.
+
+    Raises:
+        BatchError: they are not.
+    """
+    if not isinstance(images, Tensor):
+        raise BatchError(f"the model takes a tensor of images, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise BatchError(
+            f"the model takes float images, got {images.dtype}: convert and normalise them as "
+            "those that it was calibrated with"
+        )
+    return images
+
+
+def explained(images: Tensor, image_shape: tuple[int, ...], why: object = "") -> BatchError | None:
+    """What is wrong with the shape or type of images; None if nothing is.
+
+    Args:
+        images: float numbers.
+        image_shape: of one image that the model was compiled for.
+        why: what was raised for them, if anything was.
+    """
+    cause = f" ({why})" if why else ""
+    if images.shape[1:] != image_shape or not len(images):
+        expected = ", ".join(map(str, image_shape))
+        found = tuple(images.shape) if len(images) else f"{tuple(images.shape)}, no image"
+        return BatchError(
+            f"the model was compiled for images of shape (B, {expected}), got {found}: resize "
+            f"them, or compile for that size{cause}"
+        )
+    if images.dtype is not torch.float32:
+        return BatchError(
+            f"the model computes in float32, got images in {images.dtype}: call images.float()"
+            f"{cause}"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class InputCheck:
+    """A forward pre-hook, with keywords, of lowered models, which would take any numbers.
+
+    Attributes:
+        image_shape: of one image, which the widths of the kernels' sums were chosen for.
+    """
+
+    image_shape: tuple[int, ...]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Looks at the first argument.
+
+        Raises:
+            BatchError: it is no float tensor ``(B, *image_shape)`` with an image.
+            NonFiniteError: it holds NaN or infinity, for which there are no integer codes.
+        """
+        images = check_images(next(iter((*args, *named.values())), None))
+        error = explained(images, self.image_shape)
+        if error is not None:
+            raise error
+        # A graph that is traced is to hold the network alone.
+        if not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
+            raise NonFiniteError(
+                "the images hold NaN or infinity, which have no integer codes; look for a division "
+                "by zero in the normalisation or a corrupt file"
+            )
