@@ -115,8 +115,8 @@ class _Builder:
         for node in nodes:
             if node.op == "call_function" and node not in self._image:
                 self._visit(node, needed=node in needed)
-        (output,) = (node for node in nodes if node.op == "output")
-        lowered = self._new.finish(fx.map_arg(output.args[0], self._float))
+        (returned,) = self._gm.graph.output_node().args
+        lowered = self._new.finish(fx.map_arg(returned, self._float))
         lowered.meta["codes"] = self._coded
         return lowered
 
