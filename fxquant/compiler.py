@@ -81,7 +81,7 @@ CANONICAL: tuple[Pass, ...] = (
 )
 HOOKS_NOTE = "its hooks are not in the compiled model; what they change is missing there"
 # Images that canonicalization is checked on, and that the report's SQNR is measured on.
-_CHECK_IMAGES, _REPORT_IMAGES = 2, 8
+_FEW = 8
 
 
 @torch.inference_mode(mode=False)  # its tensors have no gradients, which a search may need
@@ -128,7 +128,7 @@ def compile(
     clock = _Clock()
     with working("capture", enabled=progress):
         gm = capture(model, images.first)
-        results = _canonicalize(gm, images.first)
+        results, exact = _canonicalize(gm, images.first)
     clock.lap("capture")
     if recipe.reparameterize:
         ranges = norm_ranges(gm, track(images, label="ranges", total=len(images), enabled=progress))
@@ -163,7 +163,7 @@ def compile(
     results |= _recover(gm, images, recipe, samples, cache, clock, progress)
     results |= run_passes(gm, (QuantizeBias(),))
     clock.lap("fit")
-    report = _report(gm, model, recipe, results, images.first, seen, clock, outcome)
+    report = _report(gm, exact, recipe, results, images.first, seen, clock, outcome)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
 
@@ -256,9 +256,12 @@ class _Clock:
 
 
 @torch.no_grad()
-def _canonicalize(gm: fx.GraphModule, images: Tensor) -> dict[str, PassResult]:
-    """Brings the graph to the canonical dialect and checks that its function is unchanged."""
-    sample = images[:_CHECK_IMAGES].to(device_of(gm))
+def _canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResult], list[Tensor]]:
+    """Brings the graph to the canonical dialect and checks that its function is unchanged.
+
+    Gives what the passes did, and the float outputs of the first few images.
+    """
+    sample = images[:_FEW].to(device_of(gm))
     before, again = _outputs(gm, sample), _outputs(gm, sample)
     if any(bool(value.isnan().any()) for value in before):
         raise NonFiniteError(
@@ -278,10 +281,10 @@ def _canonicalize(gm: fx.GraphModule, images: Tensor) -> dict[str, PassResult]:
                 f"the canonical graph differs from the captured one by {error:.1e} of its largest "
                 "output. This is a bug; please report it with the model's definition"
             )
-    return results
+    return results, before
 
 
-def _outputs(gm: nn.Module, images: Tensor) -> list[Tensor]:
+def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
     """The float tensors among the outputs.
 
     Raises:
@@ -303,10 +306,9 @@ def _difference(old: Tensor, new: Tensor) -> float:
     return float(gap.max() / size.max().clamp(min=1e-6))
 
 
-@torch.no_grad()
 def _report(
     gm: fx.GraphModule,
-    model: nn.Module,
+    exact: list[Tensor],
     recipe: Policy,
     results: dict[str, PassResult],
     images: Tensor,
@@ -316,8 +318,7 @@ def _report(
 ) -> Report:
     reasons = {skip.site: skip.reason for skip in results["AssignSpecs"].skips}
     before, after = weight_bytes(gm)
-    few = images[:_REPORT_IMAGES].to(device_of(gm))
-    sqnr, output_sqnr = measure_sqnr(gm, few, _outputs(model, few))
+    sqnr, output_sqnr = measure_sqnr(gm, images[:_FEW].to(device_of(gm)), exact)
     clock.lap("report")
     return Report(
         policy=recipe.name,

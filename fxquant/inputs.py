@@ -37,9 +37,9 @@ def explained(images: Tensor, image_shape: tuple[int, ...], why: object = "") ->
         why: what was raised for them, if anything was.
     """
     cause = f" ({why})" if why else ""
-    if images.shape[1:] != image_shape or not len(images):
+    if images.ndim == 0 or images.shape[1:] != image_shape or not len(images):
         expected = ", ".join(map(str, image_shape))
-        found = tuple(images.shape) if len(images) else f"{tuple(images.shape)}, no image"
+        found = tuple(images.shape) if images.numel() else f"{tuple(images.shape)}, no image"
         return BatchError(
             f"the model was compiled for images of shape (B, {expected}), got {found}: resize "
             f"them, or compile for that size{cause}"

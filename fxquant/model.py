@@ -76,7 +76,7 @@ class CompiledModel(nn.Module):
         check_images(images)
         try:
             return self.graph_module(images)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, IndexError) as error:
             explanation = explained(images, self.image_shape, error)
             if explanation is None:
                 raise

@@ -107,9 +107,16 @@ class Observer(nn.Module, ABC):
     def _update_range(self, rows: Tensor) -> None:
         lo, hi = torch.aminmax(rows.float(), dim=1)
         if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+            below = bool((lo == -torch.inf).any()) and not bool((hi.isnan() | hi.isposinf()).any())
+            mask = (
+                ". Minus infinity is what attention masks are made of, which integers have no code "
+                "for: mask with a finite number, such as -1e4, or leave its additions and the "
+                "softmax float by rules `op: add` and `op: softmax` with `spec: null`"
+            )
             raise NonFiniteError(
                 f"{self.where}: NaN or infinity during calibration. The float model itself "
                 "produces it for these images: check its weights and the image normalisation"
+                f"{mask if below else ''}"
             )
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)

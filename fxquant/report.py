@@ -116,7 +116,8 @@ def _decibels(signals: list[Tensor], found: list[Tensor]) -> float:
     noise = sum(float((two - one).double().square().sum()) for one, two in pairs)
     if not noise:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def frozen(model: nn.Module | None = None) -> fx.GraphModule:
     return gm
 
 
-def compensate(gm: fx.GraphModule, x: Tensor = BATCH, **options: bool) -> PassResult:
+def compensate(gm: fx.GraphModule, x: Tensor = BATCH, **options: Any) -> PassResult:
     item = Compensate(SideBySide(gm, x), Compensation(**options))
     return run_passes(gm, [item])["Compensate"]
 
@@ -51,6 +51,17 @@ def test_outputs_come_nearer_to_the_float_ones() -> None:
     assert result.changed == 6
     assert all(gain.ratio < 1 for gain in result.gains)
     assert relative_error(gm(BATCH), exact) < 0.9 * before
+
+
+def test_a_ridge_is_judged_by_images_left_out_where_there_are_few() -> None:
+    gm, x = frozen(), tokens(8)
+    for count, folds in ((0, 4), (9, 4), (100, 4)):
+        options = Compensation(images=count, ridge=True)
+        sides, parts = closed_form._arranged(SideBySide(gm, x), gm, options)
+        assert {fold for _, fold in parts} == set(range(folds))
+        assert sum(len(sides.images[part]) for part, _ in parts) == max(count, 8)
+    result = compensate(gm, x, images=0, ridge=True)
+    assert any("ridge" in gain.choice for gain in result.gains)
 
 
 @pytest.mark.parametrize("options", [{"ridge": True}, {"by_columns": False, "ridge": True}])

@@ -165,6 +165,8 @@ def test_rounding_explains_a_difference_only_where_noise_makes_the_like() -> Non
     found = compare([plain[0] * 1.3], plain, images, chaotic)
     assert found.found == pytest.approx(0.3) and found.ties > 0.3 and found.ok
     assert "round otherwise" in str(found)
+    assert not compare([plain[0][::-1]], plain, images, chaotic).ok
+    assert not compare([plain[0] * 0], plain, images, chaotic).ok
     found = compare([images * 1.3], calm(images), images, calm)
     assert found.found == pytest.approx(0.3) and 0 < found.ties < 1e-4 and not found.ok
     found = compare([images * 1.01], calm(images), images, calm)

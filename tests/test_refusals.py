@@ -22,8 +22,8 @@ from fxquant.errors import (
     PolicyError,
 )
 from fxquant.policy_file import read_policy
-from fxquant.spec import ScaleSearch
-from fxquant.testing import DIM, images, seeded, tokens
+from fxquant.spec import OpKind, ScaleSearch
+from fxquant.testing import DIM, images, relative_error, seeded, tokens
 
 X = images(4, 16)
 
@@ -105,6 +105,7 @@ def test_images_of_another_size_are_explained_at_run_time(
         (lambda x: x[:, :, 1:], BatchError, r"shape \(B, 3, 16, 16\), got \(4, 3, 15, 16\)"),
         (lambda x: x[0], BatchError, r"got \(3, 16, 16\)"),
         (lambda x: x[:0], BatchError, r"got \(0, 3, 16, 16\), no image"),
+        (lambda x: x.sum(), BatchError, r"got \(\)"),
         (lambda x: [x], BatchError, "takes a tensor of images, got list"),
     ],
 )
@@ -125,11 +126,31 @@ def test_images_that_make_no_sense_are_refused_at_run_time(
             lowered(x=images)
     elif error is NonFiniteError:  # which the simulation shows, as the float model does
         assert bool(quantized(images).isnan().all())
-    elif len(images):
+    elif not isinstance(images, Tensor) or images.ndim == 0 or len(images):
         with pytest.raises(error, match=message):
             quantized(images)
     else:
         assert quantized(images).shape == (0, 5)
+
+
+def test_a_mask_of_infinities_between_products_says_what_to_do() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.out = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x).unsqueeze(1)
+            attended = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+            y: Tensor = self.out(attended.squeeze(1))
+            return y
+
+    model, policy = seeded(Causal()), policies.w8a8_full()
+    with pytest.raises(NonFiniteError, match=r"attention masks are made of.*rules `op: add`"):
+        fxquant.compile(model, [tokens()], policy)
+    floats = [Rule(op=kind, spec=None) for kind in (OpKind.ADD, OpKind.SOFTMAX)]
+    compiled = fxquant.compile(model, [tokens()], policy.with_rules(*floats))
+    assert relative_error(compiled(tokens()), model(tokens())) < 0.1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 import fxquant
 from fxquant import Rule, TensorSpec, testing
 from fxquant.quantizers import Quantizer
+from fxquant.report import measure_sqnr
 from fxquant.testing import DIM, images, seeded, tokens
 
 X = images(4, 16)
@@ -51,6 +52,51 @@ def test_the_outputs_noise_is_that_of_the_first_images(
     decibels = 10 * float((signal.square().sum() / (found - signal).square().sum()).log10())
     assert quantized.report.output_sqnr == pytest.approx(decibels, rel=1e-6)
     assert f"outputs at {decibels:.1f} dB" in quantized.report.summary()
+
+
+class InPlace(nn.Module):
+    """Changes the images it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(DIM, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(x.sub_(0.5).mul_(2))
+        return y
+
+
+def test_the_outputs_noise_is_of_the_captured_network_and_leaves_the_images_alone() -> None:
+    model = seeded(InPlace())
+    x = tokens(8)
+    before = x.clone()
+    compiled = fxquant.compile(model, [x])
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        signal, found = model(before.clone()), compiled(before.clone())
+    noise = (found - signal).square().sum()
+    decibels = 10 * float((signal.square().sum() / noise).log10())
+    assert compiled.report.output_sqnr == pytest.approx(decibels, abs=0.01)
+
+    plain = seeded(testing.Block())
+    hooked = seeded(testing.Block())
+    hooked.register_forward_hook(lambda module, args, output: (output * 3, output))
+    reports = [fxquant.compile(one, [tokens()]).report for one in (plain, hooked)]
+    assert reports[0].output_sqnr == pytest.approx(reports[1].output_sqnr)
+
+
+def test_outputs_beyond_float32_are_all_noise() -> None:
+    signal = [torch.tensor([1.0, -torch.inf])]
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    gm = torch.fx.symbolic_trace(Two())
+    assert measure_sqnr(gm, torch.tensor([torch.inf, -torch.inf]), signal) == ({}, -math.inf)
+    assert measure_sqnr(gm, torch.tensor([1.0, -torch.inf]), signal) == ({}, math.inf)
+    _, found = measure_sqnr(gm, torch.tensor([1.1, -torch.inf]), signal)
+    assert found == pytest.approx(20, abs=0.01)
 
 
 def test_what_stays_float_is_listed_with_its_reason(vit: nn.Module) -> None:

@@ -93,12 +93,12 @@ def _arranged(
     """On as many images as are asked for, some made of those given; and those in parts."""
     images, folds = sides.images, _FOLDS if options.ridge else 1
     missing = min(options.images, int(_WORK // max(Work(gm).whole, 1))) - len(images)
-    if missing <= 0:
-        found = list(chunks(len(images)))
-        return sides, [(chunk, i % min(folds, len(found))) for i, chunk in enumerate(found)]
+    found = list(chunks(len(images)))
+    if missing <= 0 and len(found) >= folds:
+        return sides, [(chunk, i % folds) for i, chunk in enumerate(found)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        groups = made_in_folds(images, missing, min(folds, len(images)))
+        groups = made_in_folds(images, max(missing, 0), min(folds, len(images)))
     parts: list[_Part] = []
     start = 0
     for fold, group in enumerate(groups):

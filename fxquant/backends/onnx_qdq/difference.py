@@ -19,6 +19,8 @@ SMALLEST = 2e-5
 _NOISE = 1e-5
 # One draw of noise tells the size of what ties do, not its largest value.
 _MARGIN = 3.0
+# Numbers of another image, or none at all, differ by more.
+_MOST = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Difference:
     @property
     def ok(self) -> bool:
         """Whether rounding explains it."""
-        return self.found <= max(TOLERANCE, _MARGIN * self.ties)
+        return self.found <= max(TOLERANCE, min(_MARGIN * self.ties, _MOST))
 
     def __str__(self) -> str:
         """A number, and what explains it where it is large."""
