@@ -20,7 +20,7 @@ from fxquant.errors import PolicyError
 from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reconstruct, run_passes
 from fxquant.policy import Policy, Rule
 from fxquant.policy_file import policy_from_dict, policy_to_dict
-from fxquant.reconstruction import training
+from fxquant.reconstruction import steps, training
 from fxquant.reconstruction.losses import criterion, measure
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import split, train_block
@@ -214,7 +214,7 @@ def test_a_step_in_parts_is_the_same_step() -> None:
 
     (whole, once), (parts, many) = after(12), after(5)
     assert (once, many) == (1, 3)
-    assert 0 < float(whole.norm()) < training._CLIP
+    assert 0 < float(whole.norm()) < steps._CLIP
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 

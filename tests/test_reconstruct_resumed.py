@@ -79,7 +79,7 @@ def test_a_block_goes_on_from_its_last_look(
     monkeypatch.setattr(
         training._Run, "take", lambda run, images: (steps.append(run.step), take(run, images))
     )
-    monkeypatch.setattr(training, "_search_ranks", pytest.fail)
+    monkeypatch.setattr(training, "search_ranks", pytest.fail)
     again = frozen()
     left = folder / "block-0.training"
     data = left.read_bytes()

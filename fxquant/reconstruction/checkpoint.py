@@ -21,7 +21,7 @@ from fxquant.reconstruction.trained_block import Changes
 from fxquant.sensitivity.cache import fingerprint
 
 # Raised with any change of the training, so that nothing trained before it is taken.
-_FORMAT = 8
+_FORMAT = 9
 _ON_ITS_WAY = ".training"
 _DIGEST = hashlib.sha256().digest_size
 

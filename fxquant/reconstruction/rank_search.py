@@ -15,6 +15,8 @@ from fxquant.reconstruction.weights import LowRank, TrainedWeight
 
 # Chance that a candidate is left out of a step (drop path).
 _DROP = 0.2
+# What the parameter of the trained numbers is called.
+PREFERENCE = "preference"
 
 
 class RankSearch(TrainedWeight):
@@ -55,13 +57,18 @@ class RankSearch(TrainedWeight):
 
     @torch.no_grad()
     def settled(self, rank: int | None = None) -> LowRank:
-        """The candidate of a rank, or the preferred one, alone; its factors as trained by now."""
+        """The candidate of a rank, or the preferred one, alone.
+
+        Its factors are as trained by now, and move the weight by the share they were trained with.
+        """
         weight, quantizer, scales, generator = self._again
         ranks = [len(form.inner) for form in self.candidates]  # type: ignore[arg-type]
-        best = self.candidates[int(self.preference.argmax()) if rank is None else ranks.index(rank)]
+        place = int(self.preference.argmax()) if rank is None else ranks.index(rank)
+        best = self.candidates[place]
         assert isinstance(best, LowRank)
         form = LowRank(weight, quantizer, scales=scales, rank=best.rank, generator=generator)
         form.load_state_dict({**best.state_dict(), "log_scale": self.log_scale})
+        form.outer.mul_(self.preference.softmax(0)[place])
         return form
 
 

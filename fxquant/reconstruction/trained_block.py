@@ -20,7 +20,7 @@ from fxquant.graph import (
 )
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.reconstruction.activations import TrainedQuantizer, trained
-from fxquant.reconstruction.rank_search import RankSearch, candidate_ranks
+from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch, candidate_ranks
 from fxquant.reconstruction.weights import (
     AdaRound,
     FixedCodes,
@@ -38,6 +38,8 @@ from fxquant.work import Work
 _BYTES = 8
 # Before names of nodes where torch keeps modules by name, which refuses some, such as "keys".
 _OF = "of_"
+# Rate of preferences for ranks, in rates of the weights.
+_KEEN = 10
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,17 @@ class TrainedBlock(nn.Module):
         return {name: value.float() for name, value in tensors_of(station.block, found).items()}
 
     def groups(self, options: Reconstruction) -> list[dict[str, Any]]:
-        """Parameters with their learning rates; those of biases follow the scales."""
+        """Parameters with their learning rates.
+
+        Biases take the rate of the scales, preferences for ranks ten times that of the weights.
+        """
         rates: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 slow = name.endswith(("log_scale", "offset")) or name.startswith("biases")
                 rate = options.scale_rate if slow else options.weight_rate
+                if name.endswith(PREFERENCE):
+                    rate *= _KEEN
                 rates.setdefault(rate, []).append(parameter)
         return [{"params": group, "lr": rate} for rate, group in rates.items()]
 

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.progress import track
-from fxquant.reconstruction.activations import draw_mask
-from fxquant.reconstruction.augment import augmented, float_targets, fresh
+from fxquant.reconstruction.augment import fresh
 from fxquant.reconstruction.checkpoint import StateFile
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.losses import Criterion
+from fxquant.reconstruction.steps import add_gradients, backward, search_ranks, take_step
 from fxquant.reconstruction.trained_block import Changes, TrainedBlock
 from fxquant.recovery import Reconstruction
-from fxquant.side_by_side import CHUNK, Station, Values
+from fxquant.side_by_side import CHUNK, Station
 
 # The regularizer of roundings beside a loss that starts at one.
 _PUSH = 1.0
@@ -26,8 +26,6 @@ _PUSH = 1.0
 _LOOKS = 8
 # Images made to judge by where none are held out, at most.
 _MADE = 128
-# Largest norm of the gradient of a step, of a loss that starts at one.
-_CLIP = 10.0
 
 
 def train_block(
@@ -74,7 +72,7 @@ def train_block(
     if state is not None:
         block.settle_ranks(state["ranks"])
     elif block.searches_ranks:
-        _search_ranks(block, station, criterion, options, before, own)
+        search_ranks(block, station, criterion, options, before, own)
     run = _Run(block, station, criterion, options, len(own), before)
     if state is not None:
         run.load(state)
@@ -151,9 +149,7 @@ class _Run:
         self.plan = Curriculum(
             count, options.batch, options.iterations, options.curriculum, self._generator
         )
-        groups = block.groups(options)
-        self._parameters = [p for group in groups for p in group["params"]]
-        self._optimizer = torch.optim.Adam(groups)
+        self._optimizer = torch.optim.Adam(block.groups(options))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.iterations))
         )
@@ -166,14 +162,12 @@ class _Run:
         """
         block, options = self.block.train(), self.options
         self._optimizer.zero_grad()
-        _add_gradients(block, self.station, self.criterion, options, images, self._before)
+        add_gradients(block, self.station, self.criterion, options, images, self._before)
         with torch.enable_grad():
             push = block.regularizer(self.step / options.iterations)
             if push is not None:
-                _backward(_PUSH * push)
-        norm = nn.utils.clip_grad_norm_(self._parameters, _CLIP)
-        if bool(norm.isfinite()):  # one that is not would stay in the means of Adam
-            self._optimizer.step()
+                backward(_PUSH * push)
+        take_step(self._optimizer)
         self._schedule.step()
         self.step += 1
 
@@ -214,10 +208,6 @@ class _Run:
             torch.cuda.set_rng_state(drawn[2], self._device)
 
 
-def _backward(loss: Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
 def split(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Numbers of the images that judge and of those that train.
 
@@ -229,98 +219,6 @@ def split(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
         return torch.arange(count), torch.arange(count)
     order = torch.randperm(count, generator=generator)
     return order[:held].sort().values, order[held:].sort().values
-
-
-def _search_ranks(
-    block: TrainedBlock,
-    station: Station,
-    criterion: Criterion,
-    options: Reconstruction,
-    unit: float,
-    images: Tensor,
-) -> None:
-    """Trains factors on one half of the images and preferences on the other, in turns.
-
-    Args:
-        block: with open ranks; settled in the end.
-        station: its data.
-        criterion: its loss.
-        options: steps and rates; preferences take ten times the rate of the weights.
-        unit: the loss that counts as one.
-        images: numbers of those it takes.
-    """
-    generator = torch.Generator().manual_seed(options.seed)
-    named = dict(block.named_parameters())
-    turns = [
-        [p for n, p in named.items() if p.requires_grad and n.endswith("preference") == second]
-        for second in (False, True)
-    ]
-    rates = options.weight_rate, 10 * options.weight_rate
-    optimizers = [torch.optim.Adam(p, lr=r) for p, r in zip(turns, rates, strict=True)]
-    halves = images[torch.randperm(len(images), generator=generator)].chunk(2)
-    block.train()
-    for step in range(options.rank_iterations):
-        turn = step % len(halves)
-        own = halves[turn]
-        index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
-        block.zero_grad()
-        _add_gradients(block, station, criterion, options, index, unit)
-        optimizers[turn].step()
-    block.settle_ranks()
-
-
-def _add_gradients(
-    block: TrainedBlock,
-    station: Station,
-    criterion: Criterion,
-    options: Reconstruction,
-    images: Tensor,
-    unit: float,
-) -> None:
-    """Those of the mean loss of some images, computed in as many parts as memory asks for.
-
-    Args:
-        block: in training mode.
-        station: its data.
-        criterion: its loss.
-        options: share of drops, memory, and whether images are made anew.
-        images: their numbers, ``(n,)``.
-        unit: the loss that counts as one.
-    """
-    at_once = max(1, options.memory_bytes // block.bytes_per_image)
-    made: Values = {}
-    if options.augment:  # all at once, since some are mixed with others
-        own = station.given.get(images, station.device)
-        made = {name: augmented(value) for name, value in own.items()}
-    for place in torch.split(torch.arange(len(images)), at_once):
-        index = images[place]
-        given = {name: value[place] for name, value in made.items()}
-        given = given or station.given.get(index, station.device)
-        with torch.enable_grad():
-            loss = _step_loss(block, station, criterion, index, given, options)
-            _backward(loss * (len(place) / len(images) / unit))
-
-
-def _step_loss(
-    block: TrainedBlock,
-    station: Station,
-    criterion: Criterion,
-    index: Tensor,
-    given: Values,
-    options: Reconstruction,
-) -> Tensor:
-    if options.augment:
-        target = float_targets(station, given)
-    else:
-        target = station.target.get(index, station.device)
-    # What comes in is left unquantized for as large a share as what is computed.
-    if options.drop and station.given is not station.exact:
-        exact = station.exact.get(index, station.device)
-        given = {
-            name: torch.lerp(value, exact[name], draw_mask(value, options.drop))
-            for name, value in given.items()
-        }
-    return criterion(block(given), target, index).mean()
 
 
 @torch.no_grad()

@@ -1,0 +1,119 @@
+"""One step of training, and the steps that search for ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.reconstruction.activations import draw_mask
+from fxquant.reconstruction.augment import augmented, float_targets
+from fxquant.reconstruction.losses import Criterion
+from fxquant.reconstruction.rank_search import PREFERENCE
+from fxquant.reconstruction.trained_block import TrainedBlock
+from fxquant.recovery import Reconstruction
+from fxquant.side_by_side import Station, Values
+
+# Largest norm of the gradient of a step, of a loss that starts at one.
+_CLIP = 10.0
+
+
+def backward(loss: Tensor) -> None:
+    """Adds the gradients of a loss."""
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """Takes a step along the gradients there are; none where they are not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, _CLIP)
+    if bool(norm.isfinite()):  # one that is not would stay in the means of Adam
+        optimizer.step()
+
+
+def search_ranks(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    unit: float,
+    images: Tensor,
+) -> None:
+    """Trains factors on one half of the images and preferences on the other, in turns.
+
+    Args:
+        block: with open ranks; settled in the end.
+        station: its data.
+        criterion: its loss.
+        options: steps and rates.
+        unit: the loss that counts as one.
+        images: numbers of those it takes.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    optimizer = torch.optim.Adam(block.groups(options))
+    halves = images[torch.randperm(len(images), generator=generator)].chunk(2)
+    block.train()
+    for step in range(options.rank_iterations):
+        turn = step % len(halves)
+        own = halves[turn]
+        index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
+        optimizer.zero_grad()
+        add_gradients(block, station, criterion, options, index, unit)
+        for name, parameter in block.named_parameters():
+            if name.endswith(PREFERENCE) != bool(turn):
+                parameter.grad = None  # a step leaves it as it is
+        take_step(optimizer)
+    block.settle_ranks()
+
+
+def add_gradients(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    options: Reconstruction,
+    images: Tensor,
+    unit: float,
+) -> None:
+    """Those of the mean loss of some images, computed in as many parts as memory asks for.
+
+    Args:
+        block: in training mode.
+        station: its data.
+        criterion: its loss.
+        options: share of drops, memory, and whether images are made anew.
+        images: their numbers, ``(n,)``.
+        unit: the loss that counts as one.
+    """
+    at_once = max(1, options.memory_bytes // block.bytes_per_image)
+    made: Values = {}
+    if options.augment:  # all at once, since some are mixed with others
+        own = station.given.get(images, station.device)
+        made = {name: augmented(value) for name, value in own.items()}
+    for place in torch.split(torch.arange(len(images)), at_once):
+        index = images[place]
+        given = {name: value[place] for name, value in made.items()}
+        given = given or station.given.get(index, station.device)
+        with torch.enable_grad():
+            loss = _step_loss(block, station, criterion, index, given, options)
+            backward(loss * (len(place) / len(images) / unit))
+
+
+def _step_loss(
+    block: TrainedBlock,
+    station: Station,
+    criterion: Criterion,
+    index: Tensor,
+    given: Values,
+    options: Reconstruction,
+) -> Tensor:
+    if options.augment:
+        target = float_targets(station, given)
+    else:
+        target = station.target.get(index, station.device)
+    # What comes in is left unquantized for as large a share as what is computed.
+    if options.drop and station.given is not station.exact:
+        exact = station.exact.get(index, station.device)
+        given = {
+            name: torch.lerp(value, exact[name], draw_mask(value, options.drop))
+            for name, value in given.items()
+        }
+    return criterion(block(given), target, index).mean()
