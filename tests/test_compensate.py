@@ -72,6 +72,36 @@ def test_each_part_does_something_of_its_own(options: dict[str, bool]) -> None:
     assert not torch.equal(gm(BATCH), other(BATCH))
 
 
+def test_a_weight_stays_where_its_rounding_would_be_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bias alone then makes up for the error."""
+    round_weight = closed_form.round_weight
+
+    def worse(*args: Any) -> Any:
+        found = round_weight(*args)
+        return replace(found, latent=-found.latent, values=-found.values)
+
+    gm = frozen()
+    exact = seeded(Block())(BATCH)
+    weights = [v.clone() for k, v in gm.state_dict().items() if k.endswith("weight")]
+    before = relative_error(gm(BATCH), exact)
+    monkeypatch.setattr(closed_form, "round_weight", worse)
+    gains = compensate(gm).gains
+    assert [(gain.choice, gain.ratio) for gain in gains] == [("bias", 1.0)] * 6
+    after = [v for k, v in gm.state_dict().items() if k.endswith("weight")]
+    assert any(torch.equal(weights[0], value) for value in after)
+    assert relative_error(gm(BATCH), exact) < before
+
+
+def test_the_ridge_is_left_out_with_one_image_and_says_so() -> None:
+    gm, plain = frozen(), frozen()
+    found = compensate(gm, BATCH[:1], ridge=True)
+    (skip,) = found.skips
+    assert (skip.site, found.changed) == ("network", 6)
+    assert skip.reason.startswith("no ridge: ")
+    compensate(plain, BATCH[:1])
+    assert torch.equal(gm(BATCH), plain(BATCH))
+
+
 def test_the_second_run_changes_nothing() -> None:
     gm = frozen()
     compensate(gm)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant import testing
+from fxquant import product_rows, testing
 from fxquant.allocate.outcome import rank_correlation
 from fxquant.capture import capture
 from fxquant.compiler import CANONICAL
@@ -163,17 +163,23 @@ def test_estimates_rank_groups_as_measurements_do(setup: Setup) -> None:
     assert 1 / 3 < float(ratios.median()) < 3
 
 
+@pytest.mark.parametrize(
+    ("rows", "queries"),
+    [(320, 32), (320, 2), (1 << 14, 2)],
+    ids=["fewer samples", "fewer samples and rows of each", "fewer rows of each"],
+)
 @pytest.mark.parametrize("metric", [Metric.FISHER, Metric.HESSIAN])
-def test_estimates_do_not_depend_on_how_many_rows_are_sampled(metric: Metric) -> None:
-    few, all_rows = (
-        Setup(
-            Classifier(),
-            tokens(256),
-            search=ScaleSearch(metric=metric, loss=GradientLoss.SAMPLED, rows=rows),
-        ).estimated((4,))
-        for rows in (320, 1 << 14)
-    )
-    for name, losses in all_rows.items():
+def test_estimates_do_not_depend_on_how_many_rows_are_sampled(
+    metric: Metric, rows: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimated(rows: int) -> dict[str, list[float] | None]:
+        search = ScaleSearch(metric=metric, loss=GradientLoss.SAMPLED, rows=rows)
+        return Setup(Classifier(), tokens(256), search=search).estimated((4,))
+
+    whole = estimated(1 << 14)
+    monkeypatch.setattr(product_rows, "_QUERIES", queries)
+    few = estimated(rows)
+    for name, losses in whole.items():
         assert losses is not None
         assert few[name] == pytest.approx(losses, rel=0.5), name
 

@@ -37,6 +37,7 @@ from fxquant.work import Work
 
 _DONE = "compensated"
 _MEASURE = "squared output error of the weights rounded to nearest"
+_ONE_IMAGE = "no ridge: it is chosen by images left out, so it takes two calibration images or more"
 _OVERFLOW = "not compensated: squares of what it reads or gives are beyond float32"
 # Multiplications that running the images through the network may take where some are made.
 _WORK = 2e11
@@ -77,6 +78,8 @@ class Compensate:
         if wanted:
             blocks, memory = find_blocks(gm), self.options.memory_bytes
             sides, parts = _arranged(self.sides, gm, self.options)
+            if self.options.ridge and len(self.sides.images) < 2:
+                skips.append(Skip("network", _ONE_IMAGE))
             for station in sides.walk(gm, blocks, "compensate", memory):
                 for wave in waves(station.block.nodes, set(wanted)):
                     for node, moments in _collect(station, wave, parts).items():
