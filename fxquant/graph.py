@@ -116,6 +116,7 @@ _PRODUCERS: dict[Any, str] = {
     aten.mul.Tensor: "mul",
     aten.cat.default: "cat",
     aten.mean.dim: "mean",
+    aten.adaptive_avg_pool1d.default: "mean",
     aten.adaptive_avg_pool2d.default: "mean",
 }
 

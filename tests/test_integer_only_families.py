@@ -31,6 +31,10 @@ FUNCTIONS = {
     "parts put together again": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
     "padding of a sum": lambda x: functional.pad((x + x.roll(1, -1))[..., :9], (3, 4)),
     "a mean beside values": lambda x: x + x.relu().mean(-1, keepdim=True),
+    "a pool of each channel": lambda x: x + functional.adaptive_avg_pool2d(x.relu(), 1),
+    "a pool of each row": lambda x: (
+        x + functional.adaptive_avg_pool1d(x.relu().flatten(1, 2), 1).view(-1, 3, 16, 1)
+    ),
     "hardswish": functional.hardswish,
     "sigmoid of sigmoid": lambda x: x.sigmoid().sigmoid(),
     "softmax across rows": lambda x: x.softmax(-2),
@@ -85,6 +89,12 @@ def test_an_image_that_joins_its_own_features_is_refused() -> None:
 
     reason = compiled(policies.w8a8(full=True), Joined()).lower("integer").meta["float_because"]
     assert reason == "x is float and joins integer values"
+
+
+def test_a_pool_to_several_places_is_refused() -> None:
+    qm = compiled(policies.w8a8(full=True), Ends(lambda x: functional.adaptive_avg_pool2d(x, 16)))
+    reason = qm.lower("integer").meta["float_because"]
+    assert "takes a mean that is not over whole axes of fixed size" in reason
 
 
 def test_scales_along_two_axes_are_refused() -> None:

@@ -17,7 +17,8 @@ from fxquant.graph import arguments, aten, constant, elementwise_kind, operand
 from fxquant.quantizers import UniformQuantizer
 from fxquant.spec import OpKind
 
-MEANS = (aten.mean.dim, aten.adaptive_avg_pool2d.default)
+_POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default)
+MEANS = (aten.mean.dim, *_POOLS)
 
 
 def elementwise_module(
@@ -75,8 +76,9 @@ def mean_module(node: fx.Node, inner: Sums) -> tuple[IntMean, int]:
     given, shape = arguments(node), operand(node, 0).meta["val"].shape
     axes: list[int] = given.get("dim") or []
     keepdim = given.get("keepdim", True)
-    if "output_size" in given:
-        axes = [-2, -1] if list(given["output_size"]) == [1, 1] else []
+    if node.target in _POOLS:
+        size = list(given["output_size"])
+        axes = list(range(-len(size), 0)) if set(size) == {1} else []
     sizes = [shape[axis] for axis in axes]
     if not sizes or not all(isinstance(n, int) for n in sizes) or inner.axis is not None:
         raise LoweringError(
