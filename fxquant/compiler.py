@@ -51,6 +51,7 @@ from fxquant.passes import (
     SplitAttention,
     SplitProjections,
     ToLinear,
+    UnifyMoves,
     run_passes,
 )
 from fxquant.policy import Policy
@@ -65,10 +66,11 @@ from fxquant.smoothing_sites import Choices, choose_smoothing
 from fxquant.spec import GRADIENT_METRICS
 from fxquant.user_loss import Loss, check_callable
 
-# Each pass relies on those before it: attention and einsum must be open before products are sorted,
-# a transposed weight folded before a product is seen to be a linear, and batch norm folded before
-# a projection's weight is cut in parts.
+# Each pass relies on those before it: all know moves by one name, attention and einsum must be open
+# before products are sorted, a transposed weight folded before a product is seen to be a linear,
+# and batch norm folded before a projection's weight is cut in parts.
 CANONICAL: tuple[Pass, ...] = (
+    UnifyMoves(),
     DropNoOps(),
     SplitAttention(),
     OpenEinsum(),

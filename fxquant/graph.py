@@ -75,7 +75,6 @@ MOVES: frozenset[Any] = frozenset(
         aten.permute.default,
         aten.transpose.int,
         aten.t.default,
-        aten.movedim.int,
         aten.expand.default,
         aten.clone.default,
         aten.contiguous.default,

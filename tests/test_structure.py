@@ -39,6 +39,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "saved_checks",
         "rewrite",
         "fold_sites",
+        "masks",
         "affine_fold",
         "network_loss",
         "blocks",

@@ -22,6 +22,7 @@ from fxquant.passes.smooth_with_bias import SmoothWithBias
 from fxquant.passes.split_attention import SplitAttention
 from fxquant.passes.split_projections import SplitProjections
 from fxquant.passes.to_linear import ToLinear
+from fxquant.passes.unify_moves import UnifyMoves
 
 __all__ = [
     "AllocateBits",
@@ -48,5 +49,6 @@ __all__ = [
     "SplitAttention",
     "SplitProjections",
     "ToLinear",
+    "UnifyMoves",
     "run_passes",
 ]

@@ -27,9 +27,15 @@ from fxquant.graph import (
     possible_edges,
     rank,
 )
+from fxquant.masks import masked
 from fxquant.passes.base import PassResult, Skip
 from fxquant.policy import Rule
 from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, Stage, TensorSpec
+
+_MASKED = (
+    "left float: what it reads may hold minus infinity, as attention masks do, and no integer "
+    "stands for that; a mask of a finite number, such as -100, is quantized"
+)
 
 
 def _earlier(rules: set[int]) -> str:
@@ -99,6 +105,7 @@ class AssignSpecs:
         deciders: dict[int, set[int]] = {}
         chosen: dict[fx.Node, dict[Arg, TensorSpec]] = {}
         pinned: dict[fx.Node, frozenset[Arg]] = {}
+        hidden = masked(gm)
         skips = [
             Skip(node.name, UNSUPPORTED[node.target])
             for node in gm.graph.nodes
@@ -110,7 +117,10 @@ class AssignSpecs:
                 continue  # float unless a rule names its operation
             for i in hits:
                 deciders.setdefault(i, set()).add(hits[0])
-            spec, reason = self._decide(gm, edge, hits[0] if hits else None)
+            if not edge.kind.is_product and not hidden.isdisjoint(edge.node.all_input_nodes):
+                spec, reason = None, _MASKED
+            else:
+                spec, reason = self._decide(gm, edge, hits[0] if hits else None)
             if reason:
                 skips.append(Skip(edge.name, reason))
             if spec is not None:
