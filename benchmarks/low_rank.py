@@ -23,8 +23,8 @@ from torch import Tensor, fx
 
 import fxquant
 from fxquant import LowRank, Policy, policies
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.demo.models import NAMES, build
 from fxquant.graph import op_kind
 from fxquant.passes import AssignSpecs, AttachLowRank, InsertObservers, run_passes

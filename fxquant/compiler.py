@@ -15,50 +15,32 @@ from fxquant.allocate.outcome import Outcome
 from fxquant.batches import CalibrationImages
 from fxquant.bit_widths import check_budget, choose_widths, picker
 from fxquant.calibrate import calibrate, norm_ranges
-from fxquant.capture import capture, check_model, device_of
-from fxquant.errors import (
-    BatchError,
-    CaptureError,
-    NonFiniteError,
-    OutputError,
-    PassError,
-    PolicyError,
-)
+from fxquant.canonical import FloatModel, canonicalize
+from fxquant.capture import capture, check_model
+from fxquant.errors import OutputError, PolicyError
 from fxquant.files import check_writable
 from fxquant.model import CompiledModel
-from fxquant.network_loss import float_outputs
 from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
     AttachLowRank,
     Compensate,
     CorrectBias,
-    DropNoOps,
-    FoldBatchNorm,
-    FoldConstants,
     Freeze,
     InsertObservers,
-    NameNodes,
-    OpenEinsum,
-    Pass,
     PassResult,
     QuantizeBias,
     Reconstruct,
     Reparameterize,
-    ScaleAfterMatmul,
     SearchScales,
     SmoothWithBias,
-    SplitAttention,
-    SplitProjections,
-    ToLinear,
-    UnifyMoves,
     run_passes,
 )
 from fxquant.policy import Policy
 from fxquant.policy_file import policy_to_dict, resolve
 from fxquant.progress import track, working
 from fxquant.reconstruction.training import split
-from fxquant.report import Report, make_plan, measure_sqnr, weight_bytes
+from fxquant.report import Report, make_plan, measure_sqnr, quantized_bytes
 from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
 from fxquant.side_by_side import SideBySide, all_images
@@ -66,23 +48,7 @@ from fxquant.smoothing_sites import Choices, choose_smoothing
 from fxquant.spec import GRADIENT_METRICS
 from fxquant.user_loss import Loss, check_callable
 
-# Each pass relies on those before it: all know moves by one name, attention and einsum must be open
-# before products are sorted, a transposed weight folded before a product is seen to be a linear,
-# and batch norm folded before a projection's weight is cut in parts.
-CANONICAL: tuple[Pass, ...] = (
-    UnifyMoves(),
-    DropNoOps(),
-    SplitAttention(),
-    OpenEinsum(),
-    FoldConstants(),
-    ToLinear(),
-    FoldBatchNorm(),
-    ScaleAfterMatmul(),
-    SplitProjections(),
-    NameNodes(),
-)
-HOOKS_NOTE = "its hooks are not in the compiled model; what they change is missing there"
-# Images that canonicalization is checked on, and that the report's SQNR is measured on.
+# Images that the float model is looked at with, and that the report's SQNR is measured on.
 _FEW = 8
 
 
@@ -130,7 +96,7 @@ def compile(
     clock = _Clock()
     with working("capture", enabled=progress):
         gm = capture(model, images.first)
-        results, exact = _canonicalize(gm, images.first)
+        results, original = canonicalize(gm, images.first[:_FEW])
     clock.lap("capture")
     if recipe.reparameterize:
         ranges = norm_ranges(gm, track(images, label="ranges", total=len(images), enabled=progress))
@@ -165,7 +131,7 @@ def compile(
     results |= _recover(gm, images, recipe, samples, cache, clock, progress)
     results |= run_passes(gm, (QuantizeBias(),))
     clock.lap("fit")
-    report = _report(gm, exact, recipe, results, images.first, seen, clock, outcome)
+    report = _report(gm, original, recipe, results, seen, clock, outcome)
     return CompiledModel(gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
 
@@ -257,70 +223,17 @@ class _Clock:
         self._last = now
 
 
-@torch.no_grad()
-def _canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResult], list[Tensor]]:
-    """Brings the graph to the canonical dialect and checks that its function is unchanged.
-
-    Gives what the passes did, and the float outputs of the first few images.
-    """
-    sample = images[:_FEW].to(device_of(gm))
-    before, again = _outputs(gm, sample), _outputs(gm, sample)
-    if any(bool(value.isnan().any()) for value in before):
-        raise NonFiniteError(
-            "the float model itself outputs NaN for the first calibration images: check its "
-            "weights and the image normalisation"
-        )
-    if any(not torch.equal(old, new) for old, new in zip(before, again, strict=True)):
-        raise CaptureError(
-            "the model gives other outputs when run again: it draws random numbers or changes a "
-            "buffer in eval mode, and cannot be compiled so: turn that off"
-        )
-    results = run_passes(gm, CANONICAL)
-    for old, new in zip(before, _outputs(gm, sample), strict=True):
-        error = _difference(old, new)
-        if not error < 1e-3:
-            raise PassError(
-                f"the canonical graph differs from the captured one by {error:.1e} of its largest "
-                "output. This is a bug; please report it with the model's definition"
-            )
-    return results, before
-
-
-def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
-    """The float tensors among the outputs.
-
-    Raises:
-        BatchError: the model does not take the images.
-    """
-    try:
-        return float_outputs(gm(images))
-    except (RuntimeError, TypeError) as error:
-        raise BatchError(
-            f"the model does not take images of shape {tuple(images.shape)} and type "
-            f"{images.dtype} ({error})"
-        ) from error
-
-
-def _difference(old: Tensor, new: Tensor) -> float:
-    """Largest difference over the largest old value; equal infinities count as equal."""
-    gap = torch.where(old == new, 0.0, (old - new).abs())
-    size = torch.where(old.isinf(), 0.0, old.abs())
-    return float(gap.max() / size.max().clamp(min=1e-6))
-
-
 def _report(
     gm: fx.GraphModule,
-    exact: list[Tensor],
+    original: FloatModel,
     recipe: Policy,
     results: dict[str, PassResult],
-    images: Tensor,
     seen: int,
     clock: _Clock,
     outcome: Outcome | None,
 ) -> Report:
     reasons = {skip.site: skip.reason for skip in results["AssignSpecs"].skips}
-    before, after = weight_bytes(gm)
-    sqnr, output_sqnr = measure_sqnr(gm, images[:_FEW].to(device_of(gm)), exact)
+    sqnr, output_sqnr = measure_sqnr(gm, original.images, original.outputs)
     clock.lap("report")
     return Report(
         policy=recipe.name,
@@ -328,8 +241,8 @@ def _report(
         sqnr=sqnr,
         output_sqnr=output_sqnr,
         images=seen,
-        float_bytes=before,
-        quantized_bytes=after,
+        float_bytes=original.bytes,
+        quantized_bytes=quantized_bytes(gm),
         seconds=clock.seconds,
         allocation=outcome,
         changes={name: result.changed for name, result in results.items()},
@@ -338,12 +251,9 @@ def _report(
             for name, result in results.items()
             for gain in result.gains
         ),
-        notes=(
-            *(("capture", path, HOOKS_NOTE) for path in gm.meta["hooked"]),
-            *(
-                (name, skip.site, skip.reason)
-                for name, result in results.items()
-                for skip in result.skips
-            ),
+        notes=tuple(
+            (name, skip.site, skip.reason)
+            for name, result in results.items()
+            for skip in result.skips
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,21 @@ class CompiledModel(nn.Module):
         self.policy = policy
         self.image_shape = image_shape
         self.eval()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompiledModel:
+        """Moves to another device; scales and grids hold in float32 alone.
+
+        Raises:
+            LoweringError: the numbers would be of another type.
+        """
+        wanted = fn(torch.zeros(())).dtype
+        if wanted is not torch.float32:
+            raise LoweringError(
+                f"the model was quantized in float32, got a cast to {wanted}: its codes would "
+                "become others; export_onnx() and lower() give what is small and fast"
+            )
+        moved: CompiledModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     @property
     def plan(self) -> tuple[PlanEntry, ...]:
@@ -294,7 +310,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileFormatError(f"cannot read {path}: {error.strerror}; {advice}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(
             f"{path} is no JSON ({error}): truncated or foreign; {advice}"
         ) from error

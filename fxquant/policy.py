@@ -60,6 +60,13 @@ class Rule:
     optional: bool = False
     pinned: bool = False
 
+    def __str__(self) -> str:
+        """Its conditions, as a policy file has them."""
+        names = ("path", "op", "arg", "fed_by", "end")
+        given = {name: getattr(self, name) for name in names}
+        shown = [f"{k}: {v}" for k, v in given.items() if v not in (None, ".*")]
+        return ", ".join(shown) or "any product"
+
     def __post_init__(self) -> None:
         """Checks the conditions.
 

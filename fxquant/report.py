@@ -17,7 +17,6 @@ from fxquant.allocate.outcome import Outcome
 from fxquant.graph import edges, fed_by, get_parameter, submodule
 from fxquant.network_loss import float_outputs
 from fxquant.quantizers import Quantizer
-from fxquant.rewrite import ADDED
 from fxquant.spec import Arg, Granularity, ObserverKind, Scheme, TensorSpec
 
 
@@ -120,31 +119,37 @@ def _decibels(signals: list[Tensor], found: list[Tensor]) -> float:
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
-def weight_bytes(gm: fx.GraphModule) -> tuple[int, int]:
-    """Bytes of the float model's parameters, and of all with quantized weights at their width.
+def float_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of the parameters that a graph in stage FLOAT reads, shared ones once."""
+    return sum(4 * value.numel() for value in _parameters(gm).values())
 
-    The latter counts the scales of weights and activations too, each as float32; zero_points, a
-    byte at most each, are left out, and a bias is as large in int32 as in float32.
+
+def quantized_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of a frozen graph's parameters, quantized weights at their width.
+
+    The scales of weights and activations are counted too, each as float32; zero_points, a byte at
+    most each, are left out, and a bias is as large in int32 as in float32.
     """
-    before = after = 0.0
-    quantized = {
-        edge.source.args[0]: edge.spec.bits
+    bits = {
+        str(edge.source.args[0]): edge.spec.bits
         for edge in edges(gm)
         if edge.arg is Arg.WEIGHT and edge.spec is not None
     }
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            count = get_parameter(gm, node).numel()
-            before += 0 if ADDED in node.meta else 4 * count
-            after += count * quantized.get(node, 32) / 8
-    after += sum(
+    stored = sum(value.numel() * bits.get(n.name, 32) for n, value in _parameters(gm).items())
+    scales = sum(
         4 * buffer.numel()
         for module in gm.modules()
         if isinstance(module, Quantizer)
         for name, buffer in module.named_buffers()
         if name == "scale"
     )
-    return round(before), round(after)
+    return round(stored / 8) + scales
+
+
+def _parameters(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
+    """The parameters that a graph reads, by one of the nodes that read each."""
+    nodes = {node.target: node for node in gm.graph.nodes if node.op == "get_attr"}
+    return {node: get_parameter(gm, node) for node in nodes.values()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +204,8 @@ class Report:
         """One line."""
         quantized = len(self.plan) - len(self.left_float)
         others = {site for site, _ in self.unsupported}
-        besides = f" ({len(others)} products have no quantized form)" if others else ""
+        have = "product has" if len(others) == 1 else "products have"
+        besides = f" ({len(others)} {have} no quantized form)" if others else ""
         return (
             f"{self.policy}: {quantized} of {len(self.plan)} edges quantized{besides}, "
             f"outputs at {self.output_sqnr:.1f} dB, {self.images} calibration images, "

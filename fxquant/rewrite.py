@@ -20,9 +20,6 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from fxquant.errors import PassError
 from fxquant.graph import get_parameter
 
-# In the meta of a constant: it is no parameter of the float model, nor made of one.
-ADDED = "added"
-
 
 def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) -> fx.Node:
     """Registers ``value`` as a buffer of the graph and returns a node that reads it.

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from fxquant import testing
 from fxquant.calibrate import calibrate
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.graph import edges
 from fxquant.passes import AssignSpecs, InsertObservers, PassResult, run_passes
 from fxquant.policy import Rule

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import testing
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.passes import AssignSpecs, InsertObservers, run_passes
 from fxquant.policy import Rule
 from fxquant.samples import sample_products

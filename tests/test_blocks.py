@@ -98,7 +98,7 @@ def test_shipped_models_have_as_many_blocks_as_they_say(name: str, count: int) -
 
 
 def canonical_shipped(name: str) -> fx.GraphModule:
-    from fxquant.compiler import CANONICAL
+    from fxquant.canonical import CANONICAL
 
     gm = capture(build(name), torch.zeros(2, 3, 64, 64))
     run_passes(gm, CANONICAL)

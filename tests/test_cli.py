@@ -15,7 +15,9 @@ import torch
 import fxquant
 from fxquant.backends.onnx_qdq.difference import Difference
 from fxquant.cli import commands, main
-from fxquant.cli.preprocess import timm_preprocessing
+from fxquant.cli.evaluation import Score
+from fxquant.cli.preprocess import read_preprocessing, timm_preprocessing
+from fxquant.errors import FileFormatError
 from tests.cli_helpers import ARGS, TINY, VIT, draw, draw_flat, fails
 
 
@@ -83,6 +85,47 @@ def test_eval_of_a_bare_onnx_file_needs_a_preprocessing(
         assert "vit.onnx in onnxruntime: 3 images" in capsys.readouterr().out
     assert "set --image-size" in fails(capsys, *start, "--model", VIT, "--image-size", "48")
     assert "needs the folder" in fails(capsys, *start, "--backend", "integer")
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("--std", ("0", "0.5", "0.5"), "std must be of values in 0..1, above 0, got 0.0, 0.5, 0.5"),
+        ("--std", ("0.5", "nan", "0.5"), "std must be of values"),
+        ("--mean", ("123.7", "116.3", "103.5"), "divide those of values in 0..255 by 255"),
+        ("--mean", ("-0.1", "0", "0"), "mean must be of values in 0..1, got -0.1"),
+    ],
+)
+def test_means_and_deviations_that_cannot_be_are_refused(
+    compiled: Path,
+    photos: Path,
+    option: str,
+    values: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in fails(capsys, "eval", compiled, "--data", photos, option, *values)
+    plain = ["0", "0", "0"] if option == "--mean" else ["1", "1", "1"]
+    assert main(["eval", str(compiled), "--data", str(photos), option, *plain]) == 0
+
+
+def test_a_preprocessing_file_with_a_deviation_of_zero_is_damaged(tmp_path: Path) -> None:
+    plain = timm_preprocessing("vit_tiny_patch16_224")
+    file = tmp_path / "preprocessing.json"
+    file.write_text(plain.to_json().replace('"std": [\n   0.5', '"std": [\n   0.0'))
+    with pytest.raises(FileFormatError, match=r"is damaged .*std must be of values"):
+        read_preprocessing(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(FileFormatError, match="is damaged"):
+        read_preprocessing(file)
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_five_of_five_classes_are_no_measure(classes: int, shown: bool) -> None:
+    score = Score(
+        name="x", top1=0.5, top5=1.0, classes=classes, seconds=1.0, predictions=torch.zeros(4)
+    )
+    assert ("top-5" in str(score)) == shown
 
 
 def test_eval_errors(
@@ -253,7 +296,7 @@ def test_interrupting_is_quiet(
 
     monkeypatch.setattr(commands, "find_model", interrupt)
     assert main(["compile", "vit_tiny_patch16_224", "--out", "x"]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err.startswith("interrupted: the same command takes up a search")
 
 
 def test_threads_are_set_and_checked(capsys: pytest.CaptureFixture[str]) -> None:

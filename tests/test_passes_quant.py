@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from fxquant import passes, testing
 from fxquant.calibrate import calibrate
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.errors import CalibrationError, PassError, VerifyError
 from fxquant.graph import Edge, edges, get_parameter, op_kind, submodule
 from fxquant.low_rank import LowRank

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxquant import testing
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.graph import get_parameter
 from fxquant.passes import (
     DropNoOps,

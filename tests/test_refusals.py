@@ -17,6 +17,7 @@ from fxquant.errors import (
     BatchError,
     CaptureError,
     EmptyLoaderError,
+    LoweringError,
     NonFiniteError,
     OutputError,
     PolicyError,
@@ -63,6 +64,33 @@ class Exhausted:
 def test_a_loader_that_is_empty_when_read_again_is_explained(vit: nn.Module) -> None:
     with pytest.raises(EmptyLoaderError, match="no batch when it was read again"):
         fxquant.compile(vit, Exhausted(), policies.mptq_vit(6, 6))
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.double, nn.Module.bfloat16])
+def test_another_type_of_numbers_is_refused(
+    quantized: fxquant.CompiledModel, cast: Callable[[nn.Module], nn.Module]
+) -> None:
+    before = quantized(X)
+    with pytest.raises(LoweringError, match="was quantized in float32, got a cast to torch"):
+        cast(quantized)
+    assert torch.equal(quantized.float().to("cpu")(X), before)
+
+
+class Mixing(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(DIM, 2, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x)[0]
+        return y
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_images_that_change_each_others_outputs_are_noted(batch_first: bool) -> None:
+    report = fxquant.compile(seeded(Mixing(batch_first)), [tokens()], "w8a8").report
+    found = [(name, site) for name, site, why in report.notes if "the others of its batch" in why]
+    assert found == ([] if batch_first else [("capture", "model")])
 
 
 class TwoInputs(nn.Module):

@@ -69,7 +69,7 @@ def test_products_without_a_quantized_form_are_counted() -> None:
     model = nn.Sequential(nn.Linear(DIM, DIM), nn.ConvTranspose1d(TOKENS, TOKENS, 1))
     report = fxquant.compile(seeded(model), [tokens()], "w8a8").report
     assert [site for site, _ in report.unsupported] == ["conv_transpose1d"]
-    assert "1 products have no quantized form" in report.summary()
+    assert "1 product has no quantized form" in report.summary()
     assert "conv_transpose1d has no quantized form yet" in str(report)
 
 

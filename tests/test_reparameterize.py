@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from fxquant import testing
 from fxquant.calibrate import norm_ranges
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.fold_sites import Site, norm_sites
 from fxquant.graph import get_parameter
 from fxquant.passes import PassResult, Reparameterize, run_passes

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxquant
 from fxquant import Rule, TensorSpec, testing
@@ -120,6 +120,21 @@ def test_more_bits_are_reported_as_less_noise() -> None:
     assert 12 < reports[1].output_sqnr - reports[0].output_sqnr < 36
     gains = [fine[name] - coarse[name] for name in fine]
     assert 18 < sum(gains) / len(gains) < 30  # about 6 dB a bit
+
+
+def test_parameters_that_layers_share_are_counted_once() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(DIM, DIM), nn.Linear(DIM, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.layer(x).relu()))
+
+    report = fxquant.compile(seeded(Shared()), [tokens()], "w8a8").report
+    assert report.float_bytes == 4 * (DIM * DIM + DIM + 3 * DIM + 3)
+    scales = report.quantized_bytes - (DIM * DIM + 3 * DIM + 4 * (DIM + 3))
+    assert 4 * (DIM + 3) < scales <= 4 * (2 * DIM + 3 + 3)
 
 
 def test_a_layer_of_zeros_costs_nothing() -> None:

@@ -219,6 +219,12 @@ def test_an_unknown_operator_is_named(saved: Path) -> None:
         fxquant.load(saved)
 
 
+def test_a_config_of_brackets_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "quant_config.json").write_text("[" * 100_000)
+    with pytest.raises(FileFormatError, match="is no JSON"):
+        fxquant.load(tmp_path)
+
+
 def change(folder: Path, *, settle: bool = True, **changed: Tensor | None) -> None:
     """Rewrites tensors of a save, None takes one out; the digest is made to fit if ``settle``."""
     path = folder / WEIGHTS_FILE

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fxquant import policies, testing
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
 from fxquant.passes import AssignSpecs, Freeze, InsertObservers, SearchScales, run_passes

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fxquant import product_rows, testing
 from fxquant.allocate.outcome import rank_correlation
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.graph import fed_by, quantized_edges
 from fxquant.network_loss import OutputDistance

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import fxquant
 from fxquant import Policy, Rule, TensorSpec, policies
 from fxquant.affine_fold import fold
+from fxquant.canonical import CANONICAL
 from fxquant.capture import capture
-from fxquant.compiler import CANONICAL
 from fxquant.fold_sites import Site, linear_sites, norm_sites
 from fxquant.passes import AssignSpecs, SmoothWithBias, run_passes
 from fxquant.samples import sample_products

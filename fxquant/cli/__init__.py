@@ -15,6 +15,11 @@ import torch
 from fxquant.cli.arguments import build_parser
 from fxquant.errors import FxQuantError
 
+GOES_ON = (
+    ": the same command takes up a search of widths or a training where it stopped, other steps "
+    "begin anew"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -37,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        goes_on = options.command == "compile"  # from the losses and blocks in its cache
+        print(f"interrupted{GOES_ON if goes_on else ''}", file=sys.stderr)
         return 130
 
 

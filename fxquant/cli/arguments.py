@@ -127,7 +127,12 @@ def _add_pareto(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost", choices=[str(cost) for cost in Cost], default="mean_bits", help="(mean_bits)"
     )
-    parser.add_argument("--steps", type=_count, default=25, help="budgets in even steps (25)")
+    parser.add_argument(
+        "--steps",
+        type=_count,
+        default=25,
+        help="budgets, from the least cost to the most (25)",
+    )
 
 
 def _add_policies(commands: Any, common: argparse.ArgumentParser) -> None:

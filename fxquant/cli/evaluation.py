@@ -54,8 +54,9 @@ class Score:
     def __str__(self) -> str:
         """One line."""
         images = len(self.predictions)
+        top5 = f", top-5 {self.top5:.2%}" if self.classes > _TOP else ""
         return (
-            f"{self.name}: {images} images, top-1 {self.top1:.2%}, top-5 {self.top5:.2%}, "
+            f"{self.name}: {images} images, top-1 {self.top1:.2%}{top5}, "
             f"{images / self.seconds:.1f} images/s"
         )
 

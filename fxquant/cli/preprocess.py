@@ -37,6 +37,20 @@ class Preprocessing:
     library: Literal["timm", "torchvision"]
     settings: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        """Checks the numbers that every value is divided by.
+
+        Raises:
+            DataError: mean or std is not of values in 0..1.
+        """
+        for name, least in (("mean", -1e-9), ("std", 0.0)):
+            values = self.settings.get(name)
+            if values is not None and not all(least < value <= 1 for value in values):
+                raise DataError(
+                    f"{name} must be of values in 0..1{', above 0' if name == 'std' else ''}, got "
+                    f"{', '.join(map(str, values))}: divide those of values in 0..255 by 255"
+                )
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of one image, ``(3, H, W)``."""
@@ -146,7 +160,7 @@ def read_preprocessing(path: Path) -> Preprocessing:
         assert len(found.image_shape) == 3
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DataError) as error:
         raise FileFormatError(
             f"{path} is damaged ({type(error).__name__}: {error}); compile the model again, or "
             "remove the file and give --model"

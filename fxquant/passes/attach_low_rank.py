@@ -29,7 +29,7 @@ from fxquant.low_rank import LowRank
 from fxquant.observers import make_observer
 from fxquant.passes.base import BIAS_CORRECTED, Gain, PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.rewrite import ADDED, add_constant, emit, set_bias
+from fxquant.rewrite import add_constant, emit, set_bias
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.output import ProductSample
 from fxquant.shapes import example_batch, example_shape
@@ -249,7 +249,6 @@ class _Branch:
     def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, part: str) -> fx.Node:
         node = self._site.node
         stored = add_constant(gm, factor, f"{node.name}_{part}_factor", like=node)
-        stored.meta[ADDED] = True
         linear = emit(gm, aten.linear.default, x, stored, like=node)
         linear._rename(f"{node.name}_{part}")
         linear.meta[_DONE] = True
