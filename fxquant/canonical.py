@@ -48,6 +48,7 @@ MIXES_NOTE = (
     "what one image gives depends on the others of its batch: a layer may take the batch for "
     "another axis, as nn.MultiheadAttention does without batch_first=True"
 )
+ALONE_NOTE = "it does not run on one image alone, for batches of two or more only"
 # Differences of the same function computed in another order, over the largest output.
 _CLOSE = 1e-3
 
@@ -97,8 +98,7 @@ def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResu
             "buffer in eval mode, and cannot be compiled so: turn that off"
         )
     notes = [Skip(path, HOOKS_NOTE) for path in gm.meta["hooked"]]
-    if _mixes(gm, images, before):
-        notes.append(Skip("model", MIXES_NOTE))
+    notes += [Skip("model", note) for note in _notes_of_batches(gm, images, before)]
     results = {"capture": PassResult(0, tuple(notes))} | run_passes(gm, CANONICAL)
     for old, new in zip(before, _outputs(gm, images), strict=True):
         error = _difference(old, new)
@@ -110,14 +110,20 @@ def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResu
     return results, FloatModel(images, before, float_bytes(gm))
 
 
-def _mixes(gm: fx.GraphModule, images: Tensor, together: list[Tensor]) -> bool:
-    """Whether the first image gives something else alone than in the batch."""
-    count = len(images)
-    return any(
-        len(old) == count and len(new) == 1 and not _difference(old[:1], new) < _CLOSE
-        for old, new in zip(together, _outputs(gm, images[:1]), strict=True)
-        if old.ndim and count > 1
+def _notes_of_batches(gm: fx.GraphModule, images: Tensor, together: list[Tensor]) -> list[str]:
+    """What is odd of the first image alone, if anything is, beside its outputs in the batch."""
+    if len(images) == 1:
+        return []
+    try:
+        alone = _outputs(gm, images[:1])
+    except BatchError:
+        return [ALONE_NOTE]
+    mixes = any(
+        old[:1].shape == new.shape and not _difference(old[:1], new) < _CLOSE
+        for old, new in zip(together, alone, strict=True)
+        if old.ndim and len(old) == len(images)
     )
+    return [MIXES_NOTE] if mixes else []
 
 
 def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
@@ -128,7 +134,7 @@ def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
     """
     try:
         return float_outputs(gm(images))
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError) as error:
         raise BatchError(
             f"the model does not take images of shape {tuple(images.shape)} and type "
             f"{images.dtype} ({error})"

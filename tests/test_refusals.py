@@ -24,7 +24,7 @@ from fxquant.errors import (
 )
 from fxquant.policy_file import read_policy
 from fxquant.spec import OpKind, ScaleSearch
-from fxquant.testing import DIM, images, relative_error, seeded, tokens
+from fxquant.testing import DIM, TOKENS, images, relative_error, seeded, tokens
 
 X = images(4, 16)
 
@@ -91,6 +91,21 @@ def test_images_that_change_each_others_outputs_are_noted(batch_first: bool) -> 
     report = fxquant.compile(seeded(Mixing(batch_first)), [tokens()], "w8a8").report
     found = [(name, site) for name, site, why in report.notes if "the others of its batch" in why]
     assert found == ([] if batch_first else [("capture", "model")])
+
+
+def test_a_model_that_takes_no_single_image_is_noted() -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(DIM, DIM), nn.Linear(TOKENS * DIM, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.layer(x).squeeze().flatten(-2)).sum(1)
+            return y
+
+    report = fxquant.compile(seeded(Squeezed()), [tokens()], "w8a8").report
+    (note,) = report.notes
+    assert note[:2] == ("capture", "model") and "does not run on one image alone" in note[2]
 
 
 class TwoInputs(nn.Module):
