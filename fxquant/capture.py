@@ -235,8 +235,7 @@ def _mutates(program: ExportedProgram) -> bool:
 def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph with a plain signature: one tensor in, the user's outputs out.
 
-    Outputs keep tuples, lists and dicts; of other containers (named tuples, data classes) a tuple
-    of their tensors is left.
+    Outputs keep tuples, lists and dicts; of other containers a tuple of their tensors is left.
     """
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -255,6 +254,7 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
         output.args = (pytree.tree_unflatten(leaves, spec),)
     else:
         output.args = (tuple(leaves),)
+    graph._tracer_cls = None  # export's could not be made anew, as unpickling does
     gm = fx.GraphModule(module, graph)
     gm.meta["stage"] = Stage.FLOAT
     return gm

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import Rule, TensorSpec, testing
 from fxquant.errors import FileFormatError, OutputError
-from fxquant.model import CONFIG_FILE, WEIGHTS_FILE
+from fxquant.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.testing import DIM, images, seeded, tokens
 
 
@@ -130,8 +130,8 @@ def full_in_safetensors(tensors: Any, path: Path, metadata: Any) -> None:
 @pytest.mark.parametrize(
     ("target", "failure"),
     [
-        ("fxquant.model.save_file", full_in_safetensors),
-        ("fxquant.model.save_file", full),
+        ("fxquant.storage.save_file", full_in_safetensors),
+        ("fxquant.storage.save_file", full),
         ("pathlib.Path.write_text", full),
         ("tempfile.mkstemp", full),
         ("os.replace", full),

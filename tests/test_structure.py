@@ -49,7 +49,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("product_rows", "samples", "sensitivity", "side_by_side"),
     ("bit_widths", "smoothing_sites", "reconstruction"),
     ("passes",),
-    ("report", "canonical"),
+    ("report", "canonical", "storage"),
     ("model",),
     ("compiler",),
     ("__init__", "testing", "cli", "cli_model", "demo", "__main__"),

@@ -37,11 +37,12 @@ from fxquant.cli.widths import budget_of, with_budget
 from fxquant.compiler import compile
 from fxquant.errors import DataError, FileFormatError, ModelError, PolicyError
 from fxquant.files import check_writable, write_text, write_together
-from fxquant.model import CONFIG_FILE, WEIGHTS_FILE, CompiledModel, load
+from fxquant.model import CompiledModel, load
 from fxquant.policy import Policy
 from fxquant.policy_file import resolve, to_yaml
 from fxquant.progress import track, working
 from fxquant.report import Report
+from fxquant.storage import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport

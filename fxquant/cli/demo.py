@@ -26,8 +26,9 @@ from fxquant.cli.models import DEMO_MODELS, Weights, build_model, find_model, pr
 from fxquant.compiler import compile
 from fxquant.errors import ModelError
 from fxquant.files import check_writable
-from fxquant.model import WEIGHTS_FILE, CompiledModel
+from fxquant.model import CompiledModel
 from fxquant.progress import track
+from fxquant.storage import WEIGHTS_FILE
 from fxquant.suggest import did_you_mean
 
 _POLICY, _CALIBRATION_IMAGES, _BATCH = "w8a8", 32, 8
