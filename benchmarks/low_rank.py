@@ -29,7 +29,7 @@ from fxquant.demo.models import NAMES, build
 from fxquant.graph import op_kind
 from fxquant.passes import AssignSpecs, AttachLowRank, InsertObservers, run_passes
 from fxquant.progress import track
-from fxquant.report import weight_bytes
+from fxquant.report import quantized_bytes
 from fxquant.samples import sample_products
 from fxquant.search.output import ProductSample
 from fxquant.spec import OpKind
@@ -65,14 +65,14 @@ def measure(name: str, policy: Policy, draw: int, options: argparse.Namespace) -
     labels = load("test", 0, options.images)[1]
     base = fxquant.compile(build(name), images.split(16), policy).graph_module
     rows = rows_of(name, images, policy)
-    size, work = weight_bytes(base)[1], multiplications(base)
+    size, work = quantized_bytes(base), multiplications(base)
     exact, found = float_outputs(name, options.images), []
     for _, low_rank in variants(options):
         gm, layers = copy.deepcopy(base), 0
         if low_rank is not None:
             layers = run_passes(gm, [AttachLowRank(rows, low_rank)])["AttachLowRank"].changed
         quality = score(outputs(gm, options.images), exact, labels)
-        bytes_now = weight_bytes(gm)[1]
+        bytes_now = quantized_bytes(gm)
         added = (bytes_now - size) / 1e3, 100 * (multiplications(gm) / work - 1)
         found.append([*quality, bytes_now / 1e3, *added, float(layers)])
     return found

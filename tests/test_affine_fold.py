@@ -48,7 +48,7 @@ def test_the_fold_keeps_the_function(seed: int, spread: float, shifts: bool, bia
         lambda m, y: m.one(y.unflatten(-1, (2, 4)).flatten(2)),
         lambda m, y: m.one(y[:, 1:3].reshape(-1, DIM)) * m.two(y[:, 0])[:, None, :1].sum(),
         lambda m, y: m.one(y.unsqueeze(1).expand(-1, 2, -1, -1).permute(2, 1, 0, 3)),
-        lambda m, y: m.one(y.permute(2, 0, 1).flatten(1).movedim(0, -1)),
+        lambda m, y: m.one(y.permute(2, 0, 1).flatten(1).transpose(0, -1)),
         lambda m, y: m.one(y.split(2, 1)[1].contiguous()),
         lambda m, y: m.one(y.chunk(2, 1)[1]) + m.two(y.unbind(1)[0])[:, None],
         lambda m, y: m.one(F.pad(y, (0, 0, 1, 1))[:, 1:-1]),

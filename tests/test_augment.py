@@ -19,7 +19,7 @@ from fxquant.errors import PolicyError
 from fxquant.graph import get_parameter
 from fxquant.passes import Reconstruct, run_passes
 from fxquant.quantizers import UniformQuantizer
-from fxquant.reconstruction import augment, training
+from fxquant.reconstruction import augment, steps, training
 from fxquant.reconstruction.augment import augmented, fresh, made_in_folds
 from fxquant.recovery import Reconstruction
 from fxquant.side_by_side import SideBySide
@@ -138,7 +138,7 @@ def test_images_are_made_anew_in_each_step(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(augmented(x))
         return seen[-1]
 
-    monkeypatch.setattr(training, "augmented", kept)
+    monkeypatch.setattr(steps, "augmented", kept)
     # In parts of one image each: they are made before, since some are mixed with others.
     options = {"batch": len(BATCH), "iterations": 5, "held_out": 0.0, "memory_bytes": 1}
     reconstruct(frozen(), **NETWORK, augment=True, **options)
@@ -219,7 +219,7 @@ def test_a_step_without_a_finite_loss_is_not_taken(monkeypatch: pytest.MonkeyPat
     def spoilt(x: torch.Tensor) -> torch.Tensor:
         return augmented(x) * (float("nan") if next(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(training, "augmented", spoilt)
+    monkeypatch.setattr(steps, "augmented", spoilt)
     (gain,) = reconstruct(frozen(), **NETWORK, augment=True, held_out=0.25).gains
     assert gain.ratio < 1
     assert next(calls) == 25

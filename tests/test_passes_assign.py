@@ -97,7 +97,7 @@ def test_an_unused_rule_is_an_error_that_shows_what_there_is() -> None:
     with pytest.raises(UnusedRuleError) as caught:
         annotated(Rule(spec=EIGHT), Rule(path="blocks.*", spec=FOUR))
     message = str(caught.value)
-    assert message.startswith("rule 2 ") and "path='blocks.*'" in message
+    assert message.startswith("rule 2 ") and "(path: blocks.*)" in message
     assert "optional" in message and "attn.qkv" in message and "softmax" in message
 
 

@@ -21,6 +21,7 @@ from fxquant.passes import (
     NameNodes,
     SplitAttention,
     SplitProjections,
+    UnifyMoves,
     run_passes,
 )
 from fxquant.testing import (
@@ -199,7 +200,9 @@ def test_any_order_of_packing_keeps_the_function(
             a, b, c = y.unbind(0)
             return a * b + c.sin()
 
-    gm, _ = assert_pass(seeded(Packed()), tokens(), SplitProjections(), changed=1)
+    gm, _ = assert_pass(
+        seeded(Packed()), tokens(), SplitProjections(), before=[UnifyMoves()], changed=1
+    )
     assert op_names(gm).count("linear") == 3
 
 
