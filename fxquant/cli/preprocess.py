@@ -46,9 +46,10 @@ class Preprocessing:
         for name, least in (("mean", -1e-9), ("std", 0.0)):
             values = self.settings.get(name)
             if values is not None and not all(least < value <= 1 for value in values):
+                advice = "; divide those of values in 0..255 by 255" if max(values) > 1 else ""
                 raise DataError(
                     f"{name} must be of values in 0..1{', above 0' if name == 'std' else ''}, got "
-                    f"{', '.join(map(str, values))}: divide those of values in 0..255 by 255"
+                    f"{', '.join(map(str, values))}{advice}"
                 )
 
     @property
