@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from fxquant.errors import (
 )
 from fxquant.graph import module_path, source_line
 from fxquant.quantizers import Quantizer
+from fxquant.quiet import quiet
 from fxquant.spec import Stage
 
 # Not 0 or 1, which torch.export would take as constants.
@@ -54,9 +54,8 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
     check_model(model)
     own = own_copy(model)
     example = images[:1].to(device_of(own)).expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
-    with torch.no_grad(), _plain_attention(), warnings.catch_warnings():
-        # Export warns of caches that the model fills, such as LeViT's; they are our copy's.
-        warnings.simplefilter("ignore")
+    # Export warns of caches that the model fills, such as LeViT's; they are our copy's.
+    with torch.no_grad(), _plain_attention(), quiet():
         try:
             program = torch.export.export(
                 own, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False

@@ -33,7 +33,7 @@ def track(
     if not enabled:
         yield from items
         return
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)
     show = _bar if console.is_terminal else _lines
     yield from show(items, label if callable(label) else lambda: label, total, done, console)
 
@@ -83,7 +83,7 @@ def working(label: str, *, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)
     if console.is_terminal:
         with console.status(label):
             yield

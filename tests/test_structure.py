@@ -23,6 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "files",
         "inputs",
         "progress",
+        "quiet",
         "batches",
         "pick",
         "user_loss",
@@ -67,6 +68,7 @@ BACKENDS_MAY_USE = {
     "files",
     "backends",
     "suggest",
+    "quiet",
 }
 ONNX = {"onnx", "onnxruntime", "onnxscript", "onnx_ir"}
 MODEL_ZOOS = {"timm", "torchvision"}

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -34,6 +30,7 @@ from fxquant.backends.onnx_qdq.twin import TwinForm, rewrite_twins
 from fxquant.errors import LoweringError
 from fxquant.files import write_whole
 from fxquant.graph import stage
+from fxquant.quiet import quiet
 from fxquant.spec import Stage
 
 OPSET, IR_VERSION = 21, 10
@@ -191,7 +188,7 @@ def _translate(
     widths = Legalizer(own, target).run()
     images = torch.zeros(2, *image_shape)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 own,
                 (images,),
@@ -233,17 +230,3 @@ def _name_outputs(model: ir.Model, gm: fx.GraphModule) -> None:
         taken.add(name)
         if not value.is_graph_input():
             value.name = name
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns and logs of things that concern its own developers."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
