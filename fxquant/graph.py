@@ -283,9 +283,11 @@ def fed_by(edge: Edge) -> str:
     """Name of what computed the values on an edge.
 
     ``softmax``, ``gelu``, ``linear``, ``image`` and the like (``PRODUCER_NAMES``), data movement
-    looked through. An operation without a name of its own gives its aten name.
+    and zeros filled in looked through. An operation without a name of its own gives its aten name.
     """
     source = through_moves(edge.source)
+    if source.target is aten.masked_fill.Scalar and source.args[2] == 0:
+        source = through_moves(operand(source, 0))
     if source.op == "placeholder":
         return "image"
     if source.op == "get_attr":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.capture import device_of
 from fxquant.errors import LoweringError
 from fxquant.inputs import InputCheck, check_images, explained
 from fxquant.report import PlanEntry, Report
@@ -71,11 +70,11 @@ class CompiledModel(nn.Module):
         return CompiledModel(gm, self.report, self.policy, self.image_shape)
 
     def __reduce__(self) -> tuple[Callable[..., CompiledModel], tuple[Any, ...]]:
-        """Pickled as the files of :meth:`save`: torch keeps no shapes and specs of a graph."""
+        """Pickled as the files of :meth:`save`, on the CPU: torch keeps no specs of graphs."""
         with tempfile.TemporaryDirectory() as name:
             self.save(name)
             files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
-        return _unpickled, (files, device_of(self.graph_module))
+        return _unpickled, (files,)
 
     @property
     def plan(self) -> tuple[PlanEntry, ...]:
@@ -181,8 +180,8 @@ def load(folder: str | Path) -> CompiledModel:
     return CompiledModel(stored.gm, stored.report, stored.policy, stored.image_shape)
 
 
-def _unpickled(files: dict[str, bytes], device: torch.device) -> CompiledModel:
+def _unpickled(files: dict[str, bytes]) -> CompiledModel:
     with tempfile.TemporaryDirectory() as name:
         for file, data in files.items():
             (Path(name) / file).write_bytes(data)
-        return load(name).to(device)
+        return load(name)

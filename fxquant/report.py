@@ -17,7 +17,7 @@ from fxquant.allocate.outcome import Outcome
 from fxquant.graph import edges, fed_by, get_parameter, submodule
 from fxquant.network_loss import float_outputs
 from fxquant.quantizers import Quantizer
-from fxquant.spec import Arg, Granularity, ObserverKind, Scheme, TensorSpec
+from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +125,22 @@ def float_bytes(gm: fx.GraphModule) -> int:
 
 
 def quantized_bytes(gm: fx.GraphModule) -> int:
-    """Bytes of a frozen graph's parameters, quantized weights at their width.
+    """Bytes of a frozen graph's parameters, those that one quantizer alone reads at its width.
 
     The scales of weights and activations are counted too, each as float32; zero_points, a byte at
     most each, are left out, and a bias is as large in int32 as in float32.
     """
-    bits = {
-        str(edge.source.args[0]): edge.spec.bits
-        for edge in edges(gm)
-        if edge.arg is Arg.WEIGHT and edge.spec is not None
-    }
-    stored = sum(value.numel() * bits.get(n.name, 32) for n, value in _parameters(gm).items())
+    readers: dict[str, set[Any]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            readers.setdefault(str(node.target), set()).update(
+                submodule(gm, user) or user for user in node.users
+            )
+    stored = 0
+    for name, value in _parameters(gm).items():
+        (reader, *others) = readers[name] or {None}
+        alone = isinstance(reader, Quantizer) and not others
+        stored += value.numel() * (reader.bits if alone else 32)
     scales = sum(
         4 * buffer.numel()
         for module in gm.modules()
@@ -146,10 +151,10 @@ def quantized_bytes(gm: fx.GraphModule) -> int:
     return round(stored / 8) + scales
 
 
-def _parameters(gm: fx.GraphModule) -> dict[fx.Node, Tensor]:
-    """The parameters that a graph reads, by one of the nodes that read each."""
-    nodes = {node.target: node for node in gm.graph.nodes if node.op == "get_attr"}
-    return {node: get_parameter(gm, node) for node in nodes.values()}
+def _parameters(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """The parameters that a graph reads, by name."""
+    nodes = {str(node.target): node for node in gm.graph.nodes if node.op == "get_attr"}
+    return {name: get_parameter(gm, node) for name, node in nodes.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

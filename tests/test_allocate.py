@@ -196,6 +196,35 @@ def test_greedy_measures_its_best_moves_in_context() -> None:
     assert set(asked) == {(8, 8, 8), (4, 8, 8), (8, 4, 8)}
 
 
+def test_one_measurement_does_not_part_a_group_from_its_prediction() -> None:
+    """Ten times what was predicted counts as twice: the group is still the cheapest."""
+    problem = Problem(
+        widths=(4, 8), groups=tuple(group(f"g{i}", loss, 0.0) for i, loss in enumerate((1, 3)))
+    )
+    found = allocate(
+        problem,
+        Budget(mean_weight_bits=6),
+        Method.GREEDY,
+        measure=lambda bits: 10.0 * (bits[0] == 4) + 3.0 * (bits[1] == 4),
+        recheck=2,
+    )
+    assert found.bits == (4, 8)
+
+
+def test_losses_of_zero_are_no_number_to_divide_by() -> None:
+    problem = Problem(widths=(4, 8), groups=(group("a", 0.0, 0.0), group("b", 0.0, 0.0)))
+    asked: list[tuple[int, ...]] = []
+
+    def measure(bits: tuple[int, ...]) -> float:
+        asked.append(bits)
+        return 0.0
+
+    budget = Budget(mean_weight_bits=6)
+    found = allocate(problem, budget, Method.GREEDY, measure=measure, recheck=2)
+    assert sorted(found.bits) == [4, 8]
+    assert asked == []  # nothing to tell apart
+
+
 def test_a_sweep_holds_greedy_exact_and_uniform_plans() -> None:
     problem = Problem(
         widths=(2, 4, 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,36 @@ def test_masks_of_finite_numbers_are_quantized(name: str, value: float) -> None:
     assert qm.report.notes == ()
     assert relative_error(qm(tokens(16)), model(tokens(16))) < 0.02
     assert relative_error(qm.lower("integer", integer_only=True)(tokens(16)), qm(tokens(16))) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("policy", "scheme"),
+    [(policies.ptq4vit(4, 4), "twin_uniform"), (policies.aiqvit(4, 4), "dynamic_focusing")],
+    ids=["ptq4vit", "aiqvit"],
+)
+def test_a_mask_that_the_images_make_keeps_the_quantizer_behind_softmax(
+    policy: fxquant.Policy, scheme: str, tmp_path: Path
+) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.k, self.v = (nn.Linear(DIM, DIM) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+            )
+            seen = (x[..., 0] > -0.5)[:, None, None]
+            return functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+
+    if policy.reconstruction is not None:
+        policy = replace(policy, reconstruction=None)
+    qm = fxquant.compile(Padded().eval(), [tokens(16)], policy)
+    (edge,) = (entry for entry in qm.plan if entry.fed_by == "softmax")
+    assert edge.spec is not None and edge.spec.scheme == scheme
+    qm.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
+    assert relative_error(qm.lower("integer")(tokens(16)), qm(tokens(16))) < 1e-4
 
 
 def test_products_softmax_and_clamps_end_the_way() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.blocks import whole_network
+from fxquant.blocks import find_blocks, whole_network
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import steps, training
 from fxquant.reconstruction.losses import Criterion, criterion, measure
@@ -28,7 +28,8 @@ Setup = tuple[TrainedBlock, Station, Criterion, Reconstruction]
 def setup(folder: Path, **more: Any) -> Setup:
     options = Reconstruction(**{**SHORT, "block_loss": "mse", **more})
     gm = frozen()
-    sides, blocks = SideBySide(gm, BATCH), (whole_network(gm),)
+    whole = options.block_loss != "feature"
+    sides, blocks = SideBySide(gm, BATCH), (whole_network(gm),) if whole else find_blocks(gm)
     station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
     measured = measure(sides.teacher(), blocks, BATCH, options, folder)
     loss = criterion(options, measured, station)
@@ -152,6 +153,54 @@ def test_the_candidate_that_stays_keeps_its_share(rank: int | None) -> None:
     assert settled.rank == (rank or 1)
     assert torch.allclose(settled(), form(), atol=1e-6)
     assert not torch.equal(settled(), start(weight))
+
+
+def test_candidates_are_left_out_of_steps_at_random_and_count_the_same_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 8, generator=generator)
+    start = UniformQuantizer.from_range(weight.amin(1), weight.amax(1), THREE, 0)
+    form = RankSearch(weight, start, scales=False, ranks=(1, 3), generator=generator)
+    with torch.no_grad():
+        for candidate in form.candidates:
+            candidate.outer.normal_(generator=generator)
+        torch.manual_seed(0)
+        drawn = torch.stack([form.train()._steps() for _ in range(4000)])
+        settled = form.eval()._steps()
+    assert len({float(value) for value in drawn[:, 0, 0]}) == 4  # both, either, none
+    torch.testing.assert_close(drawn.mean(0), settled, rtol=0.05, atol=0.05)
+
+
+def test_two_images_decide_on_ranks_as_well(tmp_path: Path) -> None:
+    of = low_rank(tmp_path, rank_iterations=6)
+    block = of[0]
+    found = []
+    settle = block.settle_ranks
+    block.settle_ranks = lambda: found.extend(  # type: ignore[method-assign]
+        p.detach().clone() for name, p in block.named_parameters() if name.endswith(PREFERENCE)
+    )
+    steps.search_ranks(*of, mean_loss(of), torch.arange(1))
+    settle()
+    assert len(found) > 2 and all(bool(value.any()) for value in found)
+
+
+def test_the_features_loss_counts_the_block_twice(tmp_path: Path) -> None:
+    block, station, loss, _ = setup(tmp_path, block_loss="feature")
+    everyone = torch.arange(COUNT)
+    given, target = (
+        shelf.get(everyone, station.device) for shelf in (station.given, station.target)
+    )
+    with torch.no_grad():
+        found = block.eval()(given)
+        first = loss(found, target, everyone)  # each part of it a mean of one
+        exact = loss(target, target, everyone)
+        halfway = {name: (found[name] + value) / 2 for name, value in target.items()}
+    assert float(first.mean()) == pytest.approx(3, rel=1e-4)
+    assert float(exact.max()) < 1e-6
+    near = loss._block(found, target, everyone) / loss._sizes[0]  # type: ignore[attr-defined]
+    far = first - 2 * near
+    assert float(near.mean()) == pytest.approx(1, rel=1e-4)
+    assert float(far.mean()) == pytest.approx(1, rel=1e-4)
+    assert float(loss(halfway, target, everyone).mean()) < 1
 
 
 def test_a_curriculum_begins_with_the_images_of_the_least_loss(

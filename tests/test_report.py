@@ -12,6 +12,7 @@ import fxquant
 from fxquant import Rule, TensorSpec, testing
 from fxquant.quantizers import Quantizer
 from fxquant.report import measure_sqnr
+from fxquant.spec import Arg
 from fxquant.testing import DIM, images, seeded, tokens
 
 X = images(4, 16)
@@ -135,6 +136,22 @@ def test_parameters_that_layers_share_are_counted_once() -> None:
     assert report.float_bytes == 4 * (DIM * DIM + DIM + 3 * DIM + 3)
     scales = report.quantized_bytes - (DIM * DIM + 3 * DIM + 4 * (DIM + 3))
     assert 4 * (DIM + 3) < scales <= 4 * (2 * DIM + 3 + 3)
+
+
+@pytest.mark.parametrize("spec", [None, TensorSpec(bits=4)])
+def test_a_weight_that_is_read_in_two_ways_is_stored_whole(spec: TensorSpec | None) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (nn.Linear(DIM, DIM, bias=False) for _ in range(2))
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).relu())
+
+    policy = fxquant.policies.w8a8().with_rules(Rule(path="two", arg=Arg.WEIGHT, spec=spec))
+    report = fxquant.compile(seeded(Tied()), [tokens()], policy).report
+    assert report.float_bytes == 4 * DIM * DIM < report.quantized_bytes
 
 
 def test_a_layer_of_zeros_costs_nothing() -> None:

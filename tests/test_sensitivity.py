@@ -184,6 +184,22 @@ def test_estimates_do_not_depend_on_how_many_rows_are_sampled(
         assert few[name] == pytest.approx(losses, rel=0.5), name
 
 
+def test_rows_that_the_loss_does_not_reach_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class FirstToken(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.block(x)[:, 0])
+            return logits
+
+    search = ScaleSearch(metric=Metric.FISHER, loss=GradientLoss.SAMPLED, rows=1 << 14)
+    whole = Setup(FirstToken(), tokens(256), search=search).estimated((4,))
+    monkeypatch.setattr(product_rows, "_QUERIES", 2)
+    few = Setup(FirstToken(), tokens(256), search=search).estimated((4,))
+    for name in ("block_attn_matmul__lhs", "block_attn_matmul_1__lhs"):
+        assert few[name] == pytest.approx(whole[name], rel=0.1), name
+
+
 def test_scales_along_the_channels_of_a_convolution_are_estimated() -> None:
     channels = TensorSpec(granularity=Granularity.CHANNEL)
     rules = (Rule(arg=Arg.WEIGHT, spec=ROWS), Rule(spec=channels))

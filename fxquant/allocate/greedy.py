@@ -130,7 +130,7 @@ class _Measured(_Descent):
         while True:
             group, width = best = _lowest_rate(rises * self._factors[:, None], savings)
             rise = rises[best]
-            if rise < self._negligible or best in known or len(known) == self._recheck:
+            if rise <= self._negligible or best in known or len(known) == self._recheck:
                 return best
             known.add(best)
             tried = self._bits.copy()

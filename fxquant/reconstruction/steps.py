@@ -51,9 +51,10 @@ def search_ranks(
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.Adam(block.groups(options))
     halves = images[torch.randperm(len(images), generator=generator)].chunk(2)
+    halves = (halves[0], halves[-1])  # one image is in both
     block.train()
     for step in range(options.rank_iterations):
-        turn = step % len(halves)
+        turn = step % 2
         own = halves[turn]
         index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
         optimizer.zero_grad()
