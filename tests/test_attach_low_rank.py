@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import fxquant
 from fxquant import LowRank, policies
 from fxquant.errors import PassError
-from fxquant.graph import edges, submodule
+from fxquant.graph import edges, op_kind, submodule
 from fxquant.passes import (
     AssignSpecs,
     AttachLowRank,
@@ -24,6 +24,7 @@ from fxquant.passes import (
     PassResult,
     run_passes,
 )
+from fxquant.passes.attach_low_rank import _site
 from fxquant.policy import Rule
 from fxquant.quantizers import TwinUniformQuantizer
 from fxquant.samples import sample_products
@@ -223,6 +224,43 @@ def test_a_corrected_mean_stays_corrected() -> None:
     with torch.no_grad():
         assert float((gm(x) - model(x)).mean((0, 1)).abs().max()) < 1e-3
     assert output_error(gm, model, x) < 0.7 * before
+
+
+class TokensAndMean(nn.Module):
+    """A linear that reads every token, and one that reads their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.head = nn.Linear(DIM, DIM), nn.Linear(DIM, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.each(x).mean(1))
+        return logits
+
+
+def test_an_error_counts_for_all_rows_of_an_image() -> None:
+    gm, samples = frozen(TokensAndMean(), tokens(40))
+    sites = {n.name: _site(gm, n, samples.get(n.name)) for n in gm.graph.nodes if op_kind(n)}
+    each, head = sites["each"], sites["head"]
+    assert not isinstance(each, str) and not isinstance(head, str)
+    assert (each.worth(by_loss=True), head.worth(by_loss=True)) == (TOKENS, 1)
+    # Without the loss, an error counts beside the size of the output.
+    size = float((each.inputs @ each.weight.t()).square().sum(1).mean())
+    assert each.worth(by_loss=False) == pytest.approx(1 / size, rel=1e-4)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_mean_error_counts_unless_the_bias_takes_it(corrected: bool) -> None:
+    gm, samples = frozen(nn.Linear(DIM, 6), tokens(40))
+    if corrected:
+        run_passes(gm, [CorrectBias(samples)])
+    (node,) = (n for n in gm.graph.nodes if op_kind(n))
+    site = _site(gm, node, samples[node.name])
+    assert not isinstance(site, str)
+    nothing, shifted = torch.zeros(len(site.rows), 6), torch.ones(len(site.rows), 6)
+    plain, moved = site.error(nothing), site.error(shifted)
+    assert site.error(None) == pytest.approx(plain)
+    assert (moved == pytest.approx(plain, rel=1e-3)) == corrected
 
 
 def test_a_share_of_bytes_goes_to_some_layers_and_is_kept() -> None:
