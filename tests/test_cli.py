@@ -7,17 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import fxquant
 from fxquant.backends.onnx_qdq.difference import Difference
 from fxquant.cli import commands, main
+from fxquant.cli.data import read_image
 from fxquant.cli.evaluation import Score
 from fxquant.cli.preprocess import read_preprocessing, timm_preprocessing
-from fxquant.errors import FileFormatError
+from fxquant.errors import DataError, FileFormatError
 from tests.cli_helpers import ARGS, TINY, VIT, draw, draw_flat, fails
 
 
@@ -107,6 +110,22 @@ def test_means_and_deviations_that_cannot_be_are_refused(
     assert message in fails(capsys, "eval", compiled, "--data", photos, option, *values)
     plain = ["0", "0", "0"] if option == "--mean" else ["1", "1", "1"]
     assert main(["eval", str(compiled), "--data", str(photos), option, *plain]) == 0
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_of_gray_are_scaled_not_clipped(tmp_path: Path, name: str) -> None:
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(ramp).save(tmp_path / name)
+    found = np.asarray(read_image(tmp_path / name))
+    assert found.shape == (16, 16, 3) and found.dtype == np.uint8
+    assert found[..., 1].flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_of_numbers_without_a_range_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.ones((16, 16), dtype=kind)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif cannot be read .*have no known range"):
+        read_image(tmp_path / "x.tif")
 
 
 def test_a_preprocessing_file_with_a_deviation_of_zero_is_damaged(tmp_path: Path) -> None:

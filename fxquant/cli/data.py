@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,13 +26,20 @@ Batches = DataLoader[tuple[Tensor, Tensor]]
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Reads an image file as RGB.
+    """Reads an image file as RGB; 16 bits of gray are scaled to 8.
 
     Raises:
-        DataError: it is no image, or damaged; the message names it.
+        DataError: it is no image, damaged, or of numbers without a known range; the message names
+            it.
     """
     try:
         with Image.open(path) as image:
+            # Pillow would clip all these at 255. Older ones open a PNG of 16 bits as "I".
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+                values = np.asarray(image).astype(np.float64) / 257
+                return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise ValueError("its 32-bit numbers have no known range")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
