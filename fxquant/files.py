@@ -31,11 +31,12 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
     """Writes files that belong together: all of them, or none.
 
     Args:
-        files: as in :func:`write_whole`, for each file.
+        files: as in :func:`write_whole`, for each file; of a link, what it leads to is written.
 
     Raises:
-        OutputError: one of them cannot be written.
+        OutputError: one of them cannot be written, or is there and no file: a pipe or device.
     """
+    files = {path.resolve() if path.is_symlink() else path: write for path, write in files.items()}
     path = Path()
     temporary: dict[Path, Path] = {}
     made: list[Path] = []
@@ -44,6 +45,8 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
             made += _make_folder(path.parent)
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder")
+            if path.exists() and not path.is_file():  # renaming would put a file in its place
+                raise OSError(f"{path} is a pipe or device")
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             os.close(handle)
             temporary[path] = Path(name)
