@@ -143,6 +143,8 @@ def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
 
 def _difference(old: Tensor, new: Tensor) -> float:
     """Largest difference over the largest old value; equal infinities count as equal."""
+    if not old.numel():
+        return 0.0
     gap = torch.where(old == new, 0.0, (old - new).abs())
     size = torch.where(old.isinf(), 0.0, old.abs())
     return float(gap.max() / size.max().clamp(min=1e-6))

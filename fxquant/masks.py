@@ -10,11 +10,13 @@ from torch import Tensor, fx
 from fxquant.graph import aten, constant, elementwise_kind, op_kind
 from fxquant.spec import OpKind
 
-# Of minus infinity they make something else.
+# Of minus infinity they make something else; what a pool pads with is never the largest.
 _ENDS = {
     aten.clamp.default,
     aten.clamp_min.default,
     aten.exp.default,
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
     aten.nan_to_num.default,
     aten.relu.default,
     aten.sigmoid.default,
@@ -31,7 +33,7 @@ def masked(gm: fx.GraphModule) -> set[fx.Node]:
     for node in gm.graph.nodes:
         value = constant(gm, node)
         if value is not None:
-            hides = bool(value.isneginf().any())
+            hides = value.is_floating_point() and bool(value.isneginf().any())
         else:
             hides = _passes(node) and (
                 any(_is_hidden(given) for given in (*node.args, *node.kwargs.values()))

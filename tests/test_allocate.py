@@ -196,6 +196,29 @@ def test_greedy_measures_its_best_moves_in_context() -> None:
     assert set(asked) == {(8, 8, 8), (4, 8, 8), (8, 4, 8)}
 
 
+@pytest.mark.parametrize("ruin", [1e3, 1e5, 1e9])
+def test_one_ruinous_loss_does_not_hide_the_least(ruin: float) -> None:
+    """Without it or with it the same plan is the best, since none takes it."""
+    generator = np.random.default_rng(0)
+    widths = (3, 4, 5, 6, 8)
+    for _ in range(20):
+        scales = 10 ** generator.uniform(-2, 0, 7)
+        losses = scales[:, None] * 4.0 ** -np.arange(5) * generator.uniform(0.7, 1.4, (7, 5))
+        losses[0, 0] = ruin
+        sizes = generator.integers(1000, 600_000, 7)
+        problem = Problem(
+            widths=widths,
+            groups=tuple(
+                group(f"g{i}", *losses[i].tolist(), values=int(sizes[i])) for i in range(7)
+            ),
+        )
+        most = 7 * int(sizes.sum())
+        plans = itertools.product(widths, repeat=7)
+        least = min(problem.loss(p) for p in plans if int(np.dot(p, sizes)) <= most)
+        found = allocate(problem, Budget(mean_weight_bits=7), Method.EXACT)
+        assert found.loss == pytest.approx(least, rel=1e-4)
+
+
 def test_one_measurement_does_not_part_a_group_from_its_prediction() -> None:
     """Ten times what was predicted counts as twice: the group is still the cheapest."""
     problem = Problem(

@@ -16,7 +16,7 @@ import fxquant
 from fxquant import policies
 from fxquant.capture import capture
 from fxquant.masks import masked
-from fxquant.testing import DIM, TOKENS, relative_error, tokens
+from fxquant.testing import DIM, TOKENS, images, relative_error, tokens
 
 FULL = policies.w8a8(full=True)
 Mask = Any
@@ -114,6 +114,42 @@ def test_a_mask_that_the_images_make_keeps_the_quantizer_behind_softmax(
     assert edge.spec is not None and edge.spec.scheme == scheme
     qm.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
     assert relative_error(qm.lower("integer")(tokens(16)), qm(tokens(16))) < 1e-4
+
+
+def test_what_pads_a_pool_does_not_leave_the_rest_float() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Conv2d(3, 4, 2), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = functional.pad(self.one(x), (1, 1, 1, 1), value=-math.inf)
+            y = functional.max_pool2d(y, 3, 2)
+            return self.two((y.relu() + y).mean((2, 3)))
+
+    qm = fxquant.compile(Pooled().eval(), [images(8, 8)], FULL)
+    assert not [note for note in qm.report.notes if "minus infinity" in note[2]]
+    assert {"relu__input", "add__lhs", "add__rhs"} <= {e.edge for e in qm.plan if e.spec}
+
+
+def test_rotary_embeddings_of_complex_numbers_compile() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+            angles = torch.arange(TOKENS)[:, None] * torch.linspace(0.1, 1, DIM // 2)
+            self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+        def forward(self, x: Tensor) -> Tensor:
+            pairs = torch.view_as_complex(self.one(x).unflatten(-1, (-1, 2)).contiguous())
+            return self.two(torch.view_as_real(pairs * self.turns).flatten(2))
+
+    model = Rotary().eval()
+    for policy in (policies.w8a8(), FULL):
+        qm = fxquant.compile(model, [tokens(16)], policy)
+        assert relative_error(qm(tokens(16)), model(tokens(16))) < 0.02
 
 
 def test_products_softmax_and_clamps_end_the_way() -> None:

@@ -93,6 +93,20 @@ def test_images_that_change_each_others_outputs_are_noted(batch_first: bool) -> 
     assert found == ([] if batch_first else [("capture", "model")])
 
 
+def test_an_output_without_elements_compiles() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(DIM, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.layer(x)
+            return y, y[:, :0]
+
+    compiled = fxquant.compile(seeded(Empty()), [tokens()], "w8a8")
+    assert compiled(tokens())[1].shape == (len(tokens()), 0, 3)
+
+
 def test_a_model_that_takes_no_single_image_is_noted() -> None:
     class Squeezed(nn.Module):
         def __init__(self) -> None:

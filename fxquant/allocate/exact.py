@@ -27,7 +27,7 @@ def exact(problem: Problem, bounds: list[tuple[Meter, int]]) -> tuple[int, ...]:
         bounds: each meter and the largest total that it allows.
     """
     plain = greedy(problem, bounds)
-    program = _Program(problem, [meter for meter, _ in bounds])
+    program = _Program(problem, [meter for meter, _ in bounds], plain)
     limits = [allowed for _, allowed in bounds]
     for _ in range(_ATTEMPTS):
         found = program.solve(limits)
@@ -42,9 +42,16 @@ def exact(problem: Problem, bounds: list[tuple[Meter, int]]) -> tuple[int, ...]:
 
 
 class _Program:
-    """The integer program of a problem, but for the values of its bounds."""
+    """The integer program of a problem, but for the values of its bounds.
 
-    def __init__(self, problem: Problem, meters: list[Meter]) -> None:
+    Args:
+        problem: the problem.
+        meters: of the bounds.
+        known: widths within the bounds, whose loss is the unit: what alone costs more than a plan
+            that is there counts as twice that, or the solver's tolerances would hide all the rest.
+    """
+
+    def __init__(self, problem: Problem, meters: list[Meter], known: tuple[int, ...]) -> None:
         self._problem, self._meters = problem, meters
         self._widths = np.array(problem.widths, dtype=np.int64)
         self._groups, self._choices = len(problem.groups), len(problem.widths)
@@ -56,6 +63,9 @@ class _Program:
             if i != j
         }
         self._pairs = sorted(pairs)
+        least = problem.losses.min(axis=1, keepdims=True)  # each group adds that at any width
+        unit = max(problem.loss(known) - float(least.sum()), 1e-300)
+        self._objective: Floats = np.minimum((problem.losses - least) / unit, 2.0)
         self._size = self._groups * self._choices + len(self._pairs) * self._choices**2
         self._rows = vstack([self._one_each(), *self._marginals()], format="csr")
 
@@ -103,9 +113,8 @@ class _Program:
     def solve(self, limits: list[int]) -> Ints | None:
         """Widths ``(G,)``; None where the solver finds none."""
         count = self._groups * self._choices
-        losses = self._problem.losses.ravel()
         objective = np.zeros(self._size)
-        objective[:count] = losses / max(float(np.abs(losses).max()), 1e-300)
+        objective[:count] = self._objective.ravel()
         target = np.r_[np.ones(self._groups), np.zeros(self._rows.shape[0] - self._groups)]
         constraints = [LinearConstraint(self._rows, target, target)]
         for meter, limit in zip(self._meters, limits, strict=True):
