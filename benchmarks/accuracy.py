@@ -52,7 +52,7 @@ from torch.nn.functional import kl_div
 import fxquant
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import NAMES, build
-from fxquant.progress import track
+from fxquant.utils.progress import track
 
 WIDTHS = (8, 6, 5, 4, 3)
 FLOAT = "float32"

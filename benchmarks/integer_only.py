@@ -23,7 +23,7 @@ import fxquant
 from fxquant import policies
 from fxquant.backends.integer import float_operations
 from fxquant.demo.models import NAMES, build
-from fxquant.progress import track
+from fxquant.utils.progress import track
 
 _COMPARED = 8  # images on which the two carriers of products are compared
 

@@ -23,17 +23,17 @@ from torch import Tensor, fx
 
 import fxquant
 from fxquant import LowRank, Policy, policies
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
+from fxquant.calibration.sample_products import sample_products
+from fxquant.config.vocabulary import OpKind
 from fxquant.demo.models import NAMES, build
-from fxquant.graph import op_kind
+from fxquant.graph.capture import capture
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.macs import Work
+from fxquant.graph.parameter_bytes import quantized_bytes
 from fxquant.passes import AssignSpecs, AttachLowRank, InsertObservers, run_passes
-from fxquant.progress import track
-from fxquant.report import quantized_bytes
-from fxquant.samples import sample_products
-from fxquant.search.output import ProductSample
-from fxquant.spec import OpKind
-from fxquant.work import Work
+from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.search.product_loss import ProductSample
+from fxquant.utils.progress import track
 
 WIDTHS = ("4,4", "3,3", "4,8", "3,8")
 

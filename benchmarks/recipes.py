@@ -14,10 +14,12 @@ from fxquant import (
     TensorSpec,
     policies,
 )
-from fxquant.budget import Method
+from fxquant.config.allocation import Method
+from fxquant.config.recovery import WeightTraining
+from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
+from fxquant.config.spec import Scheme
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.policies import Effort
-from fxquant.recovery import WeightTraining
-from fxquant.spec import Arg, GradientLoss, Metric, OpKind, ScaleSearch, Scheme
 
 # At these the same mean of mixed widths is measured as well.
 MIXED_WIDTHS = (5, 4)

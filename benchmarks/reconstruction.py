@@ -26,13 +26,13 @@ from torch import Tensor, fx
 
 import fxquant
 from fxquant import Reconstruction, policies
-from fxquant.blocks import find_blocks
+from fxquant.config.recovery import BlockLoss, WeightTraining
 from fxquant.demo.models import NAMES, build
+from fxquant.graph.blocks import find_blocks
+from fxquant.reconstruction.blockwise import SideBySide, Station
 from fxquant.reconstruction.losses import Measured, criterion
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import train_block
-from fxquant.recovery import BlockLoss, WeightTraining
-from fxquant.side_by_side import SideBySide, Station
 
 _BYTES = 1 << 30
 

@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 
 import fxquant
 from fxquant import Policy, policies
-from fxquant.progress import track
+from fxquant.utils.progress import track
 
 WIDTHS = (8, 6)
 

@@ -7,15 +7,15 @@ itself, and lowers to onnxruntime or to integer kernels.
 
 from fxquant import errors, policies
 from fxquant._version import __version__
-from fxquant.budget import Allocation, Budget
+from fxquant.compiled.model import CompiledModel, load
+from fxquant.compiled.report import Report
 from fxquant.compiler import compile
+from fxquant.config.allocation import Allocation, Budget
+from fxquant.config.low_rank import LowRank
+from fxquant.config.recovery import Compensation, Reconstruction
+from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.errors import FxQuantError
-from fxquant.low_rank import LowRank
-from fxquant.model import CompiledModel, load
-from fxquant.policy import Policy, Rule
-from fxquant.recovery import Compensation, Reconstruction
-from fxquant.report import Report
-from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
+from fxquant.policies.policy import Policy, Rule
 
 __all__ = [
     "Allocation",

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.allocate.outcome import Outcome
-from fxquant.batches import CalibrationImages
-from fxquant.bit_widths import check_budget, choose_widths, picker
-from fxquant.calibrate import calibrate, norm_ranges
-from fxquant.canonical import FloatModel, canonicalize
-from fxquant.capture import capture, check_model
+from fxquant.calibration.calibrate import calibrate
+from fxquant.calibration.loader import CalibrationImages
+from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.user_loss import Loss, check_callable
+from fxquant.compiled.model import CompiledModel
+from fxquant.compiled.report import Report, make_plan, measure_sqnr
+from fxquant.config.scale_search import GRADIENT_METRICS
 from fxquant.errors import OutputError, PolicyError
-from fxquant.files import check_writable
-from fxquant.model import CompiledModel
+from fxquant.graph.capture import capture, check_model
+from fxquant.graph.parameter_bytes import quantized_bytes
+from fxquant.mixed_precision.allocate.outcome import Outcome
+from fxquant.mixed_precision.choose import check_budget, choose_widths, picker
 from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
@@ -36,17 +39,16 @@ from fxquant.passes import (
     SmoothWithBias,
     run_passes,
 )
-from fxquant.policy import Policy
-from fxquant.policy_file import policy_to_dict, resolve
-from fxquant.progress import track, working
+from fxquant.passes.canonical.canonicalize import FloatModel, canonicalize
+from fxquant.policies.policy import Policy
+from fxquant.policies.policy_file import policy_to_dict, resolve
+from fxquant.reconstruction.blockwise import SideBySide, all_images
 from fxquant.reconstruction.training import split
-from fxquant.report import Report, make_plan, measure_sqnr, quantized_bytes
-from fxquant.samples import sample_products
-from fxquant.search.output import ProductSample
-from fxquant.side_by_side import SideBySide, all_images
-from fxquant.smoothing_sites import Choices, choose_smoothing
-from fxquant.spec import GRADIENT_METRICS
-from fxquant.user_loss import Loss, check_callable
+from fxquant.search.product_loss import ProductSample
+from fxquant.smoothing.choose import Choices, choose_smoothing
+from fxquant.smoothing.norm_ranges import norm_ranges
+from fxquant.utils.files import check_writable
+from fxquant.utils.progress import track, working
 
 # Images that the float model is looked at with, and that the report's SQNR is measured on.
 _FEW = 8

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fxquant.capture import capture
-from fxquant.graph import op_kind
+from fxquant.graph.capture import capture
+from fxquant.graph.dialect import op_kind
 from fxquant.passes import Pass, PassResult, run_passes
 
 DIM, HEADS, TOKENS = 8, 2, 5

@@ -18,15 +18,16 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from fxquant import CompiledModel
-from fxquant.graph import quantized_edges, submodule
-from fxquant.ops import twin_threshold
+from fxquant.config.vocabulary import Arg
+from fxquant.graph.edges import quantized_edges
+from fxquant.graph.nodes import submodule
 from fxquant.quantizers import (
     DynamicFocusingQuantizer,
     LogQuantizer,
     TwinUniformQuantizer,
     UniformQuantizer,
 )
-from fxquant.spec import Arg
+from fxquant.quantizers.ops import twin_threshold
 from tests.ties import Coded, from_tie, places
 
 # How far from a rounding tie float32 arithmetic in another order may move a value, in steps.

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import Edge, get_parameter, op_kind, operand, quantized_edges
+from fxquant.config.scale_search import GRADIENT_METRICS, Metric, ScaleSearch
+from fxquant.config.vocabulary import Arg, OpKind
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.edges import Edge, quantized_edges
+from fxquant.graph.nodes import get_parameter, operand
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
-from fxquant.search.output import ProductSample
-from fxquant.spec import GRADIENT_METRICS, Arg, Metric, OpKind, ScaleSearch
+from fxquant.search.product_loss import ProductSample
 
 Quantizers = dict[str, Quantizer]
 LEFT = (Arg.INPUT, Arg.LHS)

@@ -8,13 +8,13 @@ from functools import cache
 from torch import Tensor, fx, nn
 
 from fxquant import testing
-from fxquant.calibrate import calibrate
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
-from fxquant.graph import edges
+from fxquant.calibration.calibrate import calibrate
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.graph.capture import capture
+from fxquant.graph.edges import edges
 from fxquant.passes import AssignSpecs, InsertObservers, PassResult, run_passes
-from fxquant.policy import Rule
-from fxquant.spec import Granularity, TensorSpec
+from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.policies.policy import Rule
 from fxquant.testing import seeded, tokens
 
 EIGHT, FOUR = TensorSpec(bits=8), TensorSpec(bits=4)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph import get_parameter
+from fxquant.graph.nodes import get_parameter
 from tests.ties import Coded, from_tie, places
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxquant.fold_sites import Site, norm_sites
+from fxquant.smoothing.fold_sites import Site, norm_sites
 from fxquant.testing import DIM
 
 Read = Callable[["Norm", Tensor], object]

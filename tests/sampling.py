@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
+from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.user_loss import Loss
+from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
+from fxquant.graph.capture import capture
 from fxquant.passes import AssignSpecs, InsertObservers, run_passes
-from fxquant.policy import Rule
-from fxquant.samples import sample_products
-from fxquant.search.output import ProductSample
-from fxquant.spec import GradientLoss, Metric, ScaleSearch
-from fxquant.user_loss import Loss
+from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.policies.policy import Rule
+from fxquant.search.product_loss import ProductSample
 from tests.graphs import EIGHT
 
 # The paper's metric and loss, on all rows.

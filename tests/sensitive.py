@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import testing
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
+from fxquant.calibration.sample_products import sample_products
+from fxquant.config.scale_search import GradientLoss, ScaleSearch
+from fxquant.config.spec import Granularity, Scheme, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind
+from fxquant.graph.capture import capture
+from fxquant.mixed_precision.sensitivity.estimated import Estimates
+from fxquant.mixed_precision.sensitivity.groups import Layout
+from fxquant.mixed_precision.sensitivity.measured import Network
+from fxquant.mixed_precision.sensitivity.trial_quantizers import Trials
 from fxquant.passes import AssignSpecs, InsertObservers, run_passes
-from fxquant.policy import Rule
-from fxquant.samples import sample_products
-from fxquant.sensitivity.estimated import Estimates
-from fxquant.sensitivity.groups import Layout
-from fxquant.sensitivity.measured import Network
-from fxquant.sensitivity.trials import Trials
-from fxquant.spec import Arg, GradientLoss, Granularity, OpKind, ScaleSearch, Scheme, TensorSpec
+from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.policies.policy import Rule
 from fxquant.testing import seeded
 
 EIGHT = TensorSpec()

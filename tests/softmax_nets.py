@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies
+from fxquant.config.spec import Scheme
 from fxquant.quantizers import DynamicFocusingQuantizer, LogQuantizer, Quantizer
-from fxquant.spec import Scheme
 from fxquant.testing import DIM, Block, seeded, tokens
 
 SCHEMES = [scheme for scheme in Scheme if scheme.from_zero]

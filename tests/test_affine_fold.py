@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxquant.affine_fold import fold
-from fxquant.calibrate import norm_ranges
-from fxquant.capture import capture
+from fxquant.config.vocabulary import Stage
 from fxquant.errors import BatchError, CalibrationError, NonFiniteError, PassError
-from fxquant.fold_sites import norm_sites
-from fxquant.spec import Stage
+from fxquant.graph.capture import capture
+from fxquant.smoothing.affine_fold import fold
+from fxquant.smoothing.fold_sites import norm_sites
+from fxquant.smoothing.norm_ranges import norm_ranges
 from fxquant.testing import DIM, TOKENS, assert_same_function, seeded, tokens
 from tests.norms import Norm, Read, both, linear_inputs, padded, site_of
 

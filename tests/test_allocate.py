@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.allocate.outcome import rank_correlation
-from fxquant.allocate.plan import allocate, sweep, sweep_csv
-from fxquant.allocate.problem import Fixed, Group, Problem, Product
-from fxquant.budget import Budget, Cost, Method
+from fxquant.config.allocation import Budget, Cost, Method
 from fxquant.errors import PolicyError
+from fxquant.mixed_precision.allocate.outcome import rank_correlation
+from fxquant.mixed_precision.allocate.plan import allocate, sweep, sweep_csv
+from fxquant.mixed_precision.allocate.problem import Fixed, Group, Problem, Product
 
 
 @st.composite

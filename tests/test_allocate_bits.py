@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from fxquant import testing
+from fxquant.config.spec import Scheme, TensorSpec
+from fxquant.config.vocabulary import Arg, Stage
 from fxquant.errors import BitWidthError, PassError
-from fxquant.graph import edges, stage
+from fxquant.graph.edges import edges
+from fxquant.graph.nodes import stage
+from fxquant.mixed_precision.sensitivity.groups import Layout
 from fxquant.passes import AllocateBits, Freeze, run_passes
-from fxquant.policy import Rule
+from fxquant.policies.policy import Rule
 from fxquant.quantizers import Quantizer
-from fxquant.sensitivity.groups import Layout
-from fxquant.spec import Arg, Scheme, Stage, TensorSpec
 from fxquant.testing import assert_same_function, op_names, seeded, tokens
 from tests.graphs import EIGHT, FOUR, WEIGHT, observed, specs
 

@@ -13,8 +13,13 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import LowRank, policies
+from fxquant.calibration.sample_products import sample_products
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.errors import PassError
-from fxquant.graph import edges, op_kind, submodule
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.edges import edges
+from fxquant.graph.nodes import submodule
 from fxquant.passes import (
     AssignSpecs,
     AttachLowRank,
@@ -25,11 +30,9 @@ from fxquant.passes import (
     run_passes,
 )
 from fxquant.passes.attach_low_rank import _site
-from fxquant.policy import Rule
+from fxquant.policies.policy import Rule
 from fxquant.quantizers import TwinUniformQuantizer
-from fxquant.samples import sample_products
-from fxquant.search.output import ProductSample
-from fxquant.spec import Granularity, Metric, ScaleSearch, TensorSpec
+from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, TOKENS, Block, images, op_names, seeded, tokens
 from tests.graphs import EIGHT, WEIGHT, canonical, reasons
 
@@ -265,7 +268,7 @@ def test_a_mean_error_counts_unless_the_bias_takes_it(corrected: bool) -> None:
 
 def test_a_share_of_bytes_goes_to_some_layers_and_is_kept() -> None:
     gm, samples = block()
-    before = fxquant.report.quantized_bytes(gm)
+    before = fxquant.graph.parameter_bytes.quantized_bytes(gm)
     whole = 8 * DIM * DIM * 3 // 8
     result = attach(gm, samples, share=0.5)
     found = ranks(gm)
@@ -274,7 +277,7 @@ def test_a_share_of_bytes_goes_to_some_layers_and_is_kept() -> None:
         *("attn_qkv", "attn_qkv_1", "attn_qkv_2", "attn_proj", "fc1", "fc2")
     }
     assert "no branch: other layers gain more for the same bytes" in reasons(result).values()
-    assert 0 < fxquant.report.quantized_bytes(gm) - before <= 0.5 * whole
+    assert 0 < fxquant.graph.parameter_bytes.quantized_bytes(gm) - before <= 0.5 * whole
 
 
 class Windows(nn.Module):

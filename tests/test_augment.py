@@ -14,15 +14,15 @@ from torch import nn
 
 import fxquant
 from fxquant import policies
-from fxquant.blocks import whole_network
+from fxquant.config.recovery import Reconstruction
 from fxquant.errors import PolicyError
-from fxquant.graph import get_parameter
+from fxquant.graph.blocks import whole_network
+from fxquant.graph.nodes import get_parameter
 from fxquant.passes import Reconstruct, run_passes
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import augment, steps, training
 from fxquant.reconstruction.augment import augmented, fresh, made_in_folds
-from fxquant.recovery import Reconstruction
-from fxquant.side_by_side import SideBySide
+from fxquant.reconstruction.blockwise import SideBySide
 from fxquant.testing import relative_error, seeded
 from tests.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct
 
@@ -228,8 +228,8 @@ def test_a_step_without_a_finite_loss_is_not_taken(monkeypatch: pytest.MonkeyPat
 def test_progress_has_the_loss(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxquant.progress.QUIET_SECONDS", -1.0)
-    monkeypatch.setattr("fxquant.progress.LINE_SECONDS", -1.0)
+    monkeypatch.setattr("fxquant.utils.progress.QUIET_SECONDS", -1.0)
+    monkeypatch.setattr("fxquant.utils.progress.LINE_SECONDS", -1.0)
     gm = frozen()
     options = Reconstruction(**{**SHORT, **NETWORK, "augment": True, "held_out": 0.0})
     run_passes(gm, [Reconstruct(SideBySide(gm, BATCH, progress=True), options)])

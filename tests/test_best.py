@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import Budget, policies
 from fxquant.cli import main
+from fxquant.config.recovery import Scope, WeightTraining
+from fxquant.config.vocabulary import Arg, End
 from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 from fxquant.policies import Effort
-from fxquant.policy_file import policy_from_dict, policy_to_dict, read_policy
-from fxquant.recovery import Scope, WeightTraining
-from fxquant.spec import Arg, End
+from fxquant.policies.policy_file import policy_from_dict, policy_to_dict, read_policy
 from fxquant.testing import DIM, relative_error, seeded, tokens
 from tests.test_blocks import Stack
 

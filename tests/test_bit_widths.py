@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Policy, Rule, TensorSpec, policies
-from fxquant.allocate.outcome import Outcome
-from fxquant.allocate.plan import allocate, sweep
-from fxquant.bit_widths import picker
-from fxquant.budget import Allocation, Budget, Cost, Method
+from fxquant.compiled.report import Report
+from fxquant.config.allocation import Allocation, Budget, Cost, Method
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import ObserverKind
+from fxquant.config.vocabulary import Arg
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError, UnknownKeyError
-from fxquant.graph import edges, get_parameter, operand
+from fxquant.graph.edges import edges
+from fxquant.graph.nodes import get_parameter, operand
+from fxquant.mixed_precision.allocate.outcome import Outcome
+from fxquant.mixed_precision.allocate.plan import allocate, sweep
+from fxquant.mixed_precision.choose import picker
+from fxquant.mixed_precision.sensitivity.loss_cache import LossCache
 from fxquant.quantizers import Quantizer
-from fxquant.report import Report
-from fxquant.sensitivity.cache import LossCache
-from fxquant.spec import Arg, Metric, ObserverKind, ScaleSearch
 from fxquant.testing import images
 from tests.graphs import observed
 
@@ -190,7 +193,7 @@ def test_nothing_is_measured_twice(
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("fxquant.bit_widths.Network", refuse)
+    monkeypatch.setattr("fxquant.mixed_precision.choose.Network", refuse)
     assert compiled(vit, mixed(), tmp_path)[1] == outcome and path.read_text() == before
 
 

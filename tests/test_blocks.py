@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant import policies
-from fxquant.blocks import find_blocks, is_size, size_for, waves
-from fxquant.capture import capture
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.demo.models import build
-from fxquant.graph import op_kind
+from fxquant.graph.blocks import find_blocks, waves
+from fxquant.graph.capture import capture
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.sizes import is_size, size_for
 from fxquant.passes import Freeze, run_passes
-from fxquant.policy import Rule
-from fxquant.side_by_side import BlockRunner, Shelf, SideBySide
-from fxquant.spec import Arg, OpKind
+from fxquant.policies.policy import Rule
+from fxquant.reconstruction.blockwise import BlockRunner, Shelf, SideBySide
 from fxquant.testing import DIM, Block, relative_error, tokens
 from tests.graphs import EIGHT, WEIGHT, canonical, observed
 
@@ -98,7 +99,7 @@ def test_shipped_models_have_as_many_blocks_as_they_say(name: str, count: int) -
 
 
 def canonical_shipped(name: str) -> fx.GraphModule:
-    from fxquant.canonical import CANONICAL
+    from fxquant.passes.canonical.canonicalize import CANONICAL
 
     gm = capture(build(name), torch.zeros(2, 3, 64, 64))
     run_passes(gm, CANONICAL)

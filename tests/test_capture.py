@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from fxquant import testing
-from fxquant.capture import capture
+from fxquant.config.vocabulary import Stage
 from fxquant.errors import (
     BatchError,
     CaptureError,
@@ -21,9 +21,10 @@ from fxquant.errors import (
     NothingToQuantizeError,
     TrainingModeError,
 )
-from fxquant.graph import module_path, op_kind, source_line
+from fxquant.graph.capture import capture
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.nodes import module_path, source_line
 from fxquant.passes import NameNodes, run_passes
-from fxquant.spec import Stage
 from fxquant.testing import DIM, assert_same_function, seeded, tokens
 
 

@@ -242,7 +242,7 @@ def test_policies_are_listed_and_printed(
     assert [line.split()[0] for line in printed] == list(fxquant.policies.PRESETS)
     assert main(["policies", "w8a8"]) == 0
     (tmp_path / "w8a8.yaml").write_text(capsys.readouterr().out)
-    read = fxquant.policy_file.read_policy(tmp_path / "w8a8.yaml")
+    read = fxquant.policies.policy_file.read_policy(tmp_path / "w8a8.yaml")
     assert read == fxquant.policies.w8a8()
     assert main(["policies", "minmax", "--describe"]) == 0
     assert "weight_bits" in capsys.readouterr().out
@@ -252,7 +252,7 @@ def test_policies_are_listed_and_printed(
 def test_presets_take_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policies", "ptq4vit", "--weight-bits", "4", "--act-bits", "6"]) == 0
     (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
-    read = fxquant.policy_file.read_policy(tmp_path / "mine.yaml")
+    read = fxquant.policies.policy_file.read_policy(tmp_path / "mine.yaml")
     assert read == fxquant.policies.ptq4vit(4, 6)
     assert "w8a8 has no act_bits" in fails(capsys, "policies", "w8a8", "--act-bits", "4")
     out = tmp_path / "out"

@@ -12,9 +12,9 @@ from torch import nn
 
 import fxquant
 from fxquant import policies
-from fxquant.budget import Allocation, Budget, Method
 from fxquant.cli import main
 from fxquant.cli.widths import with_budget
+from fxquant.config.allocation import Allocation, Budget, Method
 from fxquant.errors import PolicyError
 from fxquant.testing import images
 from tests.cli_helpers import ARGS, VIT, fails

@@ -13,18 +13,19 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies
+from fxquant.config.low_rank import LowRank
+from fxquant.config.recovery import Compensation, Reconstruction
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.vocabulary import Arg
 from fxquant.errors import BatchError, PolicyError
-from fxquant.low_rank import LowRank
+from fxquant.graph.macs import Work
 from fxquant.passes import Compensate, Freeze, PassResult, run_passes
 from fxquant.passes import compensate as closed_form
-from fxquant.policy import Policy, Rule
-from fxquant.policy_file import policy_from_dict, policy_to_dict
+from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
+from fxquant.reconstruction.blockwise import SideBySide
 from fxquant.reconstruction.training import split
-from fxquant.recovery import Compensation, Reconstruction
-from fxquant.side_by_side import SideBySide
-from fxquant.spec import Arg, Granularity, TensorSpec
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
-from fxquant.work import Work
 from tests.agreement import assert_same_codes
 from tests.graphs import EIGHT, observed, reasons
 

@@ -136,7 +136,7 @@ def test_progress_goes_to_stderr_and_is_quiet_when_quick(
     quick: bool,
 ) -> None:
     # Not by the clock: a busy machine may take longer than two seconds over anything.
-    monkeypatch.setattr("fxquant.progress.QUIET_SECONDS", math.inf if quick else -1.0)
+    monkeypatch.setattr("fxquant.utils.progress.QUIET_SECONDS", math.inf if quick else -1.0)
     fxquant.compile(vit, [X], progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fxquant.errors import OutputError
-from fxquant.files import write_text
+from fxquant.utils.files import write_text
 
 
 @pytest.mark.parametrize("linked", [False, True])

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from fxquant import Policy, Rule, TensorSpec, policies, testing
+from fxquant.config.spec import Scheme
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import PolicyError, UnusedRuleError
-from fxquant.graph import edges, possible_edges, submodule
+from fxquant.graph.edges import edges, possible_edges
+from fxquant.graph.nodes import submodule
 from fxquant.passes import AssignSpecs, Freeze, InsertObservers, run_passes
 from fxquant.quantizers import Quantizer
-from fxquant.spec import Arg, OpKind, Scheme
 from tests.agreement import assert_same_codes
 from tests.graphs import EIGHT, FOUR, annotated, canonical, observed, reasons, specs
 from tests.test_integer_only import Windows, compiled, full, images

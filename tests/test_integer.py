@@ -10,9 +10,9 @@ import fxquant
 from fxquant import Granularity, Policy, Rule, TensorSpec, policies
 from fxquant.backends.integer import lower_to_integer
 from fxquant.backends.integer.modules import FromCodes, IntConv, IntLinear, IntMatmul, ToCodes
+from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.errors import LoweringError
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.spec import Arg, OpKind, Stage
 from tests.integer_helpers import assert_integer_equals_simulation, code_buffers, compare
 
 

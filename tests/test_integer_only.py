@@ -14,10 +14,11 @@ import fxquant
 from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies
 from fxquant.backends.integer import float_operations, lower_to_integer
 from fxquant.backends.integer.modules import FromCodes, IntLinear
+from fxquant.config.spec import Granularity, ObserverKind, Scheme
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build as shipped
 from fxquant.errors import LoweringError
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme
 from tests.ties import Coded
 
 # Farther from a tie than this, in steps of 8 bits, no code may differ. Accumulators and multipliers

@@ -10,7 +10,7 @@ from torch.nn import functional
 import fxquant
 from fxquant import Granularity, Rule, TensorSpec, policies
 from fxquant.backends.integer import float_operations
-from fxquant.spec import OpKind
+from fxquant.config.vocabulary import OpKind
 from tests.test_integer_only import Ends, assert_same_codes, compiled, images
 from tests.zoo import FAMILIES, Family
 

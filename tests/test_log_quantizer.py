@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant import log_ops
 from fxquant.errors import CalibrationError
-from fxquant.quantizers import LogQuantizer
+from fxquant.quantizers import LogQuantizer, log_ops
 from tests.laws import (
     assert_codes_are_whole,
     assert_forward_is_dequantize_of_quantize,

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxquant.config.spec import TensorSpec
 from fxquant.errors import FileFormatError, OutputError
-from fxquant.policy import Rule
-from fxquant.sensitivity.cache import LossCache, fingerprint
-from fxquant.spec import TensorSpec
+from fxquant.graph.fingerprint import fingerprint
+from fxquant.mixed_precision.sensitivity.loss_cache import LossCache
+from fxquant.policies.policy import Rule
 from fxquant.testing import tokens
 from tests.sensitive import RULES, Classifier, Setup
 

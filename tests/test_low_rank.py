@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxquant.config.low_rank import LowRank
+from fxquant.config.scale_search import Metric
+from fxquant.config.spec import TensorSpec
 from fxquant.errors import BitWidthError, PolicyError
-from fxquant.low_rank import LowRank
-from fxquant.policy import Policy, Rule
+from fxquant.policies.policy import Policy, Rule
 from fxquant.search.low_rank import share_ranks, spectrum
-from fxquant.spec import Metric, TensorSpec
 
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 99)

@@ -16,8 +16,8 @@ from fxquant import CompiledModel, LowRank, Policy, policies
 from fxquant.backends.onnx_qdq import doctor
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
-from fxquant.policy import Rule
-from fxquant.policy_file import policy_from_dict, policy_to_dict, read_policy, write_policy
+from fxquant.policies.policy import Rule
+from fxquant.policies.policy_file import policy_from_dict, policy_to_dict, read_policy, write_policy
 from fxquant.testing import DIM, Block, seeded, tokens
 from tests.agreement import assert_same_codes
 from tests.graphs import WEIGHT

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import fxquant
 from fxquant import policies
-from fxquant.capture import capture
-from fxquant.masks import masked
+from fxquant.graph.capture import capture
+from fxquant.graph.masks import masked
 from fxquant.testing import DIM, TOKENS, images, relative_error, tokens
 
 FULL = policies.w8a8(full=True)

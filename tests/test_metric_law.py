@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxquant import testing
+from fxquant.config.scale_search import GRADIENT_METRICS, GradientLoss, Metric
 from fxquant.search.metrics import Unit, losses
-from fxquant.spec import GRADIENT_METRICS, GradientLoss, Metric
 from fxquant.testing import DIM, seeded
 from tests.sampling import ALL, sampled
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Allocation, Budget, policies
+from fxquant.config.vocabulary import OpKind
 from fxquant.errors import BatchError
-from fxquant.policy_file import policy_from_dict, policy_to_dict
-from fxquant.spec import OpKind
+from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
 
 MIXED = policies.mptq_vit(4, 4, budget=Budget(mean_bits=5), full=True)

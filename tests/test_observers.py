@@ -12,11 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.observers import BINS, HistogramObserver, MinMaxObserver, Observer, make_observer
+from fxquant.observers.observer import (
+    BINS,
+    HistogramObserver,
+    MinMaxObserver,
+    Observer,
+    make_observer,
+)
+from fxquant.observers.ranges import value_range
 from fxquant.quantizers import UniformQuantizer
-from fxquant.search.histogram import value_range
-from fxquant.spec import Granularity, ObserverKind, Scheme, TensorSpec
 
 KINDS = list(ObserverKind)
 # One kind is for what a softmax reads, and leaves most of other values out.

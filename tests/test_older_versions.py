@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import fxquant
-from fxquant.policy_file import policy_to_dict, read_policy
+from fxquant.policies.policy_file import policy_to_dict, read_policy
 
 DATA = Path(__file__).parent / "data"
 POLICIES = sorted((DATA / "policies").glob("*.yaml"))

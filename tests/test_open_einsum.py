@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant.capture import capture
+from fxquant.graph.capture import capture
 from fxquant.passes import DropNoOps, FoldConstants, OpenEinsum, ToLinear, run_passes
 from fxquant.testing import DIM, TOKENS, assert_same_function, op_names, seeded, tokens
 

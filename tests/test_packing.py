@@ -22,10 +22,11 @@ import fxquant
 from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies
 from fxquant.backends.onnx_qdq import TARGETS, OnnxExport, doctor, make_session, packing
 from fxquant.backends.onnx_qdq.packing import pack, pack_weights
+from fxquant.config.vocabulary import Arg
 from fxquant.errors import LoweringError
-from fxquant.graph import constant, operand, quantized_edges, submodule
+from fxquant.graph.edges import quantized_edges
+from fxquant.graph.nodes import constant, operand, submodule
 from fxquant.quantizers import UniformQuantizer
-from fxquant.spec import Arg
 from fxquant.testing import DIM, Block, seeded, tokens
 from tests.agreement import assert_same_codes
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import testing
-from fxquant.calibrate import calibrate
+from fxquant.calibration.calibrate import calibrate
+from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.errors import UnusedRuleError
 from fxquant.passes import AssignSpecs, Freeze, InsertObservers, run_passes
 from fxquant.policies import PRESETS
-from fxquant.policy import Rule
+from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Stage, TensorSpec
 from fxquant.testing import DIM, images, tokens
 from tests.graphs import EIGHT, FOUR, WEIGHT, annotated, canonical, reasons, specs
 

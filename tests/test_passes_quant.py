@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant import passes, testing
-from fxquant.calibrate import calibrate
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
+from fxquant.calibration.calibrate import calibrate
+from fxquant.config.low_rank import LowRank
+from fxquant.config.recovery import Compensation, Reconstruction
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.errors import CalibrationError, PassError, VerifyError
-from fxquant.graph import Edge, edges, get_parameter, op_kind, submodule
-from fxquant.low_rank import LowRank
-from fxquant.observers import Observer
+from fxquant.graph.capture import capture
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.edges import Edge, edges
+from fxquant.graph.nodes import get_parameter, submodule
+from fxquant.graph.rewrite import set_bias
+from fxquant.observers.observer import Observer
 from fxquant.passes import (
     AssignSpecs,
     Freeze,
@@ -27,12 +33,10 @@ from fxquant.passes import (
     QuantizeBias,
     run_passes,
 )
-from fxquant.policy import Rule
+from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
-from fxquant.recovery import Compensation, Reconstruction
-from fxquant.rewrite import set_bias
-from fxquant.smoothing_sites import Choices
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, ScaleSearch, Stage, TensorSpec
+from fxquant.smoothing.choose import Choices
 from fxquant.testing import (
     DIM,
     assert_same_function,

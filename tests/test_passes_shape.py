@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxquant import testing
-from fxquant.capture import capture
+from fxquant.graph.capture import capture
 from fxquant.passes import (
     DropNoOps,
     FoldConstants,

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxquant import testing
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
-from fxquant.graph import get_parameter
+from fxquant.graph.capture import capture
+from fxquant.graph.nodes import get_parameter
 from fxquant.passes import (
     DropNoOps,
     FoldBatchNorm,
@@ -24,6 +23,7 @@ from fxquant.passes import (
     UnifyMoves,
     run_passes,
 )
+from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.testing import (
     DIM,
     HEADS,

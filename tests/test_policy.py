@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant import policies
-from fxquant.budget import Allocation, Budget, Method, Sensitivity
+from fxquant.config.allocation import Allocation, Budget, Method, Sensitivity
+from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
+from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import (
     BitWidthError,
     OutputError,
@@ -18,26 +21,15 @@ from fxquant.errors import (
     UnknownKeyError,
     UnknownPresetError,
 )
-from fxquant.graph import PRODUCER_NAMES
-from fxquant.policy import Policy, Rule
-from fxquant.policy_file import (
+from fxquant.graph.dialect import PRODUCER_NAMES
+from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.policy_file import (
     policy_from_dict,
     policy_to_dict,
     read_policy,
     resolve,
     to_yaml,
     write_policy,
-)
-from fxquant.spec import (
-    Arg,
-    GradientLoss,
-    Granularity,
-    Metric,
-    ObserverKind,
-    OpKind,
-    ScaleSearch,
-    Scheme,
-    TensorSpec,
 )
 
 uniform = st.builds(

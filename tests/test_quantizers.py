@@ -10,10 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant import ops
+from fxquant.config.spec import TensorSpec
 from fxquant.errors import CalibrationError, FileFormatError
-from fxquant.quantizers import UniformQuantizer, accumulator_scale, from_config
-from fxquant.spec import TensorSpec
+from fxquant.quantizers import UniformQuantizer, accumulator_scale, from_config, ops
 from tests.laws import (
     assert_forward_is_dequantize_of_quantize,
     assert_idempotent,

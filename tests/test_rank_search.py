@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.blocks import find_blocks, whole_network
+from fxquant.config.recovery import Reconstruction
+from fxquant.graph.blocks import find_blocks, whole_network
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import steps, training
+from fxquant.reconstruction.blockwise import SideBySide, Station
 from fxquant.reconstruction.losses import Criterion, criterion, measure
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch
 from fxquant.reconstruction.trained_block import TrainedBlock
-from fxquant.recovery import Reconstruction
-from fxquant.side_by_side import SideBySide, Station
 from tests.test_reconstruct import BATCH, SHORT, THREE, frozen
 
 COUNT = len(BATCH)

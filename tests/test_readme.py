@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fxquant
-from fxquant.policy_file import read_policy
+from fxquant.policies.policy_file import read_policy
 from fxquant.testing import images
 
 ROOT = Path(__file__).parents[1]

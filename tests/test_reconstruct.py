@@ -14,19 +14,20 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies
-from fxquant.blocks import whole_network
-from fxquant.calibrate import calibrate
+from fxquant.calibration.calibrate import calibrate
+from fxquant.config.recovery import Compensation, Reconstruction
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.vocabulary import Arg
 from fxquant.errors import PolicyError
+from fxquant.graph.blocks import whole_network
 from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reconstruct, run_passes
-from fxquant.policy import Policy, Rule
-from fxquant.policy_file import policy_from_dict, policy_to_dict
+from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction import steps, training
+from fxquant.reconstruction.blockwise import SideBySide
 from fxquant.reconstruction.losses import criterion, measure
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import split, train_block
-from fxquant.recovery import Compensation, Reconstruction
-from fxquant.side_by_side import SideBySide
-from fxquant.spec import Arg, Granularity, TensorSpec
 from fxquant.testing import relative_error, seeded, tokens
 from tests.graphs import annotated
 from tests.test_blocks import Stack

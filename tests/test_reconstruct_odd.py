@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies
+from fxquant.config.recovery import Compensation, Reconstruction
+from fxquant.config.spec import Scheme, TensorSpec
+from fxquant.config.vocabulary import OpKind
 from fxquant.errors import PolicyError
 from fxquant.passes import Compensate, run_passes
-from fxquant.policy import Rule
+from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer
-from fxquant.recovery import Compensation, Reconstruction
-from fxquant.side_by_side import SideBySide
-from fxquant.spec import OpKind, Scheme, TensorSpec
+from fxquant.reconstruction.blockwise import SideBySide
 from fxquant.testing import DIM, seeded
 from tests.test_blocks import Stack
 from tests.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Policy, Rule, TensorSpec, policies
-from fxquant.budget import Allocation, Budget
+from fxquant.config.allocation import Allocation, Budget
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.config.vocabulary import OpKind
 from fxquant.errors import (
     BatchError,
     CaptureError,
@@ -22,8 +24,7 @@ from fxquant.errors import (
     OutputError,
     PolicyError,
 )
-from fxquant.policy_file import read_policy
-from fxquant.spec import OpKind, ScaleSearch
+from fxquant.policies.policy_file import read_policy
 from fxquant.testing import DIM, TOKENS, images, relative_error, seeded, tokens
 
 X = images(4, 16)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 import fxquant
 from fxquant import TensorSpec, policies
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import Scheme
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
 from fxquant.search.metrics import Unit
-from fxquant.search.output import Operand, ProductSample, candidate_losses
+from fxquant.search.product_loss import Operand, ProductSample, candidate_losses
 from fxquant.search.region_ratio import SearchedRatio
 from fxquant.search.scales import SearchedTwin, stacked
-from fxquant.spec import Metric, ScaleSearch, Scheme
 from fxquant.testing import Block, seeded, tokens
 
 SEARCH = ScaleSearch(metric=Metric.MSE, opt_m=True, candidates=12, stride=1, rounds=2)

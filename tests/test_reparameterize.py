@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxquant import testing
-from fxquant.calibrate import norm_ranges
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
-from fxquant.fold_sites import Site, norm_sites
-from fxquant.graph import get_parameter
+from fxquant.config.spec import TensorSpec
+from fxquant.graph.capture import capture
+from fxquant.graph.nodes import get_parameter
 from fxquant.passes import PassResult, Reparameterize, run_passes
+from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.quantizers import UniformQuantizer
-from fxquant.spec import TensorSpec
+from fxquant.smoothing.fold_sites import Site, norm_sites
+from fxquant.smoothing.norm_ranges import norm_ranges
 from fxquant.testing import (
     DIM,
     TOKENS,

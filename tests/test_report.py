@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Rule, TensorSpec, testing
+from fxquant.compiled.report import measure_sqnr
+from fxquant.config.vocabulary import Arg
 from fxquant.quantizers import Quantizer
-from fxquant.report import measure_sqnr
-from fxquant.spec import Arg
 from fxquant.testing import DIM, images, seeded, tokens
 
 X = images(4, 16)

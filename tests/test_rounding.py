@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.quantizers import UniformQuantizer
-from fxquant.search.rounding import Moments, ridge_update, round_weight
-from fxquant.spec import Granularity, TensorSpec
+from fxquant.search.gptq import Moments, ridge_update, round_weight
 
 SEEDS = st.integers(0, 1000)
 

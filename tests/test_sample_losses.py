@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxquant import testing
+from fxquant.config.scale_search import GradientLoss, ScaleSearch
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.spec import GradientLoss, ScaleSearch
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.sampling import ALL, sampled
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxquant.calibration.row_samplers import LinearRows
+from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.errors import CalibrationError
-from fxquant.product_rows import LinearRows
-from fxquant.search.output import ProductSample
-from fxquant.spec import GradientLoss, Metric, ScaleSearch
+from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, HEADS, images, seeded, tokens
 from tests.sampling import ALL, argmax_loss, sampled
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Rule, TensorSpec, testing
+from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.errors import FileFormatError, OutputError
-from fxquant.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.testing import DIM, images, seeded, tokens
 
 
@@ -130,8 +130,8 @@ def full_in_safetensors(tensors: Any, path: Path, metadata: Any) -> None:
 @pytest.mark.parametrize(
     ("target", "failure"),
     [
-        ("fxquant.storage.save_file", full_in_safetensors),
-        ("fxquant.storage.save_file", full),
+        ("fxquant.compiled.storage.save_file", full_in_safetensors),
+        ("fxquant.compiled.storage.save_file", full),
         ("pathlib.Path.write_text", full),
         ("tempfile.mkstemp", full),
         ("os.replace", full),

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxquant.config.scale_search import GRADIENT_METRICS, Metric
 from fxquant.search import output
 from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit, losses, unit_shape
-from fxquant.search.output import Operand, ProductSample, along_units, candidate_losses
-from fxquant.spec import GRADIENT_METRICS, Metric
+from fxquant.search.product_loss import Operand, ProductSample, along_units, candidate_losses
 
 METRICS, UNITS = list(Metric), list(Unit)
 SIZES = st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 4), st.integers(1, 4))

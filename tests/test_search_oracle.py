@@ -14,16 +14,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fxquant import policies, testing
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
+from fxquant.calibration.sample_products import sample_products
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
+from fxquant.graph.capture import capture
 from fxquant.passes import AssignSpecs, Freeze, InsertObservers, SearchScales, run_passes
-from fxquant.policy import Policy, Rule
+from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.policies.policy import Policy, Rule
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
-from fxquant.samples import sample_products
-from fxquant.search.output import ProductSample
-from fxquant.spec import Granularity, Metric, ScaleSearch, TensorSpec
+from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, images
 from tests.brute_force import BruteForce, quantizers
 from tests.graphs import canonical

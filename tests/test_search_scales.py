@@ -13,8 +13,12 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies, testing
+from fxquant.calibration.sample_products import sample_products
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.errors import BatchError, CalibrationError, PassError
-from fxquant.graph import constant, edges
+from fxquant.graph.edges import edges
+from fxquant.graph.nodes import constant
 from fxquant.passes import (
     AssignSpecs,
     CorrectBias,
@@ -24,10 +28,8 @@ from fxquant.passes import (
     SearchScales,
     run_passes,
 )
-from fxquant.policy import Policy, Rule
-from fxquant.samples import sample_products
-from fxquant.search.output import ProductSample
-from fxquant.spec import Granularity, Metric, ScaleSearch, TensorSpec
+from fxquant.policies.policy import Policy, Rule
+from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.brute_force import BruteForce, quantizers
 from tests.graphs import canonical, reasons

@@ -8,29 +8,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant import product_rows, testing
-from fxquant.allocate.outcome import rank_correlation
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
+from fxquant import testing
+from fxquant.calibration import row_samplers as product_rows
+from fxquant.calibration.network_loss import OutputDistance
+from fxquant.calibration.reservoir import Picked
+from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
+from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.config.vocabulary import Arg
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.graph import fed_by, quantized_edges
-from fxquant.network_loss import OutputDistance
+from fxquant.graph.capture import capture
+from fxquant.graph.edges import fed_by, quantized_edges
+from fxquant.graph.fingerprint import fingerprint
+from fxquant.mixed_precision.allocate.outcome import rank_correlation
+from fxquant.mixed_precision.sensitivity.estimated import Estimates
+from fxquant.mixed_precision.sensitivity.trial_quantizers import Trials
 from fxquant.passes import AllocateBits, AssignSpecs, Freeze, InsertObservers, run_passes
-from fxquant.pick import Picked
-from fxquant.policy import Rule
+from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.policies.policy import Rule
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
-from fxquant.sensitivity.cache import fingerprint
-from fxquant.sensitivity.estimated import Estimates
-from fxquant.sensitivity.trials import Trials
-from fxquant.spec import (
-    Arg,
-    GradientLoss,
-    Granularity,
-    Metric,
-    ObserverKind,
-    ScaleSearch,
-    TensorSpec,
-)
 from fxquant.testing import images, seeded, tokens
 from tests.sensitive import EIGHT, ROWS, RULES, TWIN, Classifier, Patches, Setup
 

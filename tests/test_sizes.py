@@ -13,8 +13,8 @@ from torch import nn
 import fxquant
 from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies
 from fxquant.backends.onnx_qdq import TARGETS, make_session
+from fxquant.config.vocabulary import Arg
 from fxquant.quantizers import Quantizer
-from fxquant.spec import Arg
 from fxquant.testing import images
 from tests.agreement import assert_same_codes
 

@@ -14,17 +14,18 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant import Policy, Rule, TensorSpec, policies
-from fxquant.affine_fold import fold
-from fxquant.canonical import CANONICAL
-from fxquant.capture import capture
-from fxquant.fold_sites import Site, linear_sites, norm_sites
+from fxquant.calibration.sample_products import sample_products
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.vocabulary import Arg
+from fxquant.graph.capture import capture
 from fxquant.passes import AssignSpecs, SmoothWithBias, run_passes
-from fxquant.samples import sample_products
+from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.search import smoothing
-from fxquant.search.output import ProductSample
-from fxquant.search.smoothing import Reading, Smoothing, Trial, finalists, moved
-from fxquant.smoothing_sites import Choices, choose_smoothing
-from fxquant.spec import Arg, Metric, ScaleSearch
+from fxquant.search.product_loss import ProductSample
+from fxquant.smoothing.affine_fold import fold
+from fxquant.smoothing.candidates import Reading, Smoothing, Trial, finalists, moved
+from fxquant.smoothing.choose import Choices, choose_smoothing
+from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.testing import DIM, Block, assert_same_function, op_names, seeded, tokens
 from tests.zoo import FAMILIES, Family
 

@@ -15,9 +15,9 @@ from fxquant import Rule
 from fxquant.backends.integer.log import LogFromCodes, LogRequantize, LogSide, LogToCodes
 from fxquant.backends.onnx_qdq import TARGETS, make_session
 from fxquant.backends.onnx_qdq.focusing import rewrite_focusing
+from fxquant.config.spec import Scheme
 from fxquant.errors import LoweringError
 from fxquant.quantizers import DynamicFocusingQuantizer, LogQuantizer, largest_start
-from fxquant.spec import Scheme
 from fxquant.testing import Block, images, seeded, tokens
 from tests.agreement import assert_same_codes
 from tests.integer_helpers import assert_integer_equals_simulation

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import Allocation, Budget, Policy, Rule, TensorSpec, policies
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import Granularity, ObserverKind, Scheme
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
-from fxquant.observers import make_observer
+from fxquant.observers.observer import make_observer
 from fxquant.quantizers import DynamicFocusingQuantizer, Quantizer
-from fxquant.search.from_zero import SearchedFromZero, fitted_from_zero, from_zero_candidates
+from fxquant.quantizers.candidates import fitted_from_zero, from_zero_candidates
 from fxquant.search.metrics import Unit
-from fxquant.search.output import Operand, ProductSample, candidate_losses
+from fxquant.search.one_sided import SearchedFromZero
+from fxquant.search.product_loss import Operand, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
-from fxquant.spec import Granularity, Metric, ObserverKind, ScaleSearch, Scheme
 from fxquant.testing import Block, seeded, tokens
 from tests.graphs import EIGHT, annotated
 from tests.softmax_nets import SCHEMES, compiled, found

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.ops import broadcast
+from fxquant.config.spec import TensorSpec
 from fxquant.quantizers import (
     DynamicFocusingQuantizer,
     Quantizer,
     TwinUniformQuantizer,
     UniformQuantizer,
 )
+from fxquant.quantizers.ops import broadcast
 from fxquant.reconstruction.activations import draw_mask, trained
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough
-from fxquant.spec import TensorSpec
 from tests.test_reconstruct import THREE
 
 

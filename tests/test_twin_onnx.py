@@ -21,8 +21,8 @@ from fxquant.backends.onnx_qdq import TARGETS, OnnxExport, doctor, make_session
 from fxquant.backends.onnx_qdq.twin import rewrite_twins
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
-from fxquant.ops import twin_threshold
 from fxquant.quantizers import TwinUniformQuantizer
+from fxquant.quantizers.ops import twin_threshold
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.agreement import assert_same_codes
 from tests.integer_helpers import assert_integer_equals_simulation

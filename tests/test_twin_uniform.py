@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant import TensorSpec, ops
+from fxquant import TensorSpec
+from fxquant.config.spec import Granularity, Scheme
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
-from fxquant.quantizers import TwinUniformQuantizer
-from fxquant.spec import Granularity, Scheme
+from fxquant.quantizers import TwinUniformQuantizer, ops
 from tests.laws import (
     assert_codes_are_whole,
     assert_forward_is_dequantize_of_quantize,

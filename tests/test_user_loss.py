@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant import policies, testing
+from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.errors import CalibrationError
-from fxquant.spec import Metric, ScaleSearch
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.sampling import sampled
 

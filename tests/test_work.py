@@ -6,14 +6,18 @@ import math
 
 import pytest
 
-from fxquant import smoothing_sites, testing
-from fxquant.fold_sites import Site, linear_sites, norm_sites
-from fxquant.graph import get_parameter, op_kind, operand
+from fxquant import testing
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.config.spec import TensorSpec
+from fxquant.config.vocabulary import OpKind
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.macs import Work
+from fxquant.graph.nodes import get_parameter, operand
 from fxquant.passes import AssignSpecs, run_passes
-from fxquant.policy import Rule
-from fxquant.spec import OpKind, ScaleSearch, TensorSpec
+from fxquant.policies.policy import Rule
+from fxquant.smoothing import choose as smoothing_sites
+from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.testing import images, seeded, tokens
-from fxquant.work import Work
 from tests.graphs import canonical
 
 

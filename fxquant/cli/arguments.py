@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant._version import __version__
-from fxquant.budget import Cost, Method
+from fxquant.config.allocation import Cost, Method
 from fxquant.policies import Effort
 
 # Options of presets that the command line has.

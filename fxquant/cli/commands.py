@@ -34,15 +34,15 @@ from fxquant.cli.preprocess import (
     read_preprocessing,
 )
 from fxquant.cli.widths import budget_of, with_budget
+from fxquant.compiled.model import CompiledModel, load
+from fxquant.compiled.report import Report
+from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.compiler import compile
 from fxquant.errors import DataError, FileFormatError, ModelError, PolicyError
-from fxquant.files import check_writable, write_text, write_together
-from fxquant.model import CompiledModel, load
-from fxquant.policy import Policy
-from fxquant.policy_file import resolve, to_yaml
-from fxquant.progress import track, working
-from fxquant.report import Report
-from fxquant.storage import CONFIG_FILE, WEIGHTS_FILE
+from fxquant.policies.policy import Policy
+from fxquant.policies.policy_file import resolve, to_yaml
+from fxquant.utils.files import check_writable, write_text, write_together
+from fxquant.utils.progress import track, working
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport

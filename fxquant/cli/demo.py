@@ -23,13 +23,13 @@ from fxquant.cli.evaluation import (
     torch_runtime,
 )
 from fxquant.cli.models import DEMO_MODELS, Weights, build_model, find_model, preprocessing_of
+from fxquant.compiled.model import CompiledModel
+from fxquant.compiled.storage import WEIGHTS_FILE
 from fxquant.compiler import compile
 from fxquant.errors import ModelError
-from fxquant.files import check_writable
-from fxquant.model import CompiledModel
-from fxquant.progress import track
-from fxquant.storage import WEIGHTS_FILE
-from fxquant.suggest import did_you_mean
+from fxquant.utils.files import check_writable
+from fxquant.utils.progress import track
+from fxquant.utils.suggest import did_you_mean
 
 _POLICY, _CALIBRATION_IMAGES, _BATCH = "w8a8", 32, 8
 # Enough for a median; the integer reference kernels are slow.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import DataError, ModelError
-from fxquant.progress import track
+from fxquant.utils.progress import track
 
 _TOP = 5
 

@@ -19,7 +19,7 @@ from fxquant.cli.preprocess import (
     torchvision_preprocessing,
 )
 from fxquant.errors import ModelError
-from fxquant.suggest import did_you_mean
+from fxquant.utils.suggest import did_you_mean
 
 Library = Literal["timm", "torchvision", "demo"]
 # Trained models of fxquant.demo.models; named here so that a spelling mistake needs no import.

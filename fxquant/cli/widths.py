@@ -7,12 +7,12 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from fxquant.allocate.plan import Point, sweep, sweep_csv
-from fxquant.budget import Allocation, Budget, Cost
+from fxquant.compiled.model import load
+from fxquant.config.allocation import Allocation, Budget, Cost
 from fxquant.errors import PolicyError
-from fxquant.files import write_together, write_utf8
-from fxquant.model import load
-from fxquant.policy import Policy
+from fxquant.mixed_precision.allocate.plan import Point, sweep, sweep_csv
+from fxquant.policies.policy import Policy
+from fxquant.utils.files import write_together, write_utf8
 
 _BUDGETS = "--mean-bits, --mean-weight-bits, --mean-act-bits, --weight-bytes or --bitops"
 CSV_FILE, PLOT_FILE = "pareto.csv", "pareto.png"

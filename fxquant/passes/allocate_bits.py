@@ -13,11 +13,12 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxquant.config.vocabulary import Arg, Stage
 from fxquant.errors import PassError
-from fxquant.graph import Edge, edges, submodule
-from fxquant.observers import Observer
+from fxquant.graph.edges import Edge, edges
+from fxquant.graph.nodes import submodule
+from fxquant.observers.observer import Observer
 from fxquant.passes.base import PassResult, Skip
-from fxquant.spec import Arg, Stage
 
 
 @dataclass(frozen=True)

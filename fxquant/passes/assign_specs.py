@@ -16,21 +16,15 @@ from typing import ClassVar
 
 from torch import SymInt, Tensor, fx
 
+from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.errors import PolicyError, UnusedRuleError
-from fxquant.graph import (
-    UNSUPPORTED,
-    Edge,
-    arguments,
-    constant,
-    edges,
-    fed_by,
-    possible_edges,
-    rank,
-)
-from fxquant.masks import masked
+from fxquant.graph.dialect import UNSUPPORTED
+from fxquant.graph.edges import Edge, edges, fed_by, possible_edges
+from fxquant.graph.masks import masked
+from fxquant.graph.nodes import arguments, constant, rank
 from fxquant.passes.base import PassResult, Skip
-from fxquant.policy import Rule
-from fxquant.spec import Arg, Granularity, ObserverKind, OpKind, Scheme, Stage, TensorSpec
+from fxquant.policies.policy import Rule
 
 _MASKED = (
     "left float: what it reads may hold minus infinity, as attention masks do, and no integer "

@@ -24,16 +24,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import Edge, aten, get_parameter, op_kind, operand, submodule
-from fxquant.low_rank import LowRank
-from fxquant.observers import make_observer
+from fxquant.config.low_rank import LowRank
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind, Stage
+from fxquant.graph.dialect import aten, op_kind
+from fxquant.graph.edges import Edge
+from fxquant.graph.nodes import get_parameter, operand, submodule
+from fxquant.graph.rewrite import add_constant, emit, set_bias
+from fxquant.graph.shapes import example_batch, example_shape
+from fxquant.observers.observer import make_observer
 from fxquant.passes.base import BIAS_CORRECTED, Gain, PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.rewrite import add_constant, emit, set_bias
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
-from fxquant.search.output import ProductSample
-from fxquant.shapes import example_batch, example_shape
-from fxquant.spec import Arg, Granularity, OpKind, Stage, TensorSpec
+from fxquant.search.product_loss import ProductSample
 
 # A branch stays where it takes at least this share out of the output error.
 LEAST_GAIN = 0.05

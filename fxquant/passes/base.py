@@ -13,10 +13,10 @@ from typing import ClassVar, Protocol
 
 from torch import fx
 
+from fxquant.config.vocabulary import Stage
 from fxquant.errors import FxQuantError, PassError
-from fxquant.graph import stage
-from fxquant.spec import Stage
-from fxquant.verify import verify
+from fxquant.graph.nodes import stage
+from fxquant.graph.verify import verify
 
 # In the meta of a product: its bias takes out the mean error that its rounded weight makes.
 BIAS_CORRECTED = "bias_corrected"

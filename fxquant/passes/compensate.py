@@ -22,18 +22,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.blocks import find_blocks, waves
-from fxquant.graph import arguments, get_parameter, op_kind, operand, submodule
+from fxquant.config.recovery import Compensation
+from fxquant.config.vocabulary import OpKind, Stage
+from fxquant.graph.blocks import find_blocks, waves
+from fxquant.graph.conv_patches import patches
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.macs import Work
+from fxquant.graph.nodes import arguments, get_parameter, operand, submodule
+from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Gain, PassResult, Skip
-from fxquant.patches import patches
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction.augment import made_in_folds
-from fxquant.recovery import Compensation
-from fxquant.rewrite import replace_constant, set_bias
-from fxquant.search.rounding import Moments, ridge_update, round_weight
-from fxquant.side_by_side import SideBySide, Station, chunks
-from fxquant.spec import OpKind, Stage
-from fxquant.work import Work
+from fxquant.reconstruction.blockwise import SideBySide, Station, chunks
+from fxquant.search.gptq import Moments, ridge_update, round_weight
 
 _DONE = "compensated"
 _MEASURE = "squared output error of the weights rounded to nearest"

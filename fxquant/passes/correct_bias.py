@@ -16,18 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import (
-    constant,
-    get_parameter,
-    op_kind,
-    operand,
-    submodule,
-)
+from fxquant.config.vocabulary import OpKind, Stage
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.nodes import constant, get_parameter, operand, submodule
+from fxquant.graph.rewrite import set_bias
 from fxquant.passes.base import BIAS_CORRECTED, PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.rewrite import set_bias
-from fxquant.search.output import ProductSample
-from fxquant.spec import OpKind, Stage
+from fxquant.search.product_loss import ProductSample
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.graph import Edge, get_parameter, quantized_edges, submodule
-from fxquant.observers import Observer, make_observer
+from fxquant.config.spec import TensorSpec
+from fxquant.config.vocabulary import Arg, Stage
+from fxquant.graph.edges import Edge, quantized_edges
+from fxquant.graph.nodes import get_parameter, submodule
+from fxquant.observers.observer import Observer, make_observer
 from fxquant.passes.base import PassResult
-from fxquant.spec import Arg, Stage, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import ClassVar
 
 from torch import fx, nn
 
-from fxquant.graph import quantized_edges
-from fxquant.observers import make_observer
+from fxquant.config.spec import TensorSpec
+from fxquant.config.vocabulary import Arg, Stage
+from fxquant.graph.edges import quantized_edges
+from fxquant.observers.observer import make_observer
 from fxquant.passes.base import PassResult
-from fxquant.spec import Arg, Stage, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import constant, get_parameter, op_kind, operand, submodule
-from fxquant.ops import broadcast
+from fxquant.config.vocabulary import OpKind, Stage
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.nodes import constant, get_parameter, operand, submodule
+from fxquant.graph.rewrite import set_bias
 from fxquant.passes.base import PassResult, Skip
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer, accumulator_scale
-from fxquant.rewrite import set_bias
-from fxquant.spec import OpKind, Stage
+from fxquant.quantizers.ops import broadcast
 
 _Input = UniformQuantizer | TwinUniformQuantizer
 _Site = tuple[fx.Node, Tensor, _Input, UniformQuantizer]

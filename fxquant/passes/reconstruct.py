@@ -25,18 +25,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.blocks import find_blocks, whole_network
-from fxquant.graph import operand, quantized_edges
+from fxquant.config.recovery import Reconstruction, Scope
+from fxquant.config.vocabulary import Stage
+from fxquant.graph.blocks import find_blocks, whole_network
+from fxquant.graph.edges import quantized_edges
+from fxquant.graph.macs import Work
+from fxquant.graph.nodes import operand
+from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.reconstruction.blockwise import CHUNK, SideBySide, Station
 from fxquant.reconstruction.checkpoint import Checkpoints, StateFile
 from fxquant.reconstruction.losses import Measured, criterion, measure
 from fxquant.reconstruction.trained_block import Changes, TrainedBlock, refusal
 from fxquant.reconstruction.training import split, train_block
-from fxquant.recovery import Reconstruction, Scope
-from fxquant.rewrite import replace_constant, set_bias
-from fxquant.side_by_side import CHUNK, SideBySide, Station
-from fxquant.spec import Stage
-from fxquant.work import Work
 
 _DONE = "reconstructed"
 _MEASURE = "squared output error before"

@@ -26,10 +26,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.affine_fold import fold
-from fxquant.fold_sites import norm_sites
+from fxquant.config.vocabulary import Stage
 from fxquant.passes.base import PassResult, Skip
-from fxquant.spec import Stage
+from fxquant.smoothing.affine_fold import fold
+from fxquant.smoothing.fold_sites import norm_sites
 
 # Widths below this part of the mean width count as none: a channel as narrow as that loses less
 # than half a step of an 8-bit quantizer if it is taken for a constant.
@@ -45,7 +45,7 @@ class Reparameterize:
 
     Attributes:
         ranges: smallest and largest values ``(C,)`` of each norm, by its name; from
-            :func:`fxquant.calibrate.norm_ranges` on this graph.
+            :func:`fxquant.smoothing.norm_ranges.norm_ranges` on this graph.
     """
 
     ranges: Mapping[str, tuple[Tensor, Tensor]]

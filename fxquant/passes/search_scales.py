@@ -19,9 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import Edge, quantized_edges, submodule
+from fxquant.config.scale_search import GRADIENT_METRICS, ScaleSearch
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind, Stage
+from fxquant.graph.edges import Edge, quantized_edges
+from fxquant.graph.nodes import submodule
 from fxquant.passes.base import Gain, PassResult, Skip
-from fxquant.progress import track
 from fxquant.quantizers import (
     DynamicFocusingQuantizer,
     LogQuantizer,
@@ -29,12 +32,12 @@ from fxquant.quantizers import (
     TwinUniformQuantizer,
     UniformQuantizer,
 )
-from fxquant.search.from_zero import SearchedFromZero
 from fxquant.search.metrics import Unit, unit_shape
-from fxquant.search.output import Operand, ProductSample
+from fxquant.search.one_sided import SearchedFromZero
+from fxquant.search.product_loss import Operand, ProductSample
 from fxquant.search.region_ratio import SearchedRatio
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
-from fxquant.spec import GRADIENT_METRICS, Arg, Granularity, OpKind, ScaleSearch, Stage, TensorSpec
+from fxquant.utils.progress import track
 
 _LEFT = (Arg.INPUT, Arg.LHS)
 _MEASURE = "output error of the hand-set rule"

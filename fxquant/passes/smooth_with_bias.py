@@ -4,8 +4,8 @@ Before: ``W y + b``, y from a norm, or values V averaged by attention
 After:  ``W' y' + b'`` with ``y' = (y - mu) / eps``, ``W' = W diag(eps)``, ``b' = b + W mu``
 
 The map that makes ``y'`` is folded into the norm or into the linear that gives V, so that the
-function is unchanged and nothing is added to the run time (:mod:`fxquant.affine_fold`). Gains are
-losses of the network with the site's products quantized, over those without the map.
+function is unchanged and nothing is added to the run time (:mod:`fxquant.smoothing.affine_fold`).
+Gains are losses of the network with the site's products quantized, over those without the map.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.affine_fold import fold
+from fxquant.config.vocabulary import Stage
 from fxquant.passes.base import Gain, PassResult, Skip
-from fxquant.smoothing_sites import Choices
-from fxquant.spec import Stage
+from fxquant.smoothing.affine_fold import fold
+from fxquant.smoothing.choose import Choices
 
 _DONE = "smoothed"
 

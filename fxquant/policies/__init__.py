@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from fxquant.errors import PolicyError, UnknownPresetError
-from fxquant.policies.best import Effort, best
-from fxquant.policies.plain import minmax, w8a8, w8a8_full
-from fxquant.policies.rules import elementwise_rules, end_rules
-from fxquant.policies.searched import base_ptq, mptq_vit, ptq4vit
-from fxquant.policies.trained import aiqvit
-from fxquant.policy import Policy
-from fxquant.suggest import did_you_mean
+from fxquant.policies.policy import Policy
+from fxquant.policies.presets.best import Effort, best
+from fxquant.policies.presets.plain import minmax, w8a8, w8a8_full
+from fxquant.policies.presets.searched import base_ptq, mptq_vit, ptq4vit
+from fxquant.policies.presets.shared_rules import elementwise_rules, end_rules
+from fxquant.policies.presets.trained import aiqvit
+from fxquant.utils.suggest import did_you_mean
 
 __all__ = [
     "PRESETS",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxquant.config.spec import TensorSpec
 from fxquant.errors import CalibrationError
 from fxquant.quantizers.uniform import LEAST_SCALE, UniformQuantizer
-from fxquant.spec import TensorSpec
 
 _BYTE_MAX = 255
 

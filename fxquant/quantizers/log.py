@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fxquant import log_ops as ops
 from fxquant.errors import CalibrationError
+from fxquant.quantizers import log_ops as ops
 from fxquant.quantizers.base import Quantizer
 from fxquant.quantizers.uniform import LEAST_SCALE
 

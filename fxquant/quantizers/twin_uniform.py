@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from fxquant import ops
+from fxquant.config.spec import MAX_SHIFT, TensorSpec
 from fxquant.errors import CalibrationError
+from fxquant.quantizers import ops
 from fxquant.quantizers.base import Quantizer
-from fxquant.spec import MAX_SHIFT, TensorSpec
 
 
 class TwinUniformQuantizer(Quantizer):

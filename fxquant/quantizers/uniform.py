@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant import ops
+from fxquant.config.spec import TensorSpec
 from fxquant.errors import CalibrationError
+from fxquant.quantizers import ops
 from fxquant.quantizers.base import Quantizer
-from fxquant.spec import TensorSpec
 
 INT32_MAX = 2**31 - 1
 # Below this a scale's reciprocal overflows and x / scale becomes infinite.

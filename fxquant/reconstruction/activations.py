@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.ops import broadcast, twin_fake_quantize
 from fxquant.quantizers import (
     DynamicFocusingQuantizer,
     Quantizer,
@@ -16,6 +15,7 @@ from fxquant.quantizers import (
     UniformQuantizer,
 )
 from fxquant.quantizers.dynamic_focusing import largest_start
+from fxquant.quantizers.ops import broadcast, twin_fake_quantize
 
 
 class _OnGrid(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from fxquant.side_by_side import Shelf, Station, Values, chunks, tensors_of
+from fxquant.reconstruction.blockwise import Shelf, Station, Values, chunks, tensors_of
 
 # By trial on glyph_vit and glyph_swin with 32 images, where less gained less. Largest factors of
 # size and of the ratio of width to height, turn, and shift as a share of the half image.

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from fxquant.capture import device_of
 from fxquant.errors import FileFormatError, OutputError
-from fxquant.files import write_whole
+from fxquant.graph.capture import device_of
+from fxquant.graph.fingerprint import fingerprint
 from fxquant.quantizers import Quantizer, from_config
 from fxquant.reconstruction.trained_block import Changes
-from fxquant.sensitivity.cache import fingerprint
+from fxquant.utils.files import write_whole
 
 # Raised with any change of the training, so that nothing trained before it is taken.
 _FORMAT = 9

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from fxquant.blocks import Block
-from fxquant.capture import device_of
+from fxquant.calibration.output_loss import OutputLoss
+from fxquant.config.recovery import BlockLoss, Reconstruction
 from fxquant.errors import PolicyError
-from fxquant.network_loss import is_logits
-from fxquant.recovery import BlockLoss, Reconstruction
-from fxquant.samples import OutputLoss
-from fxquant.side_by_side import BlockRunner, Shelf, Station, Values, chunks
+from fxquant.graph.blocks import Block
+from fxquant.graph.capture import device_of
+from fxquant.graph.outputs import is_logits
+from fxquant.reconstruction.blockwise import BlockRunner, Shelf, Station, Values, chunks
 
 # Stands for what both networks mask with minus infinity: its share of a softmax is 0.
 _MASKED = -1e30

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fxquant.config.recovery import Reconstruction
 from fxquant.reconstruction.activations import draw_mask
 from fxquant.reconstruction.augment import augmented, float_targets
+from fxquant.reconstruction.blockwise import Station, Values
 from fxquant.reconstruction.losses import Criterion
 from fxquant.reconstruction.rank_search import PREFERENCE
 from fxquant.reconstruction.trained_block import TrainedBlock
-from fxquant.recovery import Reconstruction
-from fxquant.side_by_side import Station, Values
 
 # Largest norm of the gradient of a step, of a loss that starts at one.
 _CLIP = 10.0

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.graph import (
-    Edge,
-    get_parameter,
-    op_kind,
-    operand,
-    quantized_edges,
-    submodule,
-)
+from fxquant.config.recovery import Reconstruction, WeightTraining
+from fxquant.config.vocabulary import Arg, OpKind
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.edges import Edge, quantized_edges
+from fxquant.graph.macs import Work
+from fxquant.graph.nodes import get_parameter, operand, submodule
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.reconstruction.activations import TrainedQuantizer, trained
+from fxquant.reconstruction.blockwise import Station, Values, tensors_of
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch, candidate_ranks
 from fxquant.reconstruction.weights import (
     AdaRound,
@@ -28,10 +27,6 @@ from fxquant.reconstruction.weights import (
     StraightThrough,
     TrainedWeight,
 )
-from fxquant.recovery import Reconstruction, WeightTraining
-from fxquant.side_by_side import Station, Values, tensors_of
-from fxquant.spec import Arg, OpKind
-from fxquant.work import Work
 
 # That a step holds for each value of a block: a quantizer a slope and a mask, four bytes each, most
 # others their value. What loss feature runs behind the block is not counted.

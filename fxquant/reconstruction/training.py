@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.progress import track
+from fxquant.config.recovery import Reconstruction
 from fxquant.reconstruction.augment import fresh
+from fxquant.reconstruction.blockwise import CHUNK, Station
 from fxquant.reconstruction.checkpoint import StateFile
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.losses import Criterion
 from fxquant.reconstruction.steps import add_gradients, backward, search_ranks, take_step
 from fxquant.reconstruction.trained_block import Changes, TrainedBlock
-from fxquant.recovery import Reconstruction
-from fxquant.side_by_side import CHUNK, Station
+from fxquant.utils.progress import track
 
 # The regularizer of roundings beside a loss that starts at one.
 _PUSH = 1.0

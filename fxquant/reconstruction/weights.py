@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from fxquant.ops import broadcast
 from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers.ops import broadcast
 
 # Ends that the rectified sigmoid is stretched to, so that it reaches 0 and 1 (arXiv 2004.10568).
 _LOW, _HIGH = -0.1, 1.1

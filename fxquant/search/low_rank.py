@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.search.rounding import damped_factor
+from fxquant.search.gptq import damped_factor
 
 # Share of the mean variance that is added to each: rows are a sample, often fewer than channels.
 DAMPENING = 0.01

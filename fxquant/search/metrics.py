@@ -11,7 +11,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from fxquant.spec import Metric
+from fxquant.config.scale_search import Metric
 
 
 class Unit(Enum):

@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.config.spec import TensorSpec
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers.candidates import ratio_candidates
 from fxquant.search.metrics import Unit
-from fxquant.search.output import Operand, candidate_losses
+from fxquant.search.product_loss import Operand, candidate_losses
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform, best_of, stacked
-from fxquant.search.twin import ratio_candidates
-from fxquant.spec import ScaleSearch, TensorSpec
 
 
 class SearchedRatio(Searched):

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import TensorSpec
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer, affine_parameters
+from fxquant.quantizers.candidates import twin_candidates
 from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit
-from fxquant.search.output import Operand, Quantize, along_units, candidate_losses
-from fxquant.search.twin import twin_candidates
-from fxquant.spec import Metric, ScaleSearch, TensorSpec
+from fxquant.search.product_loss import Operand, Quantize, along_units, candidate_losses
 
 
 class Searched(ABC):

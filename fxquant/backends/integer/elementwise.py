@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fxquant.backends.integer.kernels import accumulator_dtype
 from fxquant.backends.integer.modules import Side
-from fxquant.ops import broadcast
 from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers.ops import broadcast
 
 # Bits of a multiplier beyond those of the codes, so that its rounding is 2^-13 of a step at most.
 _SPARE_BITS = 12

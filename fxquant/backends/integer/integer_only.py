@@ -15,20 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.backends.integer.coders import to_codes
 from fxquant.backends.integer.elementwise import Dequantize, Lookup, table_of
+from fxquant.backends.integer.graph_builder import NewGraph
 from fxquant.backends.integer.kernels import Multiply
-from fxquant.backends.integer.new_graph import NewGraph
-from fxquant.backends.integer.operations import (
-    MEANS,
-    curve_module,
-    elementwise_module,
-    function_of,
-    mean_module,
-)
-from fxquant.backends.integer.products import Coded, Product, make_product
-from fxquant.backends.integer.regions import fed_by_image, feeding_quantizers, is_size
-from fxquant.backends.integer.values import (
+from fxquant.backends.integer.lowered_values import (
     Curve,
     Sums,
     Wanted,
@@ -36,19 +26,22 @@ from fxquant.backends.integer.values import (
     scaling,
     sums_of_product,
 )
-from fxquant.errors import LoweringError
-from fxquant.graph import (
-    MOVES,
-    Edge,
-    arguments,
-    aten,
-    constant,
-    op_kind,
-    possible_edges,
-    submodule,
+from fxquant.backends.integer.operations import (
+    MEANS,
+    curve_module,
+    elementwise_module,
+    function_of,
+    mean_module,
 )
+from fxquant.backends.integer.partition import fed_by_image, feeding_quantizers, is_size
+from fxquant.backends.integer.products import Coded, Product, make_product
+from fxquant.backends.integer.quantize_modules import to_codes
+from fxquant.config.vocabulary import OpKind
+from fxquant.errors import LoweringError
+from fxquant.graph.dialect import MOVES, aten, op_kind
+from fxquant.graph.edges import Edge, possible_edges
+from fxquant.graph.nodes import arguments, constant, submodule
 from fxquant.quantizers import UniformQuantizer
-from fxquant.spec import OpKind
 
 
 class Accumulate(nn.Module):

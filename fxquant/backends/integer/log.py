@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fxquant.backends.integer.kernels import Operand, Terms
 from fxquant.backends.integer.requantize import WORD_BITS
 from fxquant.errors import LoweringError
-from fxquant.log_ops import log_borders, log_depth, log_table
 from fxquant.quantizers import LogQuantizer
+from fxquant.quantizers.log_ops import log_borders, log_depth, log_table
 
 _BYTE_MAX = 255
 

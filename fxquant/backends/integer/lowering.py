@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxquant.backends.integer.coders import from_codes, to_codes
 from fxquant.backends.integer.integer_only import build_integer_only
 from fxquant.backends.integer.kernels import affine_matmul, affine_whole
 from fxquant.backends.integer.modules import storage_dtype
 from fxquant.backends.integer.products import Coded, make_product
+from fxquant.backends.integer.quantize_modules import from_codes, to_codes
+from fxquant.config.vocabulary import Stage
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, constant, edges, quantized_edges, stage, submodule
+from fxquant.graph.edges import Edge, edges, quantized_edges
+from fxquant.graph.nodes import constant, stage, submodule
+from fxquant.graph.verify import verify
 from fxquant.quantizers import Quantizer
-from fxquant.spec import Stage
-from fxquant.verify import verify
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from fxquant.backends.integer.kernels import (
 )
 from fxquant.backends.integer.log import LogSide
 from fxquant.backends.integer.twin import TwinSide
-from fxquant.ops import broadcast
 from fxquant.quantizers import INT32_MAX, LogQuantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers.ops import broadcast
 
 
 def storage_dtype(quantizer: UniformQuantizer | TwinUniformQuantizer | LogQuantizer) -> torch.dtype:

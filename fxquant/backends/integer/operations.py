@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.integer.elementwise import FUNCTION_BITS, IntAdd, IntMean, Lookup, table_of
+from fxquant.backends.integer.lowered_values import Curve, Sums
 from fxquant.backends.integer.norm import IntNorm
 from fxquant.backends.integer.softmax import IntSoftmax
-from fxquant.backends.integer.values import Curve, Sums
+from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
-from fxquant.graph import arguments, aten, constant, elementwise_kind, operand
+from fxquant.graph.dialect import aten, elementwise_kind
+from fxquant.graph.nodes import arguments, constant, operand
 from fxquant.quantizers import UniformQuantizer
-from fxquant.spec import OpKind
 
 _POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default)
 MEANS = (aten.mean.dim, *_POOLS)

@@ -18,10 +18,11 @@ from fxquant.backends.integer.modules import (
     bias_codes,
 )
 from fxquant.backends.integer.twin import TwinSide
+from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, arguments, constant, submodule
+from fxquant.graph.edges import Edge
+from fxquant.graph.nodes import arguments, constant, submodule
 from fxquant.quantizers import LogQuantizer, Quantizer, TwinUniformQuantizer, UniformQuantizer
-from fxquant.spec import OpKind
 
 # The quantizers whose codes this backend multiplies.
 Coded = UniformQuantizer | TwinUniformQuantizer | LogQuantizer

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import LoweringError
-from fxquant.ops import broadcast, twin_threshold
 from fxquant.quantizers import TwinUniformQuantizer
+from fxquant.quantizers.ops import broadcast, twin_threshold
 
 # Bits of a factor where the accumulators leave room for them, and where they do not.
 _FACTOR_BITS, _LEAST_BITS = 31, 24

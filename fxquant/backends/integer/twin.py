@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.backends.integer.kernels import Operand, Terms
-from fxquant.ops import twin_values, twin_words
 from fxquant.quantizers import TwinUniformQuantizer
+from fxquant.quantizers.ops import twin_values, twin_words
 
 
 class TwinToCodes(nn.Module):

@@ -27,11 +27,11 @@ from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session
 from fxquant.backends.onnx_qdq.target import Target, resolve_target, u8s8_saturates
 from fxquant.backends.onnx_qdq.torch_ops import TRANSLATIONS
 from fxquant.backends.onnx_qdq.twin import TwinForm, rewrite_twins
+from fxquant.config.vocabulary import Stage
 from fxquant.errors import LoweringError
-from fxquant.files import write_whole
-from fxquant.graph import stage
-from fxquant.quiet import quiet
-from fxquant.spec import Stage
+from fxquant.graph.nodes import stage
+from fxquant.utils.files import write_whole
+from fxquant.utils.quiet import quiet
 
 OPSET, IR_VERSION = 21, 10
 INPUT_NAME = "images"

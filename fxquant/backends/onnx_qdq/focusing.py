@@ -12,9 +12,10 @@ import torch
 from torch import fx
 
 from fxquant.backends.onnx_qdq.twin import unsigned
-from fxquant.graph import aten, operand, submodule
+from fxquant.graph.dialect import aten
+from fxquant.graph.nodes import operand, submodule
+from fxquant.graph.rewrite import emit
 from fxquant.quantizers import DynamicFocusingQuantizer
-from fxquant.rewrite import emit
 
 
 @torch.no_grad()

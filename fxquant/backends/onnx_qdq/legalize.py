@@ -20,21 +20,13 @@ from torch import SymInt, Tensor, fx
 
 from fxquant.backends.onnx_qdq.target import Target
 from fxquant.backends.onnx_qdq.tensors import TensorWriter
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import LoweringError
-from fxquant.graph import (
-    Edge,
-    aten,
-    data_users,
-    edges,
-    elementwise_kind,
-    op_kind,
-    operand,
-    rank,
-    submodule,
-)
+from fxquant.graph.dialect import aten, elementwise_kind, op_kind
+from fxquant.graph.edges import Edge, edges
+from fxquant.graph.nodes import data_users, operand, rank, submodule
+from fxquant.graph.rewrite import add_constant, emit
 from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.rewrite import add_constant, emit
-from fxquant.spec import Arg, OpKind
 
 _Operand = tuple[Edge, UniformQuantizer]
 

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from fxquant.errors import LoweringError
-from fxquant.suggest import did_you_mean
+from fxquant.utils.suggest import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,13 @@ from torch import Tensor, fx
 
 from fxquant.backends.onnx_qdq.target import Target
 from fxquant.backends.onnx_qdq.torch_ops import DEQUANTIZE, QUANTIZE
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import LoweringError
-from fxquant.graph import Edge, aten, constant, operand
+from fxquant.graph.dialect import aten
+from fxquant.graph.edges import Edge
+from fxquant.graph.nodes import constant, operand
+from fxquant.graph.rewrite import add_constant, emit
 from fxquant.quantizers import INT32_MAX, UniformQuantizer, accumulator_scale
-from fxquant.rewrite import add_constant, emit
-from fxquant.spec import Arg, OpKind
 
 
 class TensorWriter:

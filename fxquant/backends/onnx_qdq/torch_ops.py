@@ -12,7 +12,7 @@ import torch
 from onnxscript import opset21
 from torch import Tensor
 
-from fxquant.ops import broadcast
+from fxquant.quantizers.ops import broadcast
 
 
 @torch.library.custom_op("fxquant_onnx::quantize_linear", mutates_args=())

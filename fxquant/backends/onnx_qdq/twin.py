@@ -21,11 +21,13 @@ from torch import Tensor, fx
 
 from fxquant.backends.onnx_qdq.legalize import patch_size
 from fxquant.backends.onnx_qdq.torch_ops import DEQUANTIZE, QUANTIZE
-from fxquant.graph import Edge, aten, edges, operand, submodule
-from fxquant.ops import twin_threshold
+from fxquant.config.vocabulary import OpKind
+from fxquant.graph.dialect import aten
+from fxquant.graph.edges import Edge, edges
+from fxquant.graph.nodes import operand, submodule
+from fxquant.graph.rewrite import add_constant, emit
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
-from fxquant.rewrite import add_constant, emit
-from fxquant.spec import OpKind
+from fxquant.quantizers.ops import twin_threshold
 
 # Points of a grid that 8-bit codes can number.
 _BYTE = 256

@@ -1,4 +1,0 @@
-"""Bit allocation in plain numbers: which groups of edges get which width, within a budget.
-
-Nothing here knows of graphs or tensors; ``fxquant.bit_widths`` makes the problem from a graph.
-"""

@@ -1,0 +1,1 @@
+"""Calibration images, and what is sampled and measured while they run through the graph."""

@@ -1,0 +1,184 @@
+"""Rows of every product, drawn from the float model, with the gradient of a loss behind them.
+
+One forward and, where gradients are wanted, one backward pass a batch. What is kept is a sample
+without replacement, so that memory depends on the budget, not on the number of images.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.calibration.calibrate import explained
+from fxquant.calibration.output_loss import OutputLoss
+from fxquant.calibration.row_samplers import ProductRows, rows_of
+from fxquant.calibration.user_loss import Loss, check_number, told
+from fxquant.config.scale_search import GRADIENT_METRICS, ScaleSearch
+from fxquant.errors import CalibrationError
+from fxquant.graph.capture import device_of
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.nodes import constant, operand
+from fxquant.search.product_loss import ProductSample
+
+# Images in one backward pass: what autograd keeps grows with them.
+_PART = 4
+# Rows are weighed by squares of gradients times squared errors, which float32 must hold (to 1e38).
+_LARGEST_GRADIENT = 1e15
+# Fewer rows than this say too little about a product.
+_LEAST_ROWS = 16
+
+
+def sample_products(
+    gm: fx.GraphModule,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    search: ScaleSearch,
+    loss: Loss | None = None,
+) -> tuple[dict[str, ProductSample], int]:
+    """Runs the graph over all batches and keeps rows of its products.
+
+    Observers in the graph see every batch as well.
+
+    Args:
+        gm: before any quantizer stands in it.
+        batches: images ``(B, …)`` with labels, moved to the device of the graph.
+        search: how many rows, which gradient, which seed.
+        loss: of outputs and labels, instead of the one that ``search`` names.
+
+    Returns:
+        Node name -> its rows, and the number of images seen.
+
+    Raises:
+        BatchError: the model does not take the images.
+        CalibrationError: the memory budget is too small; or the loss raises an error, or its
+            gradient is missing, not finite, or zero at all products.
+        NonFiniteError: an activation holds NaN or infinity.
+    """
+    wants_gradient = search.metric in GRADIENT_METRICS
+    device, generator = device_of(gm), torch.Generator().manual_seed(search.seed)
+    sites = _sites(gm, search, generator)
+    backward = _Backward(loss, OutputLoss(search.loss, search.seed, device))
+    seen, reached = 0, False
+    for images, labels in batches:
+        count = math.ceil(len(images) / _PART)
+        parts = [None] * count if labels is None else labels.tensor_split(count)
+        for part, its in zip(images.tensor_split(count), parts, strict=True):
+            _run(gm, sites, part.to(device), its, backward if wants_gradient else None)
+            reached = reached or any(site.reached for site in sites.values())
+        seen += len(images)
+    if loss is not None and wants_gradient and sites and seen and not reached:
+        raise CalibrationError(
+            f"the gradient of the loss given to compile() is zero at all {len(sites)} products, "
+            f"for all {seen} images (or its square is, in float32), so it weighs nothing: compute "
+            "the loss from the model's outputs, without detach() or a constant in their place"
+        )
+    return {name: site.sample() for name, site in sites.items() if site.filled}, seen
+
+
+def _sites(
+    gm: fx.GraphModule, search: ScaleSearch, generator: torch.Generator
+) -> dict[str, ProductRows]:
+    """One collector for each product with a quantized operand, within the memory budget."""
+    found = {}
+    for node in gm.graph.nodes:
+        if op_kind(node) is None or not node.meta.get("quant"):
+            continue
+        site = rows_of(node, constant(gm, operand(node, 1)), generator, search.metric)
+        if site is not None:
+            found[node.name] = site
+
+    def total(rows: int) -> int:
+        return sum(site.bytes_for(rows) for site in found.values())
+
+    least = min(_LEAST_ROWS, search.rows)
+    if total(least) > search.memory_bytes:
+        raise CalibrationError(
+            f"memory_bytes is {search.memory_bytes:,}, and {least} rows of each product take "
+            f"{total(least):,}: raise it in the policy's search"
+        )
+    rows = bisect_right(range(search.rows + 1), search.memory_bytes, lo=least, key=total) - 1
+    for site in found.values():
+        site.set_limit(rows)
+    return found
+
+
+class _Backward:
+    """The backward pass from a loss: the user's, or else that of the search.
+
+    Args:
+        loss: the user's.
+        own: that of the search.
+    """
+
+    def __init__(self, loss: Loss | None, own: OutputLoss) -> None:
+        self._loss, self._own = loss, own
+
+    def __call__(self, outputs: Any, labels: Tensor | None) -> None:
+        """Runs it.
+
+        Raises:
+            CalibrationError: the user's loss raises an error, or a loss has no gradient.
+        """
+        if self._loss is None:
+            value = self._own(outputs)
+            check_number(value)
+            value.backward()  # type: ignore[no-untyped-call]
+            return
+        with told(labels):
+            value = self._loss(outputs, labels)
+        check_number(value)
+        with told(labels, " in its backward pass"):
+            value.backward()  # type: ignore[no-untyped-call]
+
+
+def _run(
+    gm: fx.GraphModule,
+    sites: dict[str, ProductRows],
+    images: Tensor,
+    labels: Tensor | None,
+    backward: _Backward | None,
+) -> None:
+    with torch.set_grad_enabled(backward is not None):
+        if backward is not None:
+            # A leaf may not be changed in place, as some models do with their input; its copy may.
+            images = images.clone().requires_grad_().clone()
+        with explained(images):
+            outputs = _Recorder(gm, sites).run(images)
+        if backward is not None:
+            backward(outputs, None if labels is None else labels.to(images.device))
+            _check_gradients(sites)
+    for site in sites.values():
+        site.merge()
+
+
+def _check_gradients(sites: dict[str, ProductRows]) -> None:
+    for name, site in sites.items():
+        if not site.largest_gradient <= _LARGEST_GRADIENT:  # NaN is not
+            raise CalibrationError(
+                f"the gradient of the loss at product {name} reaches {site.largest_gradient:.1e} "
+                f"in a batch, and must be finite and at most {_LARGEST_GRADIENT:.0e}, so that its "
+                "square can weigh errors: divide the loss by a constant, or look for a root, "
+                "logarithm or division at zero in the loss or the model"
+            )
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and offers the operands and outputs of its products to the collectors."""
+
+    def __init__(self, gm: fx.GraphModule, sites: dict[str, ProductRows]) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # it would be added to our own messages
+        self._sites = sites
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node."""
+        result = super().run_node(n)
+        site = self._sites.get(n.name)
+        if site is not None:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            site.offer(args[0].detach(), args[1].detach(), result)
+        return result

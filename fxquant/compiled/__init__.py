@@ -1,0 +1,1 @@
+"""The compiled model: what it runs, reports, saves and lowers to."""

@@ -1,0 +1,187 @@
+"""The result of a compilation: runs, explains itself, saves, and lowers to backends."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxquant.compiled.input_checks import InputCheck, check_images, explained
+from fxquant.compiled.report import PlanEntry, Report
+from fxquant.compiled.storage import Stored, read, write
+from fxquant.errors import LoweringError
+from fxquant.utils.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from fxquant.backends.onnx_qdq import OnnxExport
+
+BACKENDS = ("integer", "inductor")
+
+
+class CompiledModel(nn.Module):
+    """A quantized model.
+
+    Calling it simulates quantization in float arithmetic; it takes and gives what the captured
+    model did.
+
+    Args:
+        gm: graph in stage FROZEN.
+        report: what was decided.
+        policy: the recipe, as plain values.
+        image_shape: shape of one input image, ``(C, H, W)``.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        report: Report,
+        policy: dict[str, Any],
+        image_shape: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.graph_module = gm
+        self.report = report
+        self.policy = policy
+        self.image_shape = image_shape
+        self.eval()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompiledModel:
+        """Moves to another device; scales and grids hold in float32 alone.
+
+        Raises:
+            LoweringError: the numbers would be of another type.
+        """
+        wanted = fn(torch.zeros(())).dtype
+        if wanted is not torch.float32:
+            raise LoweringError(
+                f"the model was quantized in float32, got a cast to {wanted}: its codes would "
+                "become others; export_onnx() and lower() give what is small and fast"
+            )
+        moved: CompiledModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        gm = copy.deepcopy(self.graph_module, memo)
+        return CompiledModel(gm, self.report, self.policy, self.image_shape)
+
+    def __reduce__(self) -> tuple[Callable[..., CompiledModel], tuple[Any, ...]]:
+        """Pickled as the files of :meth:`save`, on the CPU: torch keeps no specs of graphs."""
+        with tempfile.TemporaryDirectory() as name:
+            self.save(name)
+            files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
+        return _unpickled, (files,)
+
+    @property
+    def plan(self) -> tuple[PlanEntry, ...]:
+        """The decision for each edge."""
+        return self.report.plan
+
+    def forward(self, images: Tensor) -> Any:
+        """Outputs of the quantized model, for images ``(B, C, H, W)``.
+
+        Raises:
+            BatchError: the images are no float numbers; or are not in float32, or of another shape
+                than those that the model was compiled for, and it does not run on them.
+        """
+        check_images(images)
+        try:
+            return self.graph_module(images)
+        except (RuntimeError, TypeError, IndexError) as error:
+            explanation = explained(images, self.image_shape, error)
+            if explanation is None:
+                raise
+            raise explanation from error
+
+    def lower(
+        self, backend: str, *, integer_only: bool | None = None, float_products: bool = False
+    ) -> nn.Module:
+        """This model for a backend that runs in this process.
+
+        Args:
+            backend: ``integer`` (reference kernels on integer codes) or ``inductor``
+                (``torch.compile`` of the integer form).
+            integer_only: of ``integer``: compute nothing in float between the first and the last
+                code. None does so where the policy quantizes what is between products
+                (``policies.w8a8(full=True)``) and all of the graph has an integer form; else
+                ``meta["float_because"]`` of the result says why not.
+            float_products: of the integer-only form: multiply whole numbers held as floats, with
+                the same results, faster; on a GPU torch has no other product.
+
+        Returns:
+            A module that takes images as this does, of the shape that it was compiled for alone;
+            it raises BatchError for others, and NonFiniteError for NaN and infinity.
+
+        Raises:
+            LoweringError: unknown backend, or it cannot express the graph as asked.
+        """
+        if backend not in BACKENDS:
+            raise LoweringError(
+                f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}; there are "
+                f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime"
+            )
+        lowered = self._lowered(backend, integer_only, float_products)
+        lowered.register_forward_pre_hook(InputCheck(self.image_shape), with_kwargs=True)
+        return lowered
+
+    def _lowered(self, backend: str, integer_only: bool | None, float_products: bool) -> nn.Module:
+        from fxquant.backends.integer import lower_to_integer
+
+        if backend == "integer":
+            return lower_to_integer(
+                self.graph_module, integer_only=integer_only, float_products=float_products
+            )
+        if integer_only or float_products:
+            raise LoweringError("integer_only and float_products belong to backend 'integer' alone")
+        from fxquant.backends.inductor import compile_integer
+
+        return compile_integer(lower_to_integer(self.graph_module, integer_only=False))
+
+    def export_onnx(self, path: str | Path, *, target: str = "auto") -> OnnxExport:
+        """Writes an ONNX QDQ file for onnxruntime (opset 21, IR 10, dynamic batch).
+
+        Args:
+            path: the file; written beside and renamed.
+            target: CPUs that the file is for: ``x86-vnni``, ``x86-avx2``, or ``auto`` for the
+                one of this machine.
+
+        Returns:
+            File size, and which nodes onnxruntime runs on integer kernels.
+
+        Raises:
+            LoweringError: ONNX cannot express the graph, or onnxruntime's result is wrong.
+            OutputError: the file cannot be written.
+        """
+        from fxquant.backends.onnx_qdq import export_onnx
+
+        return export_onnx(self.graph_module, self.image_shape, Path(path), target)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``quant_config.json`` and ``model.safetensors``; :func:`load` reads them.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        write(Path(folder), Stored(self.graph_module, self.report, self.policy, self.image_shape))
+
+
+def load(folder: str | Path) -> CompiledModel:
+    """Reads what :meth:`CompiledModel.save` wrote.
+
+    Raises:
+        FileFormatError: a file is missing, truncated, or not fxquant's; the two are not of one
+            save, or were changed since; or a number in them cannot be.
+    """
+    stored = read(Path(folder))
+    return CompiledModel(stored.gm, stored.report, stored.policy, stored.image_shape)
+
+
+def _unpickled(files: dict[str, bytes]) -> CompiledModel:
+    with tempfile.TemporaryDirectory() as name:
+        for file, data in files.items():
+            (Path(name) / file).write_bytes(data)
+        return load(name)

@@ -1,0 +1,268 @@
+"""What was decided for each edge, and what it cost."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
+from fxquant.graph.edges import edges, fed_by
+from fxquant.graph.nodes import submodule
+from fxquant.graph.outputs import float_outputs
+from fxquant.mixed_precision.allocate.outcome import Outcome
+from fxquant.quantizers import Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """The decision for one edge.
+
+    Attributes:
+        edge: unique name of the edge.
+        path: module path of the consuming operation.
+        op: its kind.
+        arg: the role of the edge.
+        fed_by: what computed the values.
+        spec: how it is quantized; None if it stays float.
+        quantizer: name of the quantizer module; edges that share a value share it.
+        reason: why it stays float or differs from its rule; empty otherwise.
+    """
+
+    edge: str
+    path: str
+    op: str
+    arg: str
+    fed_by: str
+    spec: TensorSpec | None
+    quantizer: str | None
+    reason: str = ""
+
+
+def make_plan(gm: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[PlanEntry, ...]:
+    """The decisions in a FROZEN graph.
+
+    Args:
+        gm: the graph.
+        reasons: edge name -> why it was not quantized as asked.
+    """
+    entries = []
+    for edge in edges(gm):
+        quantized = isinstance(submodule(gm, edge.source), Quantizer)
+        entries.append(
+            PlanEntry(
+                edge=edge.name,
+                path=edge.path,
+                op=str(edge.kind),
+                arg=str(edge.arg),
+                fed_by=fed_by(edge),
+                spec=edge.spec,
+                quantizer=str(edge.source.target) if quantized else None,
+                reason=reasons.get(edge.name, ""),
+            )
+        )
+    return tuple(entries)
+
+
+@torch.no_grad()
+def measure_sqnr(
+    gm: fx.GraphModule, images: Tensor, reference: list[Tensor]
+) -> tuple[dict[str, float], float]:
+    """Signal to quantization noise of every quantizer on one batch, the network quantized.
+
+    Args:
+        gm: in stage FROZEN.
+        images: ``(B, …)`` on the graph's device.
+        reference: the float model's outputs for them.
+
+    Returns:
+        Quantizer name -> decibels, infinite where the quantizer changes nothing; and the decibels
+        of the outputs, all together, those that are infinite in the float model left out.
+    """
+    measured: dict[str, float] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            measured[name] = _decibels([args[0]], [output])
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name))
+        for name, module in gm.named_modules()
+        if isinstance(module, Quantizer)
+    ]
+    try:
+        outputs = float_outputs(gm(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    finite = [value.isfinite() for value in reference]
+    ours = [value[where] for value, where in zip(outputs, finite, strict=True)]
+    theirs = [value[where] for value, where in zip(reference, finite, strict=True)]
+    return measured, _decibels(theirs, ours)
+
+
+def _decibels(signals: list[Tensor], found: list[Tensor]) -> float:
+    pairs = list(zip(signals, found, strict=True))
+    signal = sum(float(one.double().square().sum()) for one, _ in pairs)
+    noise = sum(float((two - one).double().square().sum()) for one, two in pairs)
+    if not noise:
+        return math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a compilation did.
+
+    Attributes:
+        policy: name of the policy.
+        plan: the decision for each edge.
+        sqnr: quantizer name -> signal to noise on the first calibration images, dB.
+        output_sqnr: that of the model's outputs, against the float model's.
+        images: number of calibration images seen.
+        float_bytes: size of the parameters before.
+        quantized_bytes: size after, weights at their bit-width, and the scales.
+        seconds: phase -> wall time.
+        changes: pass -> number of sites changed.
+        notes: (pass, site, reason) for each site that a pass left alone.
+        gains: (pass, site, choice, measure, ratio) where a pass chose by comparing: the measure
+            with the choice over that without.
+        allocation: how widths were chosen; None where the policy's rules have them.
+    """
+
+    policy: str
+    plan: tuple[PlanEntry, ...]
+    sqnr: dict[str, float]
+    output_sqnr: float
+    images: int
+    float_bytes: int
+    quantized_bytes: int
+    seconds: dict[str, float]
+    changes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[tuple[str, str, str], ...] = ()
+    gains: tuple[tuple[str, str, str, str, float], ...] = ()
+    allocation: Outcome | None = None
+
+    @property
+    def left_float(self) -> tuple[PlanEntry, ...]:
+        """The edges that could be quantized and were not; each has its reason."""
+        return tuple(entry for entry in self.plan if entry.spec is None)
+
+    @property
+    def unsupported(self) -> tuple[tuple[str, str], ...]:
+        """(node, reason) of products that no rule can quantize."""
+        edges = {entry.edge for entry in self.plan}
+        return tuple(
+            (site, reason)
+            for name, site, reason in self.notes
+            if name in ("AssignSpecs", "OpenEinsum") and site not in edges and "float" in reason
+        )
+
+    def summary(self) -> str:
+        """One line."""
+        quantized = len(self.plan) - len(self.left_float)
+        others = {site for site, _ in self.unsupported}
+        have = "product has" if len(others) == 1 else "products have"
+        besides = f" ({len(others)} {have} no quantized form)" if others else ""
+        return (
+            f"{self.policy}: {quantized} of {len(self.plan)} edges quantized{besides}, "
+            f"outputs at {self.output_sqnr:.1f} dB, {self.images} calibration images, "
+            f"parameters {self.float_bytes / 1e6:.2f} -> "
+            f"{self.quantized_bytes / 1e6:.2f} MB, {sum(self.seconds.values()):.1f} s"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; decibels that are no finite number become texts."""
+        values = asdict(self)
+        values["sqnr"] = {name: _to_json(value) for name, value in self.sqnr.items()}
+        values["output_sqnr"] = _to_json(self.output_sqnr)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Report:
+        """The inverse of :meth:`to_dict`."""
+        plan = tuple(
+            PlanEntry(**{**e, "spec": None if e["spec"] is None else spec_from_dict(e["spec"])})
+            for e in values["plan"]
+        )
+        sqnr = {name: float(value) for name, value in values["sqnr"].items()}
+        notes = tuple((a, b, c) for a, b, c in values["notes"])
+        allocation = values.get("allocation")  # files of older versions have none
+        return cls(
+            **{
+                **values,
+                "plan": plan,
+                "sqnr": sqnr,
+                "output_sqnr": float(values["output_sqnr"]),
+                "notes": notes,
+                "gains": tuple(tuple(gain) for gain in values.get("gains", ())),
+                "allocation": None if allocation is None else Outcome.from_dict(allocation),
+            }
+        )
+
+    def __str__(self) -> str:
+        """The table of edges, what stayed float and why, and the summary."""
+        table = Table("edge", "fed by", "bits", "granularity", "observer", "SQNR dB")
+        for entry in self.plan:
+            spec = entry.spec
+            if spec is None or entry.quantizer is None:
+                table.add_row(entry.edge, entry.fed_by, "float", "", "", "")
+                continue
+            kind = f"{spec.bits} {_kind(spec)}"
+            decibel = f"{self.sqnr.get(entry.quantizer, float('nan')):.1f}"
+            table.add_row(entry.edge, entry.fed_by, kind, spec.granularity, spec.observer, decibel)
+        console = Console(file=io.StringIO(), width=120)
+        console.print(table)
+        if self.allocation is not None:
+            console.print(self.allocation.table())
+            console.print(self.allocation.summary(), soft_wrap=True)
+        for entry in self.plan:
+            if entry.reason:
+                console.print(f"{entry.edge}: {entry.reason}", soft_wrap=True)
+        for name, site, choice, measure, ratio in self.gains:
+            line = f"{name}: {site}: {choice}: {measure} x {ratio:.2f}"
+            console.print(line, soft_wrap=True)
+        printed = {entry.edge for entry in self.plan}
+        for name, site, reason in self.notes:
+            if site not in printed:
+                console.print(f"{name}: {site or '(model)'}: {reason}", soft_wrap=True)
+        console.print(self.summary(), soft_wrap=True)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def _to_json(decibels: float) -> float | str:
+    return decibels if math.isfinite(decibels) else str(decibels)
+
+
+def _kind(spec: TensorSpec) -> str:
+    match spec.scheme:
+        case Scheme.UNIFORM:
+            return "sym" if spec.symmetric else "asym"
+        case Scheme.TWIN_UNIFORM:
+            return "twin"
+        case Scheme.DYNAMIC_FOCUSING:
+            return "focus"
+        case _:
+            return str(spec.scheme)
+
+
+def spec_from_dict(values: dict[str, Any]) -> TensorSpec:
+    """A TensorSpec from plain values, as ``dataclasses.asdict`` gives them."""
+    return TensorSpec(
+        **{
+            **values,
+            "scheme": Scheme(values["scheme"]),
+            "granularity": Granularity(values["granularity"]),
+            "observer": ObserverKind(values["observer"]),
+        }
+    )

@@ -1,0 +1,217 @@
+"""A compiled model on disk: ``quant_config.json`` and ``model.safetensors``.
+
+Quantized weights are stored as integer codes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from fxquant import quantizers
+from fxquant.compiled import integrity as saved_checks
+from fxquant.compiled.report import Report
+from fxquant.config.vocabulary import Stage
+from fxquant.errors import FileFormatError, FxQuantError
+from fxquant.graph.edges import possible_edges
+from fxquant.graph.nodes import get_parameter, submodule
+from fxquant.graph.rewrite import propagate_shapes
+from fxquant.graph.serialize import graph_from_json, graph_to_json, set_tensor
+from fxquant.graph.verify import verify
+from fxquant.policies.policy_file import policy_from_dict
+from fxquant.quantizers import Quantizer
+from fxquant.utils.files import write_together, write_utf8
+
+CONFIG_FILE, WEIGHTS_FILE = "quant_config.json", "model.safetensors"
+FORMAT = 4
+_CODES = "codes."
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All that a compiled model is.
+
+    Attributes:
+        gm: graph in stage FROZEN.
+        report: what was decided.
+        policy: the recipe, as plain values.
+        image_shape: shape of one input image, ``(C, H, W)``.
+    """
+
+    gm: fx.GraphModule
+    report: Report
+    policy: dict[str, Any]
+    image_shape: tuple[int, ...]
+
+
+def write(folder: Path, stored: Stored) -> None:
+    """Writes the two files, both or none.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    tensors, coded = _pack(stored.gm)
+    config = {
+        "format": FORMAT,
+        "torch": torch.__version__.split("+")[0],
+        "policy": stored.policy,
+        "image_shape": list(stored.image_shape),
+        "quantizers": {
+            name: module.config()
+            for name, module in stored.gm.named_modules()
+            if isinstance(module, Quantizer)
+        },
+        "coded_weights": coded,
+        "graph": graph_to_json(stored.gm.graph),
+        "report": stored.report.to_dict(),
+    }
+
+    def write_tensors(temporary: Path) -> None:
+        save_file(tensors, temporary, saved_checks.metadata(config))
+        config[saved_checks.TENSORS_KEY] = saved_checks.digest(temporary)
+
+    write_together(  # in this order, since the one has the digest of the other
+        {
+            folder / WEIGHTS_FILE: write_tensors,
+            folder / CONFIG_FILE: lambda path: write_utf8(path, json.dumps(config, indent=1)),
+        }
+    )
+
+
+def read(folder: Path) -> Stored:
+    """Reads what :func:`write` wrote.
+
+    Raises:
+        FileFormatError: a file is missing, truncated, or not fxquant's; the two are not of one
+            save, or were changed since; or a number in them cannot be.
+    """
+    config, tensors = _read_config(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
+    try:
+        saved_checks.check_tensors(folder / WEIGHTS_FILE, config)
+        policy_from_dict(config["policy"])
+        gm = _rebuild(config, tensors)
+        report = Report.from_dict(config["report"])
+        shape = tuple(int(n) for n in config["image_shape"])
+        # Last, since what else is wrong can be named more closely.
+        saved_checks.check_config(folder / WEIGHTS_FILE, config)
+        return Stored(gm, report, config["policy"], shape)
+    except FileFormatError:
+        raise
+    except (
+        FxQuantError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        raise FileFormatError(
+            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} do not fit together or are damaged "
+            f"({type(error).__name__}: {error}); compile and save the model again"
+        ) from error
+
+
+def _pack(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store, and for each weight stored as codes the name of its quantizer."""
+    tensors: dict[str, Tensor] = {}
+    coded: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name, value = str(node.target), get_parameter(gm, node).detach().cpu()
+        users = {str(user.target): submodule(gm, user) for user in node.users}
+        quantizer = next(iter(users.values())) if len(users) == 1 else None
+        if isinstance(quantizer, Quantizer):
+            dtype = torch.int8 if quantizer.bits <= 8 else torch.int16
+            codes = quantizer.quantize(get_parameter(gm, node)).cpu()
+            # Unsigned codes are stored shifted to the signed type of their width.
+            codes = codes - _code_shift(quantizer)
+            tensors[_CODES + name] = codes.to(dtype).contiguous()
+            coded[name] = next(iter(users))
+        else:
+            tensors[name] = value.contiguous().clone()
+    for name, module in gm.named_modules():
+        if isinstance(module, Quantizer):
+            for key, buffer in module.named_buffers():
+                tensors[f"{name}.{key}"] = buffer.detach().cpu().contiguous().clone()
+    return tensors, coded
+
+
+def _code_shift(quantizer: Quantizer) -> int:
+    # The code words of a twin quantizer are unsigned.
+    signed = bool(quantizer.config().get("signed", False))
+    return 0 if signed else 1 << (quantizer.bits - 1)
+
+
+def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
+    root = nn.Module()
+    saved_checks.check_numbers(tensors)
+    for name, settings in config["quantizers"].items():
+        quantizer = quantizers.from_config(settings)
+        state = {key: tensors.pop(f"{name}.{key}") for key, _ in quantizer.named_buffers()}
+        quantizer.load_state_dict(state)
+        saved_checks.check_quantizer(name, quantizer)
+        parent, _, last = name.rpartition(".")
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root.get_submodule(parent).add_module(last, quantizer)
+    for name, codes in tensors.items():
+        plain, value = name.removeprefix(_CODES), codes
+        if plain != name:
+            coder = root.get_submodule(config["coded_weights"][plain])
+            if not isinstance(coder, Quantizer):
+                raise FileFormatError(f"{plain} is stored as codes of {coder}, no quantizer")
+            saved_checks.check_codes(plain, codes, coder.bits)
+            value = coder.dequantize(codes.float() + _code_shift(coder))
+        set_tensor(root, plain, value)
+    graph = graph_from_json(config["graph"])
+    saved_checks.check_all_read((name.removeprefix(_CODES) for name in tensors), graph)
+    gm = fx.GraphModule(root, graph)
+    gm.meta["stage"] = Stage.FROZEN
+    report = Report.from_dict(config["report"])
+    propagate_shapes(gm, tuple(config["image_shape"]))
+    specs = {entry.edge: entry.spec for entry in report.plan if entry.spec is not None}
+    for edge in list(possible_edges(gm)):
+        if edge.name in specs:
+            edge.node.meta["quant"] = {
+                **edge.node.meta.get("quant", {}),
+                edge.arg: specs[edge.name],
+            }
+    gm.graph.lint()
+    verify(gm)
+    return gm
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    advice = "give the folder that CompiledModel.save or `fxquant compile` wrote"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path} is no JSON ({error}): truncated or foreign; {advice}"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else None
+        raise FileFormatError(
+            f"{path} is not of format {FORMAT} (found {found!r}); {advice}, with this version"
+        )
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(
+            f"cannot read {path}: {error}; it is missing, truncated or no safetensors file"
+        ) from error

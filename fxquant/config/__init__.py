@@ -1,0 +1,1 @@
+"""Frozen options: what is quantized how, searched, allocated, recovered. Imports no torch."""

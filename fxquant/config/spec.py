@@ -1,0 +1,156 @@
+"""Frozen data that says how a tensor is to be quantized. No tensors live here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fxquant.config.validation import (
+    check_flag,
+    check_number,
+    is_whole,
+    parse_field,
+)
+from fxquant.errors import BitWidthError, PolicyError
+
+MIN_BITS, MAX_BITS = 2, 16
+# Integer kernels have codes of up to 8 bits.
+MAX_KERNEL_BITS = 8
+# D_R1 of the twin scheme reaches down to D_R2 / 2^11 (arXiv 2111.12293, section 4.2). A finer one
+# would be the unit of accumulators that biases overflow.
+MAX_SHIFT = 11
+
+
+class Scheme(StrEnum):
+    """Families of quantizers.
+
+    The last three are for values from zero up that a linear or matmul reads, such as softmax gives.
+    """
+
+    UNIFORM = "uniform"
+    TWIN_UNIFORM = "twin_uniform"
+    DYNAMIC_FOCUSING = "dynamic_focusing"
+    LOG2 = "log2"
+    ADALOG = "adalog"
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether it has no codes for values below zero."""
+        return self not in (Scheme.UNIFORM, Scheme.TWIN_UNIFORM)
+
+
+class Granularity(StrEnum):
+    """What shares one scale.
+
+    The tensor; an output channel of a weight, or a channel of an activation (its last axis, axis 1
+    at a convolution); or an attention head (axis -3 of a matmul operand).
+    """
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    HEAD = "head"
+
+
+class ObserverKind(StrEnum):
+    """How the range of a tensor is chosen.
+
+    ``softmax`` is for what a softmax reads along its last axis: all values but those so far below
+    the largest of their row that nothing is left of them.
+    """
+
+    MINMAX = "minmax"
+    SOFTMAX = "softmax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """How one edge is quantized.
+
+    Attributes:
+        bits: bit-width of the codes, 2 to 16.
+        scheme: family of the quantizer.
+        symmetric: zero_point fixed at the middle of the code range, codes signed; otherwise
+            codes are unsigned and the zero_point is fitted.
+        granularity: what shares a scale.
+        observer: how the range is fitted to the data.
+        percentile: of the percentile observer: share of the values kept inside the range, in
+            percent; None for 99.99.
+        max_shift: of the twin scheme: largest m in ``D_R2 = 2^m D_R1``, 1 to 11; None for 11. A
+            small one keeps all values on one 8-bit grid, so that a product needs one pass.
+    """
+
+    bits: int = 8
+    scheme: Scheme = Scheme.UNIFORM
+    symmetric: bool = False
+    granularity: Granularity = Granularity.TENSOR
+    observer: ObserverKind = ObserverKind.MINMAX
+    percentile: float | None = None
+    max_shift: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            BitWidthError: bits is not an integer in 2..16.
+            UnknownKeyError: scheme, granularity or observer is unknown.
+            PolicyError: percentile is no number in (50, 100], or given to another observer,
+                symmetric no boolean, or the scheme does not go with the other values.
+        """
+        parse_field(self, "scheme", Scheme)
+        parse_field(self, "granularity", Granularity)
+        parse_field(self, "observer", ObserverKind)
+        check_flag(self, "symmetric")
+        if not is_whole(self.bits):
+            raise BitWidthError(f"bits must be an integer, got {self.bits!r}")
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise BitWidthError(
+                f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}; "
+                "to leave a tensor float, give the rule `spec: null`"
+            )
+        self._check_percentile()
+        self._check_shift()
+        if self.scheme is not Scheme.UNIFORM:
+            self._check_byte_scheme()
+
+    def _check_percentile(self) -> None:
+        if self.percentile is None:
+            return
+        check_number(self, "percentile")
+        if not 50 < self.percentile <= 100:
+            raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
+        if self.observer is not ObserverKind.PERCENTILE:
+            raise PolicyError(
+                "percentile belongs to observer percentile alone, and the observer is "
+                f"{self.observer}: name that observer, or leave percentile out"
+            )
+
+    def _check_shift(self) -> None:
+        shift = self.max_shift
+        if shift is None:
+            return
+        if not is_whole(shift):
+            raise PolicyError(f"max_shift must be a whole number or null, got {shift!r}")
+        if self.scheme is not Scheme.TWIN_UNIFORM:
+            raise PolicyError("max_shift belongs to scheme twin_uniform alone")
+        if not 1 <= shift <= MAX_SHIFT:
+            raise PolicyError(f"max_shift must be in 1..{MAX_SHIFT}, got {shift}")
+
+    def _check_byte_scheme(self) -> None:
+        if self.bits > MAX_KERNEL_BITS:
+            raise BitWidthError(
+                f"scheme {self.scheme} takes {MIN_BITS} to {MAX_KERNEL_BITS} bits, got {self.bits}"
+            )
+        if self.symmetric or self.granularity is not Granularity.TENSOR:
+            raise PolicyError(
+                f"scheme {self.scheme} is neither symmetric nor finer than per tensor: leave out "
+                "`symmetric` and `granularity`"
+            )
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code, both included."""
+        if self.symmetric:
+            return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        return 0, (1 << self.bits) - 1

@@ -1,0 +1,349 @@
+"""From any ``nn.Module`` to an FX graph that owns its parameters."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxquant.config.vocabulary import Stage
+from fxquant.errors import (
+    BatchError,
+    CaptureError,
+    ControlFlowError,
+    NonFiniteError,
+    TrainingModeError,
+)
+from fxquant.graph.nodes import module_path, source_line
+from fxquant.quantizers import Quantizer
+from fxquant.utils.quiet import quiet
+
+# Not 0 or 1, which torch.export would take as constants.
+_EXAMPLE_BATCH = 3
+
+
+def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Captures ``model`` with ``torch.export``, the batch dimension left free.
+
+    The user's model is not touched: the graph holds its own copy of the weights, and forward
+    hooks stay with the original.
+
+    Args:
+        model: in eval mode, taking one image tensor.
+        images: example batch ``(B, …)``; only its shape and dtype count.
+
+    Returns:
+        A graph of aten operators in stage FLOAT, with one placeholder.
+
+    Raises:
+        CaptureError: ``model`` is no module, not of float32, or torch.export cannot follow it.
+        TrainingModeError: ``model`` or a submodule is in training mode.
+        ControlFlowError: ``model`` branches on tensor values.
+        NonFiniteError: a parameter or buffer holds NaN or infinity.
+        BatchError: ``model`` does not take the images.
+    """
+    check_model(model)
+    own = own_copy(model)
+    example = images[:1].to(device_of(own)).expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
+    # Export warns of caches that the model fills, such as LeViT's; they are our copy's.
+    with torch.no_grad(), _plain_attention(), quiet():
+        try:
+            program = torch.export.export(
+                own, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
+            )
+            if _mutates(program):
+                program = program.run_decompositions({})
+        except Exception as error:  # torch.export documents no common base class
+            _check_images(own, images)
+            raise _explain(error, own, tuple(example.shape)) from error
+    gm = _plain_graph(program)
+    gm.meta["hooked"] = tuple(_hooked(model))
+    return gm
+
+
+def _check_images(model: nn.Module, images: Tensor) -> None:
+    """Tells images that the model does not take from a model that cannot be captured.
+
+    Raises:
+        BatchError: the model does not run on the images.
+        CaptureError: it takes more than them.
+    """
+    needed = _required_inputs(model)
+    if len(needed) > 1:
+        raise CaptureError(
+            f"the model takes {len(needed)} inputs ({', '.join(needed)}), and one image tensor is "
+            "supported: wrap it in a module whose forward(images) gives the others a fixed value"
+        )
+    try:
+        model(images.to(device_of(model)))
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
+        raise BatchError(
+            f"the model does not take images of shape {tuple(images.shape)} and type "
+            f"{images.dtype} ({error}); give them as model(images) takes them, (B, C, H, W) of "
+            "its input size"
+        ) from error
+
+
+def _required_inputs(model: nn.Module) -> list[str]:
+    """Names of the arguments that forward has no default for."""
+    return [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+
+
+def _hooked(model: nn.Module) -> Iterator[str]:
+    """Paths of modules with hooks of the user's, which capture leaves out."""
+    for name, module in model.named_modules():
+        if any(
+            map(_is_users, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+        ):
+            yield name
+
+
+def _is_users(hook: object) -> bool:
+    """Whether a hook is the user's; those of torch itself (``weight_norm``) compute weights."""
+    return not type(hook).__module__.startswith("torch.nn.utils")
+
+
+def own_copy(model: nn.Module) -> nn.Module:
+    """A deep copy without the user's hooks and without gradients.
+
+    Hooks of torch itself (``weight_norm``) compute weights, so they stay. Computed tensors that a
+    module keeps as plain attributes, such as the weight that they compute, are copied detached.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        own = copy.deepcopy(model, computed)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise CaptureError(
+            f"the model cannot be deep-copied ({error}); remove what cannot be copied from its "
+            "attributes, or rebuild it and load its state dict"
+        ) from error
+    for module in own.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = getattr(module, name)
+            for key, hook in list(hooks.items()):
+                if _is_users(hook):
+                    del hooks[key]
+    return own.requires_grad_(False)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter or buffer; the CPU where there is none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@torch.no_grad()
+def check_model(model: nn.Module) -> None:
+    """Looks at what can be wrong with a model before anything runs.
+
+    Raises:
+        CaptureError: it is no module, TorchScript, on the meta device, quantized, or not float32.
+        TrainingModeError: it or a submodule is in training mode.
+        NonFiniteError: a parameter holds NaN or infinity, or a buffer NaN.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "TorchScript cannot be captured: give the nn.Module that the model was made from"
+        )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise CaptureError(
+            "weights are on the meta device, which holds no numbers: build the model on the CPU, "
+            "or call model.to_empty(device='cpu'), and load a checkpoint"
+        )
+    done = [name for name, module in model.named_modules() if _quantized(module)]
+    if done:
+        raise CaptureError(
+            f"the model is quantized already (module {done[0] or '(root)'}): give compile() the "
+            "float model that it was made from"
+        )
+    training = [name or "the model itself" for name, m in model.named_modules() if m.training]
+    if training:
+        raise TrainingModeError(
+            f"in training mode: {', '.join(training[:3])}"
+            f"{' …' if len(training) > 3 else ''}; call model.eval() before compile()"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise CaptureError(
+                f"weight {name} is {parameter.dtype}; quantization starts from float32: call "
+                "model.float() before compile(), and give float32 images"
+            )
+    # A buffer may hold infinity: attention masks do.
+    bad = [(name, torch.isfinite(value).logical_not()) for name, value in model.named_parameters()]
+    bad += [(n, v.isnan()) for n, v in model.named_buffers() if v.is_floating_point()]
+    for name, wrong in bad:
+        if bool(wrong.any()):
+            raise NonFiniteError(
+                f"weight {name} holds NaN or infinity; the checkpoint is damaged or training "
+                "diverged: load another"
+            )
+
+
+def _quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantizer, or a graph that a backend lowered to integer codes."""
+    meta = module.meta if isinstance(module, fx.GraphModule) else {}
+    return isinstance(module, Quantizer) or "codes" in meta
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keeps nn.MultiheadAttention off its fused inference kernel, which export cannot open."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _mutates(program: ExportedProgram) -> bool:
+    """Whether the program writes in place; else decomposing it would only take time."""
+    return any(
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        for node in program.graph.nodes
+    )
+
+
+def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a graph with a plain signature: one tensor in, the user's outputs out.
+
+    Outputs keep tuples, lists and dicts; of other containers a tuple of their tensors is left.
+    """
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    _inline_regions(module)
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in list(graph.nodes):
+        # A model that writes into its input would write into the user's images.
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+    output = graph.output_node()
+    leaves = pytree.tree_leaves(output.args[0])
+    spec = program.call_spec.out_spec
+    if spec is not None and _builtin_containers(spec):
+        output.args = (pytree.tree_unflatten(leaves, spec),)
+    else:
+        output.args = (tuple(leaves),)
+    graph._tracer_cls = None  # export's could not be made anew, as unpickling does
+    gm = fx.GraphModule(module, graph)
+    gm.meta["stage"] = Stage.FLOAT
+    return gm
+
+
+def _inline_regions(gm: fx.GraphModule) -> None:
+    """Puts the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions in their place.
+
+    Raises:
+        CaptureError: autocast is on in a region, so that it would compute in lower precision.
+    """
+    regions = torch.ops.higher_order
+    for node in list(gm.graph.nodes):
+        if node.target is regions.wrap_with_set_grad_enabled:
+            body, operands = node.args[1], node.args[2:]
+        elif node.target is regions.wrap_with_autocast:
+            if node.args[2]:
+                raise CaptureError(
+                    f"module {module_path(node) or '(root)'} at {source_line(node)}: autocast is "
+                    "on inside the model; quantization starts from float32: take the region out"
+                )
+            body, operands = node.args[4], node.args[5:]
+        else:
+            continue
+        _inline(gm, node, body, operands)
+    gm.graph.eliminate_dead_code()
+
+
+def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.Node, operands: Sequence[Any]) -> None:
+    inner = gm.get_submodule(str(body.target))
+    assert isinstance(inner, fx.GraphModule)
+    _inline_regions(inner)
+    values: dict[fx.Node, Any] = {}
+    given = iter(operands)
+    with gm.graph.inserting_before(call):
+        for node in inner.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+            elif node.op == "output":
+                results = node.args[0]
+            else:
+                values[node] = gm.graph.node_copy(node, values.__getitem__)
+                if node.op == "get_attr":
+                    values[node].target = f"{body.target}.{node.target}"
+    for user in list(call.users):  # getitem for each result
+        user.replace_all_uses_with(values[results[user.args[1]]])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(call)
+
+
+def _builtin_containers(spec: pytree.TreeSpec) -> bool:
+    """Whether outputs nest in tensors, tuples, lists and dicts alone, which FX can hold."""
+    if spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(map(_builtin_containers, spec.children()))
+
+
+def _explain(error: Exception, model: nn.Module, shape: tuple[int, ...]) -> CaptureError:
+    """Turns an error of torch.export into one with module path, source line and advice."""
+    where = _where(error, model)
+    text = str(error).strip().splitlines()
+    first = text[0] if text else type(error).__name__
+    kind = f"{type(error).__name__}: {first}"
+    if "DataDependent" in type(error).__name__ or "data-dependent" in str(error):
+        return ControlFlowError(
+            f"{where}: the model branches on the values of a tensor, which a graph cannot hold "
+            f"({kind}). Rewrite the branch with torch.where, or move it out of the model"
+        )
+    if "batch" in str(error) and ("Constraints violated" in str(error) or "speciali" in str(error)):
+        return CaptureError(
+            f"{where}: the model fixes its batch size ({kind}). Use x.shape[0] or -1 instead of "
+            "a number in view, reshape and expand"
+        )
+    return CaptureError(
+        f"{where}: torch.export cannot capture the model for an input of shape {shape} ({kind}). "
+        "Check first that model(images) itself runs for this shape; else rewrite that line in "
+        "plain tensor operations"
+    )
+
+
+def _where(error: BaseException, model: nn.Module) -> str:
+    """Module path and source line at which ``error`` left the user's code."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    torch_root = str(Path(torch.__file__).parent)
+    path, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner: Any = frame.f_locals.get("self")
+        file = frame.f_code.co_filename
+        if id(owner) in paths:
+            path = paths[id(owner)]
+        if not file.startswith(torch_root) and not file.startswith(str(Path(__file__).parent)):
+            line = f"{file}:{number}"
+    return f"module {path or '(root)'} at {line or 'unknown line'}"

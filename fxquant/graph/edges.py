@@ -1,0 +1,131 @@
+"""What passes ask of a graph: operations, edges, producers, paths.
+
+The dialect is plain aten: each quantizable operation is one ``call_function`` node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.vocabulary import Arg, OpKind
+from fxquant.graph.dialect import OPERANDS, PRODUCERS, aten, elementwise_kind, op_kind
+from fxquant.graph.nodes import module_path, operand, through_moves
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An input of a quantizable operation: where quantization is annotated."""
+
+    node: fx.Node
+    arg: Arg
+
+    @property
+    def kind(self) -> OpKind:
+        """Kind of the consuming operation."""
+        kind = op_kind(self.node) or elementwise_kind(self.node)
+        assert kind is not None
+        return kind
+
+    @property
+    def index(self) -> int:
+        """Position of the argument in ``node.args``."""
+        return OPERANDS[self.kind][self.arg]
+
+    @property
+    def source(self) -> fx.Node:
+        """The node that the argument comes from, a quantizer call included."""
+        return operand(self.node, self.index)
+
+    @property
+    def name(self) -> str:
+        """Unique name, from the module path: ``blocks_0_attn_proj__input``."""
+        return f"{self.node.name}__{self.arg}"
+
+    @property
+    def path(self) -> str:
+        """Path of the module that the operation belongs to: ``blocks.0.attn.proj``."""
+        return module_path(self.node)
+
+    @property
+    def spec(self) -> TensorSpec | None:
+        """The annotation, None where the edge stays float."""
+        spec = self.node.meta.get("quant", {}).get(self.arg)
+        assert spec is None or isinstance(spec, TensorSpec)
+        return spec
+
+    @property
+    def scale_axis(self) -> int | None:
+        """Axis that gets a scale each, None per tensor and where the edge stays float.
+
+        0 for the output channels of a weight; for the channels of an activation -1, or 1 at a
+        convolution; -3 for heads.
+        """
+        return None if self.spec is None else self.axis_of(self.spec.granularity)
+
+    def axis_of(self, granularity: Granularity) -> int | None:
+        """Axis that would get a scale each at that granularity; as ``scale_axis``."""
+        if granularity is Granularity.TENSOR:
+            return None
+        if granularity is Granularity.HEAD:
+            return -3
+        if self.arg is Arg.WEIGHT:
+            return 0
+        return 1 if self.kind is OpKind.CONV else -1
+
+    def replace_source(self, new: fx.Node) -> None:
+        """Feeds this edge, and no other, from ``new``."""
+        self.node.update_arg(self.index, new)
+
+
+def possible_edges(gm: fx.GraphModule) -> Iterator[Edge]:
+    """Everything that a rule can quantize, in graph order.
+
+    Of products all edges; of elementwise operations those that read a float tensor.
+    """
+    for node in list(gm.graph.nodes):
+        kind = op_kind(node) or elementwise_kind(node)
+        if kind is None:
+            continue
+        for arg, index in OPERANDS[kind].items():
+            if kind.is_product or _is_float(node.args[index]):
+                yield Edge(node, arg)
+
+
+def edges(gm: fx.GraphModule) -> Iterator[Edge]:
+    """All edges of products and the annotated ones of elementwise operations, in graph order."""
+    return (edge for edge in possible_edges(gm) if edge.kind.is_product or edge.spec is not None)
+
+
+def quantized_edges(gm: fx.GraphModule) -> Iterator[Edge]:
+    """The edges that carry an annotation."""
+    return (edge for edge in edges(gm) if edge.spec is not None)
+
+
+def _is_float(value: Any) -> bool:
+    """Whether an argument is a node that yields a float tensor, a quantized one included."""
+    val = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def fed_by(edge: Edge) -> str:
+    """Name of what computed the values on an edge.
+
+    ``softmax``, ``gelu``, ``linear``, ``image`` and the like (``PRODUCER_NAMES``), data movement
+    and zeros filled in looked through. An operation without a name of its own gives its aten name.
+    """
+    source = through_moves(edge.source)
+    if source.target is aten.masked_fill.Scalar and source.args[2] == 0:
+        source = through_moves(operand(source, 0))
+    if source.op == "placeholder":
+        return "image"
+    if source.op == "get_attr":
+        return "parameter"
+    kind = op_kind(source)
+    if kind is not None:
+        return str(kind)
+    return PRODUCERS.get(source.target, getattr(source.target, "__name__", "?").split(".")[0])

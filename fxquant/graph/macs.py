@@ -1,0 +1,54 @@
+"""How much a graph computes for one image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cached_property
+
+from torch import Tensor, fx
+
+from fxquant.config.vocabulary import OpKind
+from fxquant.graph.dialect import op_kind
+from fxquant.graph.nodes import get_parameter, operand
+from fxquant.graph.shapes import example_batch, example_shape
+
+
+class Work:
+    """Sizes of a graph's values and products, of one image.
+
+    Args:
+        gm: with the shapes of an example batch.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm, self._batch = gm, example_batch(gm.graph)
+
+    def values(self, node: fx.Node) -> int:
+        """Values of a node for one image; of one that the images do not reach, all."""
+        total = math.prod(example_shape(node))
+        if all(isinstance(size, int) for size in node.meta["val"].shape):
+            return total
+        return total // self._batch
+
+    def macs(self, node: fx.Node) -> int:
+        """Multiplications of a product."""
+        if op_kind(node) is OpKind.MATMUL:  # (…, n, K) @ (…, K, N)
+            return self.values(node) * int(operand(node, 0).meta["val"].shape[-1])
+        right = operand(node, 1).meta.get("val")
+        if not isinstance(right, Tensor):
+            right = get_parameter(self._gm, operand(node, 1))
+        return self.values(node) * math.prod(int(size) for size in right.shape[1:])
+
+    @cached_property
+    def whole(self) -> int:
+        """Multiplications of running the whole graph."""
+        return self.behind([next(iter(self._gm.graph.nodes))])
+
+    def behind(self, starts: Iterable[fx.Node]) -> int:
+        """Multiplications of running the rest of the graph from each of the starts on."""
+        order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
+        macs = {order[n]: self.macs(n) for n in self._gm.graph.nodes if op_kind(n) is not None}
+        return sum(
+            count for start in starts for place, count in macs.items() if place >= order[start]
+        )

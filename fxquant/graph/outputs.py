@@ -1,0 +1,19 @@
+"""The outputs of a model, whatever container holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def is_logits(output: Tensor) -> bool:
+    """Whether an output counts as logits, ``(B, C)``."""
+    return output.ndim == 2 and output.shape[1] > 1
+
+
+def float_outputs(outputs: Any) -> list[Tensor]:
+    """The float tensors among a model's outputs."""
+    leaves = pytree.tree_leaves(outputs)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]

@@ -1,0 +1,121 @@
+"""The rules of each stage, as a table, and the check that a graph keeps them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from fxquant.config.vocabulary import Arg, Stage
+from fxquant.errors import VerifyError
+from fxquant.graph.dialect import elementwise_kind, op_kind
+from fxquant.graph.edges import possible_edges, quantized_edges
+from fxquant.graph.nodes import stage, submodule
+from fxquant.observers.observer import Observer
+from fxquant.quantizers import Quantizer
+
+
+def _one_input(gm: fx.GraphModule) -> str | None:
+    count = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    return None if count == 1 else f"{count} placeholders, one image tensor is expected"
+
+
+def _no_annotation(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        if "quant" in node.meta:
+            return f"{node.name} is annotated"
+    return None
+
+
+def _annotations_fit(gm: fx.GraphModule) -> str | None:
+    valid = {(edge.node, edge.arg) for edge in possible_edges(gm)}
+    for node in gm.graph.nodes:
+        for arg in node.meta.get("quant", {}):
+            if (node, arg) not in valid:
+                return f"{node.name} has no quantizable argument {arg}"
+    return None
+
+
+def _unique_names(gm: fx.GraphModule) -> str | None:
+    counts = Counter(edge.name for edge in possible_edges(gm))
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    return f"edge names occur twice: {twice}" if twice else None
+
+
+def _observed(gm: fx.GraphModule) -> str | None:
+    for edge in quantized_edges(gm):
+        if edge.arg is not Arg.WEIGHT and not isinstance(submodule(gm, edge.source), Observer):
+            return f"{edge.name} has no observer"
+    return None
+
+
+def _frozen(gm: fx.GraphModule) -> str | None:
+    for edge in quantized_edges(gm):
+        quantizer = submodule(gm, edge.source)
+        if not isinstance(quantizer, Quantizer):
+            return f"{edge.name} has no quantizer"
+        if not all(bool(torch.isfinite(buffer).all()) for buffer in quantizer.buffers()):
+            return f"{edge.name}: a parameter of its quantizer is not finite"
+    return None
+
+
+def _nothing_of(kind: type) -> Callable[[fx.GraphModule], str | None]:
+    def rule(gm: fx.GraphModule) -> str | None:
+        for node in gm.graph.nodes:
+            if isinstance(submodule(gm, node), kind):
+                return f"{node.name} calls a {kind.__name__}"
+        return None
+
+    return rule
+
+
+def _quantizers_feed_products(gm: fx.GraphModule) -> str | None:
+    for node in gm.graph.nodes:
+        if isinstance(submodule(gm, node), Quantizer | Observer):
+            users = (u for u in node.users if op_kind(u) is None and elementwise_kind(u) is None)
+            stray = [user.name for user in users]
+            if stray:
+                return f"{node.name} feeds {stray[0]}, which is no quantizable operation"
+    return None
+
+
+RULES: dict[Stage, tuple[Callable[[fx.GraphModule], str | None], ...]] = {
+    Stage.FLOAT: (_one_input, _no_annotation, _nothing_of(Observer), _nothing_of(Quantizer)),
+    Stage.ANNOTATED: (
+        _one_input,
+        _annotations_fit,
+        _unique_names,
+        _nothing_of(Observer),
+        _nothing_of(Quantizer),
+    ),
+    Stage.OBSERVED: (
+        _one_input,
+        _annotations_fit,
+        _observed,
+        _quantizers_feed_products,
+        _nothing_of(Quantizer),
+    ),
+    Stage.FROZEN: (
+        _one_input,
+        _annotations_fit,
+        _frozen,
+        _quantizers_feed_products,
+        _nothing_of(Observer),
+    ),
+}
+
+
+def verify(gm: fx.GraphModule) -> None:
+    """Checks the rules of the graph's stage.
+
+    Raises:
+        VerifyError: a rule is broken; that is a bug in the last pass.
+    """
+    for rule in RULES[stage(gm)]:
+        broken = rule(gm)
+        if broken:
+            raise VerifyError(
+                f"stage {stage(gm).name}: {broken}. This is a bug in the pass that ran last"
+            )

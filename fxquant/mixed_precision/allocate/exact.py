@@ -1,0 +1,137 @@
+"""Exact allocation: a multiple-choice knapsack as an integer program (HiGHS, by scipy).
+
+One binary variable a group and width, one of them 1 in each group. Where a bound holds products
+of two widths (BitOPs), one variable more for each pair of widths of each pair of groups that are
+multiplied: ``y_ij >= 0`` with ``sum_j y_ij = x_i`` and ``sum_i y_ij = x_j``, whence ``y_ij = x_i
+x_j`` wherever x is whole.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.sparse import coo_array, csr_array, vstack
+
+from fxquant.mixed_precision.allocate.greedy import greedy
+from fxquant.mixed_precision.allocate.problem import Floats, Ints, Meter, Problem, within
+
+# The solver may leave a bound by its tolerance; the bound is then drawn in by what it took.
+_ATTEMPTS = 20
+
+
+def exact(problem: Problem, bounds: list[tuple[Meter, int]]) -> tuple[int, ...]:
+    """The widths of least predicted loss within the bounds, one a group.
+
+    Args:
+        problem: with at least one solution.
+        bounds: each meter and the largest total that it allows.
+    """
+    plain = greedy(problem, bounds)
+    program = _Program(problem, [meter for meter, _ in bounds], plain)
+    limits = [allowed for _, allowed in bounds]
+    for _ in range(_ATTEMPTS):
+        found = program.solve(limits)
+        if found is None:
+            return plain
+        if within(bounds, found):
+            # Within the solver's tolerance of the least loss, the better of the two.
+            return min(tuple(found.tolist()), plain, key=problem.loss)
+        for i, (meter, allowed) in enumerate(bounds):
+            limits[i] -= max(0, meter.total(found) - allowed)
+    return plain
+
+
+class _Program:
+    """The integer program of a problem, but for the values of its bounds.
+
+    Args:
+        problem: the problem.
+        meters: of the bounds.
+        known: widths within the bounds, whose loss is the unit: what alone costs more than a plan
+            that is there counts as twice that, or the solver's tolerances would hide all the rest.
+    """
+
+    def __init__(self, problem: Problem, meters: list[Meter], known: tuple[int, ...]) -> None:
+        self._problem, self._meters = problem, meters
+        self._widths = np.array(problem.widths, dtype=np.int64)
+        self._groups, self._choices = len(problem.groups), len(problem.widths)
+        pairs = {
+            (int(i), int(j))
+            for meter in meters
+            if meter.pairs is not None
+            for i, j in zip(*np.nonzero(meter.pairs), strict=True)
+            if i != j
+        }
+        self._pairs = sorted(pairs)
+        least = problem.losses.min(axis=1, keepdims=True)  # each group adds that at any width
+        unit = max(problem.loss(known) - float(least.sum()), 1e-300)
+        self._objective: Floats = np.minimum((problem.losses - least) / unit, 2.0)
+        self._size = self._groups * self._choices + len(self._pairs) * self._choices**2
+        self._rows = vstack([self._one_each(), *self._marginals()], format="csr")
+
+    def _row(self, places: Ints, values: Floats) -> csr_array:
+        zeros = np.zeros(len(places), dtype=np.int64)
+        return coo_array((values, (zeros, places)), shape=(1, self._size)).tocsr()
+
+    def _one_each(self) -> csr_array:
+        count = self._groups * self._choices
+        rows = np.repeat(np.arange(self._groups), self._choices)
+        shape = (self._groups, self._size)
+        return coo_array((np.ones(count), (rows, np.arange(count))), shape=shape).tocsr()
+
+    def _block(self, pair: int) -> Ints:
+        """Variables of a pair of groups: rows by width of the first, columns of the second."""
+        first = self._groups * self._choices + pair * self._choices**2
+        block: Ints = first + np.arange(self._choices**2).reshape(self._choices, -1)
+        return block
+
+    def _marginals(self) -> list[csr_array]:
+        """``sum_j y_ij - x_i = 0`` and ``sum_i y_ij - x_j = 0``, a row each."""
+        rows = []
+        for number, (one, two) in enumerate(self._pairs):
+            block = self._block(number)
+            for group, side in ((one, block), (two, block.T)):
+                for choice, variables in enumerate(side):
+                    own = group * self._choices + choice
+                    places = np.append(variables, own)
+                    rows.append(self._row(places, np.append(np.ones(self._choices), -1.0)))
+        return rows
+
+    def _cost(self, meter: Meter) -> csr_array:
+        """The coefficients of a meter, its constant left out."""
+        linear = meter.linear[:, None] * self._widths[None, :].astype(float)
+        if meter.pairs is not None:
+            linear = linear + np.diag(meter.pairs)[:, None] * self._widths[None, :] ** 2
+        values = np.zeros(self._size)
+        values[: linear.size] = linear.ravel()
+        squares = np.outer(self._widths, self._widths)
+        for number, (one, two) in enumerate(self._pairs):
+            if meter.pairs is not None:
+                values[self._block(number)] = meter.pairs[one, two] * squares
+        return csr_array(values[None, :])
+
+    def solve(self, limits: list[int]) -> Ints | None:
+        """Widths ``(G,)``; None where the solver finds none."""
+        count = self._groups * self._choices
+        objective = np.zeros(self._size)
+        objective[:count] = self._objective.ravel()
+        target = np.r_[np.ones(self._groups), np.zeros(self._rows.shape[0] - self._groups)]
+        constraints = [LinearConstraint(self._rows, target, target)]
+        for meter, limit in zip(self._meters, limits, strict=True):
+            cost = self._cost(meter)
+            # Totals near 1000 lie well within what the solver's tolerances are made for.
+            size = max(float(cost.sum()), 1.0) / 1000
+            most = (limit - meter.constant) / size
+            constraints.append(LinearConstraint(cost / size, -np.inf, most))
+        result: OptimizeResult = milp(
+            objective,
+            integrality=np.ones(self._size),  # also of y, which branching then finds to be whole
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 1e-6},
+        )
+        if result.x is None:
+            return None
+        chosen = result.x[:count].reshape(self._groups, -1).argmax(1)
+        bits: Ints = self._widths[chosen]
+        return bits

@@ -1,0 +1,142 @@
+"""Greedy allocation: the widest first, then down where it hurts least for what it saves.
+
+State: every group at the widest. While the budget is exceeded, the move to any lower width of any
+group with the smallest ``(rise of the loss) / (cost saved)``; cost saved is counted in shares of
+what is still to be saved, summed over the bounds exceeded, at most 1 each. In the end what the
+last move saved too much is spent again where the loss falls most. (MPTQ-ViT, arXiv 2401.14895,
+names a greedy mixed precision; the algorithm is ours.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+
+from fxquant.mixed_precision.allocate.problem import Floats, Ints, Meter, Problem, within
+
+# Widths, one a group, to the loss of the network at them.
+MeasureLoss: TypeAlias = Callable[[tuple[int, ...]], float]
+# A move that is predicted to add less than this share of the whole plan's loss is not measured.
+_NEGLIGIBLE = 1e-2
+# One measurement changes what is predicted of a group by this factor at most.
+_TRUSTED = 2.0
+
+
+def greedy(
+    problem: Problem,
+    bounds: list[tuple[Meter, int]],
+    measure: MeasureLoss | None = None,
+    recheck: int = 0,
+) -> tuple[int, ...]:
+    """Widths within the bounds, one a group.
+
+    Args:
+        problem: with at least one solution.
+        bounds: each meter and the largest total that it allows.
+        measure: gives the loss of a whole plan, to measure moves in context.
+        recheck: number of best moves that are measured at each step.
+    """
+    if measure is None or not recheck:
+        return _Descent(problem, bounds).run()
+    negligible = _NEGLIGIBLE * problem.loss(_Descent(problem, bounds).run())
+    return _Measured(problem, bounds, measure, recheck, negligible).run()
+
+
+class _Descent:
+    """One run of the algorithm."""
+
+    def __init__(self, problem: Problem, bounds: list[tuple[Meter, int]]) -> None:
+        self._problem, self._bounds = problem, bounds
+        self._widths = np.array(problem.widths, dtype=np.int64)
+        self._bits: Ints = np.full(len(problem.groups), self._widths[-1])
+        self._rows = np.arange(len(problem.groups))
+
+    def run(self) -> tuple[int, ...]:
+        while not within(self._bounds, self._bits):
+            self._lower()
+        while self._raise():
+            pass
+        return tuple(self._bits.tolist())
+
+    def _rises(self) -> Floats:
+        """Predicted rise of the loss by each move, ``(G, W)``."""
+        losses = self._problem.losses
+        place = np.searchsorted(self._widths, self._bits)
+        rises: Floats = losses - losses[self._rows, place][:, None]
+        return rises
+
+    def _savings(self) -> Floats:
+        """What each move saves, ``(G, W)``; 0 for those that do not lower a width."""
+        savings = np.zeros((len(self._bits), len(self._widths)))
+        for meter, allowed in self._bounds:
+            excess = meter.total(self._bits) - allowed
+            if excess > 0:
+                saved = -meter.changes(self._bits, self._widths) / excess
+                savings += np.clip(saved, 0, 1)
+        return savings
+
+    def _lower(self) -> None:
+        group, width = self._choose(self._rises(), self._savings())
+        self._bits[group] = self._widths[width]
+
+    def _choose(self, rises: Floats, savings: Floats) -> tuple[int, int]:
+        """The move to make: its group and width."""
+        return _lowest_rate(rises, savings)
+
+    def _raise(self) -> bool:
+        """Makes the move to a wider width that lowers the loss most; whether there was one."""
+        rises = self._rises()
+        allowed = self._widths[None, :] > self._bits[:, None]
+        for meter, limit in self._bounds:
+            allowed &= meter.changes(self._bits, self._widths) <= limit - meter.total(self._bits)
+        rises = np.where(allowed, rises, 0.0)
+        group, width = divmod(int(rises.argmin()), len(self._widths))
+        if rises[group, width] >= 0:
+            return False
+        self._bits[group] = self._widths[width]
+        return True
+
+
+def _lowest_rate(rises: Floats, savings: Floats) -> tuple[int, int]:
+    """The move whose loss rises least for what it saves, of those that save anything."""
+    rates = np.where(savings > 0, rises / np.where(savings > 0, savings, 1), np.inf)
+    group, width = divmod(int(rates.argmin()), rates.shape[1])
+    return group, width
+
+
+class _Measured(_Descent):
+    """Measures the best moves again, all other groups at the widths they have by then.
+
+    What a move adds in context, over what was predicted, then corrects the predictions of its
+    group, so that one put off is not taken at its old rate in the next step.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        bounds: list[tuple[Meter, int]],
+        measure: MeasureLoss,
+        recheck: int,
+        negligible: float,
+    ) -> None:
+        super().__init__(problem, bounds)
+        self._measure, self._recheck, self._negligible = measure, recheck, negligible
+        self._factors = np.ones(len(problem.groups))
+
+    def _choose(self, rises: Floats, savings: Floats) -> tuple[int, int]:
+        known: set[tuple[int, int]] = set()
+        while True:
+            group, width = best = _lowest_rate(rises * self._factors[:, None], savings)
+            rise = rises[best]
+            if rise <= self._negligible or best in known or len(known) == self._recheck:
+                return best
+            known.add(best)
+            tried = self._bits.copy()
+            tried[group] = self._widths[width]
+            added = self._loss(tried) - self._loss(self._bits)
+            self._factors[group] = min(max(added / rise, 1 / _TRUSTED), _TRUSTED)
+
+    def _loss(self, bits: Ints) -> float:
+        return self._measure(tuple(bits.tolist()))

@@ -1,0 +1,97 @@
+"""What an allocation of bits found, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from scipy.stats import rankdata
+
+from fxquant.config.allocation import Cost
+from fxquant.mixed_precision.allocate.problem import Problem
+
+
+def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float | None:
+    """Spearman's: Pearson's of the ranks, ties sharing theirs; None where one does not vary."""
+    ranks = rankdata(one), rankdata(two)
+    if len(one) < 2 or not all(np.ptp(r) for r in ranks):
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The widths chosen and why.
+
+    Attributes:
+        method: how they were chosen.
+        sensitivity: ``measured`` or ``estimated`` losses.
+        images: number of images that losses were measured on; 0 if none were.
+        budget: the bounds that were given, by name.
+        problem: groups with their losses, and costs; what a sweep over budgets starts from.
+        bits: one a group of the problem.
+        loss: predicted rise of the loss, the sum of what each group does alone; a mean over images.
+        measured_loss: of all groups quantized so, by trial quantizers; None if not measured.
+        costs: what the widths cost in each way.
+        rank_correlation: Spearman's, of measured and estimated losses over all groups and widths;
+            None where not both are there.
+    """
+
+    method: str
+    sensitivity: str
+    images: int
+    budget: dict[str, float]
+    problem: Problem
+    bits: tuple[int, ...]
+    loss: float
+    measured_loss: float | None
+    costs: dict[str, float]
+    rank_correlation: float | None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Outcome:
+        """The inverse of ``dataclasses.asdict``, also of what JSON makes of it."""
+        problem = Problem.from_dict(values["problem"])
+        return cls(**{**values, "problem": problem, "bits": tuple(values["bits"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """A row a group: edges, values, width, and the loss at each width."""
+        table = Table(
+            "group", "edges", "values", "bits", *(f"loss at {w}" for w in self.problem.widths)
+        )
+        for group, bits in zip(self.problem.groups, self.bits, strict=True):
+            losses = [f"{loss:.2e}" for loss in group.losses]
+            table.add_row(
+                group.name, str(len(group.edges)), f"{group.values:,}", str(bits), *losses
+            )
+        return table
+
+    def summary(self) -> str:
+        """Two lines: what was asked and reached, and how good the prediction is."""
+        reached = ", ".join(
+            f"{name} {self.costs[name]:,.6g} of at most {limit:,.6g}"
+            for name, limit in self.budget.items()
+        )
+        others = ", ".join(
+            f"{cost} {self.costs[cost]:,.4g}"
+            for cost in Cost
+            if cost in self.costs and cost not in self.budget
+        )
+        measured = "" if self.measured_loss is None else f", measured {self.measured_loss:.3g}"
+        ranks = (
+            f"; rank correlation of measured and estimated losses {self.rank_correlation:.3f}"
+            if self.rank_correlation is not None
+            else ""
+        )
+        on = f" on {self.images} images" if self.images else ""
+        return (
+            f"widths by {self.method}, {self.sensitivity} sensitivities{on}: {reached} ({others})\n"
+            f"loss predicted {self.loss:.3g}{measured}{ranks}"
+        )

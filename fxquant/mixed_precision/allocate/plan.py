@@ -1,0 +1,115 @@
+"""One interface to both ways of choosing widths, and the sweep over budgets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxquant.config.allocation import Budget, Cost, Method
+from fxquant.mixed_precision.allocate.exact import exact
+from fxquant.mixed_precision.allocate.greedy import MeasureLoss, greedy
+from fxquant.mixed_precision.allocate.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Widths for the groups of a problem.
+
+    Attributes:
+        bits: one a group.
+        loss: predicted, the sum of what each group does alone.
+        costs: what they cost in each way.
+    """
+
+    bits: tuple[int, ...]
+    loss: float
+    costs: dict[Cost, float]
+
+
+def plan_of(problem: Problem, bits: tuple[int, ...]) -> Plan:
+    """Widths with their predicted loss and their costs."""
+    return Plan(bits=bits, loss=problem.loss(bits), costs=problem.costs(bits))
+
+
+def allocate(
+    problem: Problem,
+    budget: Budget,
+    method: Method,
+    *,
+    measure: MeasureLoss | None = None,
+    recheck: int = 0,
+) -> Plan:
+    """Chooses a width for each group.
+
+    Args:
+        problem: groups with their losses.
+        budget: what must hold.
+        method: how.
+        measure: loss of a whole plan, which greedy measures its best moves with.
+        recheck: number of moves measured at each step; 0 for none.
+
+    Raises:
+        PolicyError: the budget cannot be met; the message has the least that can.
+    """
+    bounds = problem.bounds(budget)
+    if not problem.groups:
+        return plan_of(problem, ())
+    if method is Method.EXACT:
+        return plan_of(problem, exact(problem, bounds))
+    return plan_of(problem, greedy(problem, bounds, measure, recheck))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A plan of a sweep.
+
+    Attributes:
+        method: ``greedy``, ``exact`` or ``uniform``.
+        plan: the widths.
+    """
+
+    method: str
+    plan: Plan
+
+
+def sweep(problem: Problem, cost: Cost, count: int = 25) -> list[Point]:
+    """Plans from the cheapest to the dearest, all from one set of sensitivities.
+
+    Uniform ones at every width; greedy and exact ones at the cost of each of these and at
+    ``count`` costs evenly spaced from the least to the most.
+
+    Args:
+        problem: groups with their losses.
+        cost: the one that is bounded.
+        count: of the even steps, at least 2.
+
+    Raises:
+        PolicyError: the problem has no such cost.
+    """
+    groups = len(problem.groups)
+    uniform = [plan_of(problem, (bits,) * groups) for bits in problem.widths]
+    problem.meter(cost)
+    limits = [plan.costs[cost] for plan in uniform]
+    limits += np.linspace(limits[0], limits[-1], count).tolist()
+    points = [Point(method="uniform", plan=plan) for plan in uniform]
+    for limit in sorted(set(limits)):
+        budget = Budget(**{cost: limit})
+        for method in (Method.GREEDY, Method.EXACT):
+            points.append(Point(method=method, plan=allocate(problem, budget, method)))
+    return points
+
+
+def sweep_csv(points: Iterable[Point]) -> str:
+    """A row a plan: method, predicted loss, every cost, and the widths of the groups in order."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["method", "loss", *Cost, "widths"])
+    for point in points:
+        costs = [point.plan.costs.get(cost, "") for cost in Cost]
+        widths = " ".join(map(str, point.plan.bits))
+        writer.writerow([point.method, point.plan.loss, *costs, widths])
+    return text.getvalue()

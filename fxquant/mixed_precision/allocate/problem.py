@@ -1,0 +1,247 @@
+"""The problem of bit allocation in plain numbers: groups, products, and what widths cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxquant.config.allocation import Budget, Cost
+from fxquant.errors import PolicyError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Edges that must share a width.
+
+    Attributes:
+        name: unique; the name of its first edge.
+        edges: names of its edges.
+        is_weight: weights, else activations.
+        values: numbers stored, of an activation those of one image.
+        losses: rise of the loss with this group alone quantized, one for each of the problem's
+            widths.
+    """
+
+    name: str
+    edges: tuple[str, ...]
+    is_weight: bool
+    values: int
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """A quantizer whose width is not to be chosen.
+
+    Attributes:
+        name: of its first edge.
+        is_weight: a weight, else an activation.
+        values: numbers stored, of an activation those of one image.
+        bits: its width.
+    """
+
+    name: str
+    is_weight: bool
+    values: int
+    bits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product of two quantized operands.
+
+    Attributes:
+        macs: multiplications for one image.
+        left: name of the group of the left operand, or its width where that is fixed.
+        right: likewise of the right one.
+    """
+
+    macs: int
+    left: str | int
+    right: str | int
+
+
+@dataclass(frozen=True)
+class Meter:
+    """One cost as ``constant + linear @ bits + bits @ pairs @ bits``, in whole numbers.
+
+    Attributes:
+        constant: of what is fixed.
+        linear: ``(G,)``.
+        pairs: ``(G, G)``, nothing below the diagonal; None where no cost is a product.
+        unit: what a cost is divided by where it is shown.
+    """
+
+    constant: int
+    linear: Ints
+    pairs: Ints | None
+    unit: float
+
+    def total(self, bits: Ints) -> int:
+        """The cost of widths ``(G,)``."""
+        total = self.constant + int(self.linear @ bits)
+        return total if self.pairs is None else total + int(bits @ self.pairs @ bits)
+
+    def allowed(self, limit: float) -> int:
+        """The largest total that is within a limit as shown."""
+        total = math.floor(limit * self.unit)
+        # The product is rounded; what a total is shown as decides.
+        return next(t for t in (total + 1, total, total - 1) if t / self.unit <= limit)
+
+    def changes(self, bits: Ints, widths: Ints) -> Ints:
+        """What each group's move to each width adds to the cost, ``(G, W)``."""
+        step = widths[None, :] - bits[:, None]
+        if self.pairs is None:
+            moved: Ints = step * self.linear[:, None]
+            return moved
+        own = np.diag(self.pairs)
+        others = (self.pairs + self.pairs.T) @ bits - 2 * own * bits
+        slope = (self.linear + others)[:, None]
+        squares = widths[None, :] ** 2 - bits[:, None] ** 2
+        change: Ints = step * slope + own[:, None] * squares
+        return change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Which widths there are to choose, and for what.
+
+    Attributes:
+        widths: candidates, ascending.
+        groups: each gets one of them.
+        fixed: quantizers that keep their width.
+        products: multiplications of quantized operands.
+    """
+
+    widths: tuple[int, ...]
+    groups: tuple[Group, ...]
+    fixed: tuple[Fixed, ...] = ()
+    products: tuple[Product, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks that the parts fit together; what does not is a bug of the caller."""
+        names = {group.name for group in self.groups}
+        assert len(names) == len(self.groups), "names of groups are not unique"
+        assert list(self.widths) == sorted(set(self.widths)), "widths are not ascending"
+        assert all(len(group.losses) == len(self.widths) for group in self.groups)
+        used = {x for p in self.products for x in (p.left, p.right) if isinstance(x, str)}
+        assert used <= names, f"products of unknown groups: {used - names}"
+
+    @cached_property
+    def losses(self) -> Floats:
+        """``(G, W)``."""
+        return np.array([group.losses for group in self.groups], dtype=np.float64)
+
+    @cached_property
+    def meters(self) -> dict[Cost, Meter]:
+        """Every cost that this problem has; a mean over no values is none."""
+        size = len(self.groups)
+        found = {Cost.BITOPS: self._bitops()}
+        kinds = {
+            Cost.MEAN_WEIGHT_BITS: (True,),
+            Cost.MEAN_ACT_BITS: (False,),
+            Cost.MEAN_BITS: (True, False),
+        }
+        for cost, counted in kinds.items():
+            values = [g.values * (g.is_weight in counted) for g in self.groups]
+            fixed = [f for f in self.fixed if f.is_weight in counted]
+            constant = sum(f.values * f.bits for f in fixed)
+            total = sum(values) + sum(f.values for f in fixed)
+            linear = np.array(values, dtype=np.int64).reshape(size)
+            if total:
+                found[cost] = Meter(constant, linear, None, total)
+            if cost is Cost.MEAN_WEIGHT_BITS:
+                found[Cost.WEIGHT_BYTES] = Meter(constant, linear, None, 8)
+        return found
+
+    def _bitops(self) -> Meter:
+        place = {group.name: i for i, group in enumerate(self.groups)}
+        constant, size = 0, len(self.groups)
+        linear = np.zeros(size, dtype=np.int64)
+        pairs = np.zeros((size, size), dtype=np.int64)
+        for product in self.products:
+            left, right = product.left, product.right
+            if isinstance(left, int) and isinstance(right, int):
+                constant += product.macs * left * right
+            elif isinstance(left, int):
+                linear[place[str(right)]] += product.macs * left
+            elif isinstance(right, int):
+                linear[place[left]] += product.macs * right
+            else:
+                one, two = sorted((place[left], place[right]))
+                pairs[one, two] += product.macs
+        return Meter(constant, linear, pairs, 1)
+
+    def costs(self, bits: Sequence[int] | Ints) -> dict[Cost, float]:
+        """What widths, one a group, cost in each way."""
+        chosen = np.asarray(bits, dtype=np.int64)
+        return {cost: meter.total(chosen) / meter.unit for cost, meter in self.meters.items()}
+
+    def loss(self, bits: Sequence[int] | Ints) -> float:
+        """Predicted loss of widths, one a group: the sum of what each does alone."""
+        place = np.searchsorted(self.widths, bits)
+        return math.fsum(self.losses[np.arange(len(place)), place])
+
+    def meter(self, cost: Cost) -> Meter:
+        """The meter of a cost.
+
+        Raises:
+            PolicyError: it is a mean over nothing.
+        """
+        if cost not in self.meters:
+            raise PolicyError(f"{cost} cannot be bounded: the model has no such quantized edge")
+        return self.meters[cost]
+
+    def bounds(self, budget: Budget) -> list[tuple[Meter, int]]:
+        """Each meter of the budget and the largest total that it allows.
+
+        Raises:
+            PolicyError: a bound is below the least that the widths can cost, or of a mean over
+                nothing; the message has the least.
+        """
+        narrow = np.full(len(self.groups), self.widths[0], dtype=np.int64)
+        found = []
+        for cost, limit in budget.limits.items():
+            meter = self.meter(cost)
+            allowed, least = meter.allowed(limit), meter.total(narrow)
+            if least > allowed:
+                pinned = f" and {len(self.fixed)} pinned ones at theirs" if self.fixed else ""
+                raise PolicyError(
+                    f"the budget cannot be met: {cost} is at least {least / meter.unit:,.6g}, with "
+                    f"every group at {self.widths[0]} bits{pinned}; the budget allows "
+                    f"{limit:,.6g}. Raise it, or allow narrower widths"
+                )
+            found.append((meter, allowed))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Problem:
+        """The inverse of :meth:`to_dict`, also of what JSON makes of it."""
+        groups = [
+            Group(**{**g, "edges": tuple(g["edges"]), "losses": tuple(g["losses"])})
+            for g in values["groups"]
+        ]
+        return cls(
+            widths=tuple(values["widths"]),
+            groups=tuple(groups),
+            fixed=tuple(Fixed(**item) for item in values["fixed"]),
+            products=tuple(Product(**item) for item in values["products"]),
+        )
+
+
+def within(bounds: Sequence[tuple[Meter, int]], bits: Ints) -> bool:
+    """Whether widths keep all bounds."""
+    return all(meter.total(bits) <= allowed for meter, allowed in bounds)

@@ -1,0 +1,124 @@
+"""Which edges of an observed graph share a width, and what a bit of each costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxquant.config.vocabulary import Arg
+from fxquant.graph.edges import Edge
+from fxquant.graph.edges import quantized_edges as annotated_edges
+from fxquant.graph.macs import Work
+from fxquant.graph.nodes import get_parameter
+from fxquant.mixed_precision.allocate.problem import Fixed, Product
+
+
+@dataclass(frozen=True)
+class EdgeGroup:
+    """Edges that must share a width.
+
+    Activations that go through one observer; weights that are one parameter or were cut from one
+    (q, k and v of a packed projection, marked by SplitProjections).
+    """
+
+    edges: tuple[Edge, ...]
+
+    @property
+    def name(self) -> str:
+        """That of the first edge."""
+        return self.edges[0].name
+
+    @property
+    def is_weight(self) -> bool:
+        """Weights, else activations."""
+        return self.edges[0].arg is Arg.WEIGHT
+
+    @property
+    def sources(self) -> list[fx.Node]:
+        """The nodes that the edges read, each once."""
+        return list(dict.fromkeys(edge.source for edge in self.edges))
+
+
+class Layout:
+    """Groups and costs of an observed graph.
+
+    Args:
+        gm: in stage OBSERVED.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm, self._work = gm, Work(gm)
+        found: dict[tuple[str, ...], list[Edge]] = {}
+        operands = list(_operands(gm))
+        pinned = {e.source for e in operands if _pinned(e) and e.arg is not Arg.WEIGHT}
+        # An observer that an addition or a norm reads as well stays at the width of the rules.
+        pinned |= {e.source for e in annotated_edges(gm) if not e.kind.is_product}
+        fixed: dict[tuple[str, ...], list[Edge]] = {}
+        for edge in operands:
+            if edge.source in pinned or _pinned(edge):
+                fixed.setdefault((str(edge.source.target),), []).append(edge)
+            else:
+                found.setdefault(_key(edge), []).append(edge)
+        self.groups = tuple(EdgeGroup(tuple(group)) for group in found.values())
+        self._fixed = [EdgeGroup(tuple(group)) for group in fixed.values()]
+
+    def values(self, group: EdgeGroup) -> int:
+        """Values of a group, of activations for one image."""
+        if group.is_weight:
+            return sum(get_parameter(self._gm, node).numel() for node in group.sources)
+        return sum(self._work.values(node) for node in group.sources)
+
+    @property
+    def fixed(self) -> tuple[Fixed, ...]:
+        """What keeps its width."""
+        return tuple(
+            Fixed(
+                name=group.name,
+                is_weight=group.is_weight,
+                values=self.values(group),
+                bits=_bits(group.edges[0]),
+            )
+            for group in self._fixed
+        )
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """Products of two quantized operands."""
+        names = {edge.name: group.name for group in self.groups for edge in group.edges}
+        sides: dict[fx.Node, list[str | int]] = {}
+        for edge in _operands(self._gm):
+            sides.setdefault(edge.node, []).append(names.get(edge.name, _bits(edge)))
+        return tuple(
+            Product(macs=self._work.macs(node), left=both[0], right=both[1])
+            for node, both in sides.items()
+            if len(both) == 2
+        )
+
+    def behind(self) -> int:
+        """Multiplications for one image of running what lies behind each group."""
+        order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
+        return self._work.behind(
+            min((edge.node for edge in group.edges), key=order.__getitem__) for group in self.groups
+        )
+
+
+def _operands(gm: fx.GraphModule) -> Iterator[Edge]:
+    """Annotated operands of products; what stands between products keeps the width of its rule."""
+    return (edge for edge in annotated_edges(gm) if edge.kind.is_product)
+
+
+def _pinned(edge: Edge) -> bool:
+    return edge.arg in edge.node.meta.get("pinned", ())
+
+
+def _bits(edge: Edge) -> int:
+    assert edge.spec is not None
+    return edge.spec.bits
+
+
+def _key(edge: Edge) -> tuple[str, ...]:
+    if edge.arg is Arg.WEIGHT and "packed" in edge.node.meta:
+        return "packed", str(edge.node.meta["packed"])
+    return (str(edge.source.target),)

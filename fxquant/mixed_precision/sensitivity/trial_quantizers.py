@@ -1,0 +1,71 @@
+"""Quantizers of any width for the edges of an observed graph, from what its observers saw."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.config.spec import ObserverKind, Scheme
+from fxquant.graph.edges import Edge
+from fxquant.graph.nodes import get_parameter, submodule
+from fxquant.mixed_precision.sensitivity.groups import EdgeGroup
+from fxquant.observers.observer import HistogramObserver, Observer, make_observer
+from fxquant.observers.ranges import value_range
+from fxquant.quantizers import Quantizer, UniformQuantizer
+
+
+class Trials:
+    """Trial quantizers, each fitted once.
+
+    Args:
+        gm: in stage OBSERVED, its observers with histograms, having seen data.
+        least_squares: fit by least squared error, as a stand-in for a search of scales that
+            would take too long at every width; else as each edge's spec says.
+        opt_m: a uniform quantizer may stand in for a twin one, as in a search of the region ratio.
+
+    Attributes:
+        settings: the two.
+    """
+
+    def __init__(self, gm: fx.GraphModule, *, least_squares: bool, opt_m: bool = False) -> None:
+        self._gm, self._least_squares, self._opt_m = gm, least_squares, opt_m
+        self.settings = least_squares, opt_m
+        self._fitted: dict[tuple[str, int], Quantizer] = {}
+
+    @torch.no_grad()
+    def quantizer(self, edge: Edge, bits: int) -> Quantizer:
+        """The quantizer of an edge at a width."""
+        key = f"{edge.source.target} {edge.spec}", bits
+        if key not in self._fitted:
+            self._fitted[key] = self._fit(edge, bits)
+        return self._fitted[key]
+
+    @torch.no_grad()
+    def weights(self, group: EdgeGroup, bits: int) -> dict[fx.Node, Tensor]:
+        """The quantized weight of each product that reads a group of weights."""
+        parameters = {node: get_parameter(self._gm, node) for node in group.sources}
+        return {e.node: self.quantizer(e, bits)(parameters[e.source]) for e in group.edges}
+
+    def _fit(self, edge: Edge, bits: int) -> Quantizer:
+        assert edge.spec is not None
+        spec = replace(edge.spec, bits=bits)
+        if self._least_squares:
+            spec = replace(spec, observer=ObserverKind.MSE, percentile=None)
+        observer = submodule(self._gm, edge.source)
+        twin = spec.scheme is Scheme.TWIN_UNIFORM
+        if self._opt_m and twin and isinstance(observer, HistogramObserver):
+            uniform = replace(spec, scheme=Scheme.UNIFORM, max_shift=None)
+            return observer.best([observer.fit(spec), observer.fit(uniform)])
+        if isinstance(observer, Observer):
+            return observer.fit(spec)
+        weight, axis = get_parameter(self._gm, edge.source), edge.scale_axis
+        if not self._least_squares:
+            observer = make_observer(spec, axis=axis, where=edge.name)
+            observer(weight)
+            return observer.fit()
+        low, high = value_range(weight.flatten(1) if axis == 0 else weight.reshape(1, -1), spec)
+        if axis is None:
+            low, high = low.reshape(()), high.reshape(())
+        return UniformQuantizer.from_range(low, high, spec, axis)

@@ -1,0 +1,281 @@
+"""Observers: a tensor in, streaming statistics kept, a quantizer out.
+
+Memory is bounded by the number of scales, never by the number of images seen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.config.spec import ObserverKind, Scheme, TensorSpec
+from fxquant.errors import CalibrationError, NonFiniteError
+from fxquant.observers.ranges import GRID, bin_centres, mse_range, percentile_range
+from fxquant.quantizers import (
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+)
+from fxquant.quantizers.candidates import Q, fitted_from_zero, from_zero_candidates, twin_candidates
+
+# Power of two, so that a doubled range merges whole pairs of bins.
+BINS = 4096
+# Below the largest of its row by this much, a value is nothing to a softmax.
+_NEGLIGIBLE = 12.0
+# Share kept by the percentile observer, in percent, where the spec names none.
+_PERCENTILE = 99.99
+
+
+class Observer(nn.Module, ABC):
+    """Records what passes through it and fits a quantizer to it.
+
+    Args:
+        spec: the quantizer wanted.
+        axis: axis of the observed tensor that gets a scale each; None for per tensor.
+        where: edge name, for messages.
+    """
+
+    def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
+        super().__init__()
+        self.spec, self.axis, self.where = spec, axis, where
+        self.lo: Tensor | None = None
+        self.hi: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Records ``x`` and returns it unchanged.
+
+        Raises:
+            NonFiniteError: ``x`` holds NaN or infinity.
+        """
+        if x.numel():
+            rows = self._rows(x.detach())
+            self._update_range(rows)
+            self._record(rows)
+        return x
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value seen, ``()`` or ``(C,)``.
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        if self.lo is None or self.hi is None:
+            raise CalibrationError(
+                f"{self.where}: no calibration data reached this edge; it lies on a path that "
+                "the calibration images do not take. Keep it float with a rule (spec: null)"
+            )
+        return self.lo, self.hi
+
+    def fit(self, spec: TensorSpec | None = None) -> Quantizer:
+        """The quantizer for what was seen.
+
+        Args:
+            spec: instead of the observer's own: of another width, or fitted otherwise.
+        """
+        spec = spec or self.spec
+        lo, hi = self._fit_range(spec)
+        if spec.scheme is Scheme.TWIN_UNIFORM:
+            return self._fit_twin(lo.reshape(()), hi.reshape(()), spec)
+        if spec.scheme.from_zero:
+            self._check_from_zero(spec)
+            return self._fit_from_zero(hi.reshape(()), spec)
+        if self.axis is None:
+            lo, hi = lo.reshape(()), hi.reshape(())
+        return UniformQuantizer.from_range(lo, hi, spec, self.axis)
+
+    def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
+        return TwinUniformQuantizer.from_range(lo, hi, spec)
+
+    def _fit_from_zero(self, top: Tensor, spec: TensorSpec) -> Quantizer:
+        return fitted_from_zero(float(top), spec).to(top.device)
+
+    def _check_from_zero(self, spec: TensorSpec) -> None:
+        least = float(self.range()[0].min())
+        if least < 0:
+            raise CalibrationError(
+                f"{self.where}: scheme {spec.scheme} is for values from zero up, such as softmax "
+                f"gives, got {least:.3g}; add `fed_by: softmax` to the rule, or use scheme uniform"
+            )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """``x`` as ``(C, n)``, one row a scale."""
+        if self.axis is None:
+            return x.reshape(1, -1)
+        return x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+
+    def _update_range(self, rows: Tensor) -> None:
+        lo, hi = torch.aminmax(rows.float(), dim=1)
+        if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+            below = bool((lo == -torch.inf).any()) and not bool((hi.isnan() | hi.isposinf()).any())
+            mask = (
+                ". Minus infinity is what attention masks are made of, which integers have no code "
+                "for: mask with a finite number, such as -1e4, or leave its additions and the "
+                "softmax float by rules `op: add` and `op: softmax` with `spec: null`"
+            )
+            raise NonFiniteError(
+                f"{self.where}: NaN or infinity during calibration. The float model itself "
+                "produces it for these images: check its weights and the image normalisation"
+                f"{mask if below else ''}"
+            )
+        self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
+        self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+
+    @abstractmethod
+    def _record(self, rows: Tensor) -> None:
+        """Takes one batch, ``(C, n)``."""
+
+    @abstractmethod
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """The range to cover, ``(C,)`` each."""
+
+
+class MinMaxObserver(Observer):
+    """Covers everything seen."""
+
+    def _record(self, rows: Tensor) -> None:
+        pass
+
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        assert spec.observer is ObserverKind.MINMAX, "only a histogram can be fitted so"
+        return self.range()
+
+
+class SoftmaxObserver(MinMaxObserver):
+    """Covers what is less than 12 below the largest value of its row, the last axis.
+
+    A value further down has a share below ``exp(-12)``, 6e-6. In a row with an attention mask of
+    -100, most of the range would otherwise be spent on what the softmax takes to zero.
+    """
+
+    def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
+        super().__init__(spec, axis=axis, where=where)
+        self.peak: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Records ``x`` and the largest values of its rows."""
+        if x.numel():
+            peak = x.detach().float().amax(-1).amin()
+            self.peak = peak if self.peak is None else torch.minimum(self.peak, peak)
+        return super().forward(x)
+
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        lo, hi = self.range()
+        assert self.peak is not None
+        return torch.maximum(lo, self.peak - _NEGLIGIBLE), hi
+
+
+class HistogramObserver(Observer):
+    """Keeps one histogram a scale, over a range that doubles as larger values come.
+
+    The bins of ``[-R, R)`` become the middle half of ``[-2R, 2R)`` by adding neighbours, so the
+    result depends on the data alone, not on its order or how it was split into batches.
+    """
+
+    def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
+        super().__init__(spec, axis=axis, where=where)
+        self.counts: Tensor | None = None
+        self.limit: Tensor | None = None
+
+    def _record(self, rows: Tensor) -> None:
+        peak = rows.abs().amax(dim=1).float()
+        # The smallest power of two above the peak, so that doubling is exact and the peak falls
+        # inside the half-open last bin; never so large that float32 overflows.
+        exponent = torch.frexp(peak.clamp(min=1e-30))[1].clamp(max=127)
+        fit = torch.ldexp(torch.ones_like(peak), exponent)
+        if self.counts is None or self.limit is None:
+            self.counts = torch.zeros(rows.shape[0], BINS, dtype=torch.float64, device=rows.device)
+            self.limit = fit
+        while bool((grow := self.limit < fit).any()):
+            self.counts[grow] = _halve_resolution(self.counts[grow])
+            self.limit = torch.where(grow, self.limit * 2, self.limit)
+        self.counts += _count(rows, self.limit)
+
+    def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        lo, hi = self.range()
+        assert self.counts is not None and self.limit is not None
+        if spec.observer is ObserverKind.PERCENTILE:
+            share = _PERCENTILE if spec.percentile is None else spec.percentile
+            return percentile_range(self.counts, self.limit, lo, hi, share)
+        if spec.observer is ObserverKind.MINMAX or spec.scheme is not Scheme.UNIFORM:
+            return lo, hi
+        return mse_range(self.counts, self.limit, lo, hi, spec)
+
+    def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
+        if spec.observer is not ObserverKind.MSE:
+            return super()._fit_twin(lo, hi, spec)
+        candidates = twin_candidates(float(lo), float(hi), spec, GRID)
+        return self.best([candidate.to(lo.device) for candidate in candidates])
+
+    def _fit_from_zero(self, top: Tensor, spec: TensorSpec) -> Quantizer:
+        if spec.observer is not ObserverKind.MSE:
+            return super()._fit_from_zero(top, spec)
+        return self.best(
+            [
+                candidate.to(top.device)
+                for row in from_zero_candidates(float(top), spec, GRID)
+                for candidate in row
+            ]
+        )
+
+    def best(self, candidates: Sequence[Q]) -> Q:
+        """The quantizer, for the whole tensor, of least squared error on the histogram."""
+        assert self.counts is not None and self.limit is not None
+        lo, hi = (end.reshape(1) for end in self.range())
+        centres = bin_centres(self.counts, self.limit, lo, hi)[0]
+        return least_error(centres, self.counts[0], candidates)
+
+
+def _halve_resolution(counts: Tensor) -> Tensor:
+    quarter = BINS // 4
+    merged = counts.reshape(-1, BINS // 2, 2).sum(-1)
+    return torch.nn.functional.pad(merged, (quarter, quarter))
+
+
+def _count(rows: Tensor, limit: Tensor) -> Tensor:
+    """Histogram of each row over ``[-limit, limit)``: ``(C, BINS)``."""
+    width = (limit / (BINS // 2)).unsqueeze(1)
+    counts = []
+    # A row at a time keeps the index tensor as small as one head or channel.
+    for row, step in zip(rows, width, strict=True):
+        index = torch.floor(row.float() / step).add_(BINS // 2).clamp_(0, BINS - 1)
+        counts.append(torch.bincount(index.to(torch.int64), minlength=BINS))
+    return torch.stack(counts).to(torch.float64)
+
+
+def make_observer(
+    spec: TensorSpec, *, axis: int | None, where: str, histogram: bool = False
+) -> Observer:
+    """The observer that ``spec.observer`` names.
+
+    Args:
+        spec: the quantizer wanted.
+        axis: axis of the observed tensor that gets a scale each; None for per tensor.
+        where: edge name, for messages.
+        histogram: keep one in any case, so that :meth:`Observer.fit` takes any spec; but not of
+            what a softmax reads, whose range is no matter of the width.
+    """
+    if spec.observer is ObserverKind.MINMAX and not histogram:
+        return MinMaxObserver(spec, axis=axis, where=where)
+    if spec.observer is ObserverKind.SOFTMAX:
+        return SoftmaxObserver(spec, axis=axis, where=where)
+    return HistogramObserver(spec, axis=axis, where=where)
+
+
+def least_error(values: Tensor, counts: Tensor, candidates: Sequence[Q]) -> Q:
+    """The candidate of least squared error on a histogram.
+
+    Args:
+        values: centres of the bins, ``(bins,)``.
+        counts: how many values each stands for, ``(bins,)``.
+        candidates: at least one.
+    """
+    counts = counts.to(values.dtype)
+    errors = [
+        float(((q.to(values.device)(values) - values).square() * counts).sum()) for q in candidates
+    ]
+    return candidates[errors.index(min(errors))]

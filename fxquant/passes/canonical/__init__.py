@@ -1,0 +1,1 @@
+"""The passes that bring a captured graph to the canonical dialect."""

@@ -1,0 +1,150 @@
+"""Brings a captured graph to the canonical dialect, and checks what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
+from fxquant.graph.capture import device_of
+from fxquant.graph.outputs import float_outputs
+from fxquant.graph.parameter_bytes import float_bytes
+from fxquant.passes import (
+    DropNoOps,
+    FoldBatchNorm,
+    FoldConstants,
+    NameNodes,
+    OpenEinsum,
+    Pass,
+    PassResult,
+    ScaleAfterMatmul,
+    Skip,
+    SplitAttention,
+    SplitProjections,
+    ToLinear,
+    UnifyMoves,
+    run_passes,
+)
+
+# Each pass relies on those before it: all know moves by one name, attention and einsum must be open
+# before products are sorted, a transposed weight folded before a product is seen to be a linear,
+# and batch norm folded before a projection's weight is cut in parts.
+CANONICAL: tuple[Pass, ...] = (
+    UnifyMoves(),
+    DropNoOps(),
+    SplitAttention(),
+    OpenEinsum(),
+    FoldConstants(),
+    ToLinear(),
+    FoldBatchNorm(),
+    ScaleAfterMatmul(),
+    SplitProjections(),
+    NameNodes(),
+)
+HOOKS_NOTE = "its hooks are not in the compiled model; what they change is missing there"
+MIXES_NOTE = (
+    "what one image gives depends on the others of its batch: a layer may take the batch for "
+    "another axis, as nn.MultiheadAttention does without batch_first=True"
+)
+ALONE_NOTE = "it does not run on one image alone, for batches of two or more only"
+# Differences of the same function computed in another order, over the largest output.
+_CLOSE = 1e-3
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """What the report compares the quantized model with.
+
+    Attributes:
+        images: a few, on the device of the graph.
+        outputs: the float tensors that it gives for them.
+        bytes: of its parameters.
+    """
+
+    images: Tensor
+    outputs: list[Tensor]
+    bytes: int
+
+
+@torch.no_grad()
+def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResult], FloatModel]:
+    """Runs the passes, and checks that the function stays what it was.
+
+    Args:
+        gm: as captured, in stage FLOAT; changed.
+        images: a few, ``(B, …)``, on any device.
+
+    Returns:
+        What the passes did, with what is noted of the model under ``capture``; and the model.
+
+    Raises:
+        BatchError: the model does not take the images.
+        CaptureError: it gives other outputs when run again.
+        NonFiniteError: it gives NaN.
+        PassError: a pass changed the function.
+    """
+    images = images.to(device_of(gm))
+    before, again = _outputs(gm, images), _outputs(gm, images)
+    if any(bool(value.isnan().any()) for value in before):
+        raise NonFiniteError(
+            "the float model itself outputs NaN for the first calibration images: check its "
+            "weights and the image normalisation"
+        )
+    if any(not torch.equal(old, new) for old, new in zip(before, again, strict=True)):
+        raise CaptureError(
+            "the model gives other outputs when run again: it draws random numbers or changes a "
+            "buffer in eval mode, and cannot be compiled so: turn that off"
+        )
+    notes = [Skip(path, HOOKS_NOTE) for path in gm.meta["hooked"]]
+    notes += [Skip("model", note) for note in _notes_of_batches(gm, images, before)]
+    results = {"capture": PassResult(0, tuple(notes))} | run_passes(gm, CANONICAL)
+    for old, new in zip(before, _outputs(gm, images), strict=True):
+        error = _difference(old, new)
+        if not error < _CLOSE:
+            raise PassError(
+                f"the canonical graph differs from the captured one by {error:.1e} of its largest "
+                "output. This is a bug; please report it with the model's definition"
+            )
+    return results, FloatModel(images, before, float_bytes(gm))
+
+
+def _notes_of_batches(gm: fx.GraphModule, images: Tensor, together: list[Tensor]) -> list[str]:
+    """What is odd of the first image alone, if anything is, beside its outputs in the batch."""
+    if len(images) == 1:
+        return []
+    try:
+        alone = _outputs(gm, images[:1])
+    except BatchError:
+        return [ALONE_NOTE]
+    mixes = any(
+        old[:1].shape == new.shape and not _difference(old[:1], new) < _CLOSE
+        for old, new in zip(together, alone, strict=True)
+        if old.ndim and len(old) == len(images)
+    )
+    return [MIXES_NOTE] if mixes else []
+
+
+def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
+    """The float tensors among the outputs.
+
+    Raises:
+        BatchError: the model does not take the images.
+    """
+    try:
+        return float_outputs(gm(images))
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise BatchError(
+            f"the model does not take images of shape {tuple(images.shape)} and type "
+            f"{images.dtype} ({error})"
+        ) from error
+
+
+def _difference(old: Tensor, new: Tensor) -> float:
+    """Largest difference over the largest old value; equal infinities count as equal."""
+    if not old.numel():
+        return 0.0
+    gap = torch.where(old == new, 0.0, (old - new).abs())
+    size = torch.where(old.isinf(), 0.0, old.abs())
+    return float(gap.max() / size.max().clamp(min=1e-6))

@@ -1,0 +1,154 @@
+"""Opens fused attention, so that each of its products can be quantized.
+
+Before: ``y = scaled_dot_product_attention(q, k, v, mask, scale=s)``
+After:  ``y = softmax(q @ k^T * s + mask) @ v``
+
+The scale stands behind the product (``(s q) @ k^T = s (q @ k^T)``), where a backend can fold it
+into the product's own output scale. A boolean mask becomes 0 / -inf, a causal one a triangle;
+grouped queries repeat k and v. Where a mask may hide a whole row, its probabilities are set to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import SymInt, fx
+
+from fxquant.config.vocabulary import Stage
+from fxquant.graph.dialect import MOVES, aten
+from fxquant.graph.nodes import get_parameter
+from fxquant.graph.rewrite import add_constant, emit
+from fxquant.passes.base import PassResult
+
+_FUSED = aten.scaled_dot_product_attention.default
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    names = [argument.name for argument in _FUSED._schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in _FUSED._schema.arguments}
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _causal(gm: fx.GraphModule, call: Callable[..., fx.Node], scores: fx.Node) -> fx.Node:
+    """The mask that shows each token those up to itself, as booleans: ``(N, M)``."""
+    value = scores.meta["val"]
+    sizes = value.shape[-2:]
+    if not any(isinstance(size, SymInt) for size in sizes):
+        triangle = torch.ones(sizes, dtype=torch.bool, device=value.device).tril()
+        return add_constant(gm, triangle, "causal", like=scores)
+    rows, columns = (
+        call(aten.sym_size.int, scores, axis) if isinstance(sizes[axis], SymInt) else sizes[axis]
+        for axis in (-2, -1)
+    )
+    ones = call(aten.new_ones.default, scores, [rows, columns], dtype=torch.bool)
+    return call(aten.tril.default, ones)
+
+
+def _additive(call: Callable[..., fx.Node], mask: fx.Node, scores: fx.Node) -> fx.Node:
+    """The mask to add to the scores."""
+    if mask.meta["val"].dtype != torch.bool:
+        return mask
+    hidden = call(aten.logical_not.default, mask)
+    zeros = call(aten.zeros_like.default, hidden, dtype=scores.meta["val"].dtype)
+    return call(aten.masked_fill.Scalar, zeros, hidden, float("-inf"))
+
+
+def _split(gm: fx.GraphModule, node: fx.Node, fixed: set[fx.Node]) -> fx.Node:
+    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return emit(gm, target, *args, like=node, **kwargs)
+
+    given = _arguments(node)
+    query, key, value = given["query"], given["key"], given["value"]
+    if given["enable_gqa"]:
+        repeat = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
+        key = call(aten.repeat_interleave.self_int, key, repeat, -3)
+        value = call(aten.repeat_interleave.self_int, value, repeat, -3)
+    scale = given["scale"]
+    if scale is None:
+        scale = float(query.meta["val"].shape[-1]) ** -0.5
+    scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
+    scores = call(aten.mul.Tensor, scores, scale)
+    mask = _causal(gm, call, scores) if given["is_causal"] else given["attn_mask"]
+    if mask is not None:
+        scores = call(aten.add.Tensor, scores, _additive(call, mask, scores))
+    probabilities = call(aten.softmax.int, scores, -1)
+    if given["attn_mask"] is not None and _may_hide_rows(gm, given["attn_mask"], fixed):
+        blind = _blind(given["attn_mask"], call)
+        probabilities = call(aten.masked_fill.Scalar, probabilities, blind, 0.0)
+    return call(aten.matmul.default, probabilities, value)
+
+
+def _blind(mask: Any, call: Callable[..., Any]) -> Any:
+    """The rows that a mask hides completely, their last axis kept; of tensors or of nodes.
+
+    Attention of a token that sees no other is zero, where the softmax of -inf alone is NaN.
+    """
+    dtype = (mask.meta["val"] if isinstance(mask, fx.Node) else mask).dtype
+    if dtype == torch.bool:
+        return call(aten.logical_not.default, call(aten.any.dim, mask, -1, True))
+    return call(aten.all.dim, call(aten.eq.Scalar, mask, float("-inf")), -1, True)
+
+
+def _may_hide_rows(gm: fx.GraphModule, mask: fx.Node, fixed: set[fx.Node]) -> bool:
+    """Whether a mask may hide a whole row; of one that depends on no image, whether it does."""
+    if mask not in fixed:
+        return True
+    blind = _blind(_value(gm, mask, {}), lambda target, *args: target(*args))
+    return bool(blind.any())
+
+
+def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values depend on parameters and sizes alone."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        size = isinstance(node.meta.get("val"), SymInt)
+        if (
+            node.op == "get_attr"
+            or size
+            or (_pure(node) and found.issuperset(node.all_input_nodes))
+        ):
+            found.add(node)
+    return found
+
+
+def _pure(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target in MOVES
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _value(gm: fx.GraphModule, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
+    """Value of a fixed node, the batch size being that of the example."""
+    if node not in memo:
+        size = node.meta.get("val")
+        if isinstance(size, SymInt):
+            memo[node] = size.node.hint
+        elif node.op == "get_attr":
+            memo[node] = get_parameter(gm, node)
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _value(gm, n, memo))
+            memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return memo[node]
+
+
+@dataclass(frozen=True)
+class SplitAttention:
+    """See the module's text."""
+
+    requires: ClassVar[Stage] = Stage.FLOAT
+    ensures: ClassVar[Stage] = Stage.FLOAT
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Splits every fused attention."""
+        fused = [node for node in gm.graph.nodes if node.target is _FUSED]
+        fixed = _fixed(gm)
+        for node in fused:
+            with gm.graph.inserting_before(node):
+                node.replace_all_uses_with(_split(gm, node, fixed))
+            gm.graph.erase_node(node)
+        return PassResult(len(fused))

@@ -1,0 +1,196 @@
+"""Policies: which edge is quantized how, as ordered rules, in Python or YAML."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+from fxquant.config.allocation import Allocation
+from fxquant.config.low_rank import LowRank
+from fxquant.config.recovery import Compensation, Reconstruction
+from fxquant.config.scale_search import GRADIENT_METRICS, Metric, ScaleSearch
+from fxquant.config.spec import TensorSpec
+from fxquant.config.validation import check_flag, parse_field
+from fxquant.config.vocabulary import Arg, End, OpKind
+from fxquant.errors import PolicyError, UnknownKeyError
+from fxquant.graph.dialect import PRODUCER_NAMES
+from fxquant.graph.edges import Edge, fed_by
+from fxquant.graph.network_ends import is_at
+
+_CHANGED = " (changed)"
+_PARTS = {
+    "search": ScaleSearch,
+    "allocation": Allocation,
+    "low_rank": LowRank,
+    "compensation": Compensation,
+    "reconstruction": Reconstruction,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Says how the edges that it matches are quantized. All given conditions must hold.
+
+    Attributes:
+        spec: how; None keeps the edge float.
+        path: regular expression that the whole module path must match.
+        op: kind of the consuming operation; where None, any product. Norms, softmax, activation
+            functions and additions are matched by rules alone that name them.
+        arg: which of its inputs.
+        fed_by: what computed the values, data movement looked through: ``softmax``, ``gelu``,
+            ``layer_norm``, ``image`` … (``graph.PRODUCER_NAMES``).
+        end: ``first`` or ``last``: products with no product before, or none after, which are
+            often kept at 8 bits (BRECQ, arXiv 2102.05426, section 4).
+        optional: a rule that matches nothing is an error unless it is optional.
+        pinned: a search of bit-widths (:class:`fxquant.Allocation`) leaves its edges at the width
+            of ``spec``.
+    """
+
+    spec: TensorSpec | None
+    path: str = ".*"
+    op: OpKind | None = None
+    arg: Arg | None = None
+    fed_by: str | None = None
+    end: End | None = None
+    optional: bool = False
+    pinned: bool = False
+
+    def __str__(self) -> str:
+        """Its conditions, as a policy file has them."""
+        names = ("path", "op", "arg", "fed_by", "end")
+        given = {name: getattr(self, name) for name in names}
+        shown = [f"{k}: {v}" for k, v in given.items() if v not in (None, ".*")]
+        return ", ".join(shown) or "any product"
+
+    def __post_init__(self) -> None:
+        """Checks the conditions.
+
+        Raises:
+            PolicyError: ``spec`` is no TensorSpec, ``path`` no regular expression, ``optional``
+                or ``pinned`` no boolean.
+            UnknownKeyError: ``fed_by`` names no producer, or ``op``, ``arg`` or ``end`` is unknown.
+        """
+        if self.spec is not None and not isinstance(self.spec, TensorSpec):
+            raise PolicyError(
+                f"spec must be a TensorSpec, or None to keep edges float, got {self.spec!r:.80}"
+            )
+        if self.op is not None:
+            parse_field(self, "op", OpKind)
+        if self.arg is not None:
+            parse_field(self, "arg", Arg)
+        if self.end is not None:
+            parse_field(self, "end", End)
+        check_flag(self, "optional")
+        check_flag(self, "pinned")
+        if not isinstance(self.path, str):
+            raise PolicyError(f"path must be a regular expression as text, got {self.path!r}")
+        try:
+            re.compile(self.path)
+        except re.error as error:
+            raise PolicyError(f"path {self.path!r} is no regular expression: {error}") from error
+        if self.fed_by is not None and self.fed_by not in list(PRODUCER_NAMES):
+            raise UnknownKeyError(
+                f"fed_by {self.fed_by!r} is unknown; one of {', '.join(sorted(PRODUCER_NAMES))}"
+            )
+
+    def matches(self, edge: Edge) -> bool:
+        """Whether all conditions hold for ``edge``."""
+        return (
+            (edge.kind.is_product if self.op is None else self.op is edge.kind)
+            and (self.arg is None or self.arg is edge.arg)
+            and re.fullmatch(self.path, edge.path) is not None
+            and (self.fed_by is None or self.fed_by == fed_by(edge))
+            and (self.end is None or is_at(edge.node, self.end))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A complete recipe. The first rule that matches an edge decides; no match leaves it float.
+
+    Attributes:
+        name: shown in reports.
+        rules: in order of precedence.
+        description: one sentence for ``fxquant policies``.
+        search: how scales are searched by the output error of products; None leaves them as the
+            observers fitted them.
+        reparameterize: move the channels behind each LayerNorm onto one range first, folded into
+            its weights and those of the linears it feeds (arXiv 2212.08254).
+        smooth: shift and scale channels behind norms and of attention values so that products lose
+            least, folded into the weights around them (SQ-b, arXiv 2401.14895).
+        bias_correction: take the mean output error of the rounded weights out of the biases
+            (arXiv 2111.12293, section 5.3).
+        low_rank: branches beside linears that add what rounding took from their weights (LQER,
+            arXiv 2402.02446), kept where they lower the output error.
+        allocation: which width each edge gets, within a budget; None leaves the rules' widths.
+        compensation: weights that make up for quantization in closed form; None keeps them.
+        reconstruction: training of blocks against the float ones, after that; None trains nothing.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = field(default=())
+    description: str = ""
+    search: ScaleSearch | None = None
+    reparameterize: bool = False
+    smooth: bool = False
+    bias_correction: bool = False
+    low_rank: LowRank | None = None
+    allocation: Allocation | None = None
+    compensation: Compensation | None = None
+    reconstruction: Reconstruction | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            PolicyError: there is no rule, or a value has the wrong type.
+        """
+        for name, kind in _PARTS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise PolicyError(f"{name} must be {kind.__name__} or None, got {value!r:.80}")
+        check_flag(self, "reparameterize")
+        check_flag(self, "smooth")
+        check_flag(self, "bias_correction")
+        if not isinstance(self.name, str) or not isinstance(self.description, str):
+            raise PolicyError(
+                f"name and description must be text, got {self.name!r} and {self.description!r}"
+            )
+        if not isinstance(self.rules, tuple | list):
+            raise PolicyError(f"rules must be a tuple of Rule, got {self.rules!r:.80}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for i, rule in enumerate(self.rules):
+            if not isinstance(rule, Rule):
+                raise PolicyError(f"rule {i + 1} must be a Rule, got {rule!r:.80}")
+        if not self.rules:
+            raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
+        if self.low_rank is not None and self.recovers:
+            raise PolicyError(
+                "low_rank adds branches, which compensation and reconstruction do not know of: "
+                "leave out the one or the others (reconstruction has low-rank factors of its own)"
+            )
+
+    @property
+    def recovers(self) -> bool:
+        """Whether anything is done to weights once scales are fixed, which takes images again."""
+        return self.compensation is not None or self.reconstruction is not None
+
+    @property
+    def samples(self) -> ScaleSearch | None:
+        """How products are to be sampled; None where nothing needs their rows.
+
+        Estimates of sensitivity need gradients, whatever the search takes.
+        """
+        if self.allocation is not None and (
+            self.search is None or self.search.metric not in GRADIENT_METRICS
+        ):
+            return replace(self.search or ScaleSearch(), metric=Metric.FISHER)
+        branches = self.low_rank is not None
+        if self.search is None and (self.bias_correction or self.smooth or branches):
+            return ScaleSearch(metric=Metric.MSE)  # rows without gradients
+        return self.search
+
+    def with_rules(self, *rules: Rule) -> Policy:
+        """This policy with ``rules`` put before its own, its name marked as changed."""
+        name = self.name if self.name.endswith(_CHANGED) else self.name + _CHANGED
+        return replace(self, name=name, rules=(*rules, *self.rules))

@@ -1,0 +1,144 @@
+"""The presets' best parts, put together for each width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+
+from fxquant.config.allocation import Allocation, Budget
+from fxquant.config.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.config.spec import MAX_KERNEL_BITS, TensorSpec
+from fxquant.config.validation import check_flags
+from fxquant.config.vocabulary import Arg
+from fxquant.errors import PolicyError, UnknownKeyError
+from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.presets.plain import w8a8
+from fxquant.policies.presets.searched import mptq_vit, ptq4vit
+from fxquant.policies.presets.shared_rules import elementwise_rules, end_rules
+from fxquant.utils.suggest import did_you_mean
+
+
+class Effort(StrEnum):
+    """How long a compilation may take.
+
+    ``seconds``: scales of small networks are trained on what is made of a few images, others not at
+    all; ``minutes``: weights as well, of all but the largest, for longer, on hundreds of images;
+    ``hours``: of all.
+    """
+
+    SECONDS = "seconds"
+    MINUTES = "minutes"
+    HOURS = "hours"
+
+
+_END_BITS = 8
+# Of each product, for the search: half of what other presets take, for speed.
+_ROWS = 256
+# Scales, zero points and biases of the whole network, codes of weights as rounding by columns left
+# them: all weights would fit the few images. These are neither held out nor enough without others
+# made of them; what they may take is some two minutes on two cores of an AVX512 server.
+_SECONDS = Reconstruction(
+    scope=Scope.NETWORK,
+    weights=WeightTraining.SCALES,
+    block_loss=BlockLoss.MSE,
+    iterations=300,
+    scale_rate=2e-3,
+    drop=0.0,
+    held_out=0.0,
+    augment=True,
+    work=1e13,
+)
+# Hundreds of images carry the weights too. 1,000 steps of a small network, 400 of DeiT-S.
+_MINUTES = replace(
+    _SECONDS,
+    weights=WeightTraining.STRAIGHT_THROUGH,
+    weight_rate=3e-3,
+    iterations=1000,
+    held_out=0.125,
+    work=2.5e14,
+)
+_TRAINING = {
+    Effort.SECONDS: _SECONDS,
+    Effort.MINUTES: _MINUTES,
+    Effort.HOURS: replace(_MINUTES, iterations=10_000, work=None),
+}
+# To round weights by: 32 have fewer rows than a wide layer columns where tokens are merged.
+_IMAGES = 128
+
+
+def best(
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    effort: Effort | str = Effort.SECONDS,
+    *,
+    end_bits: int | None = None,
+    budget: Budget | None = None,
+    full: bool = False,
+) -> Policy:
+    """Our own pick, by what was measured on the example models.
+
+    At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
+    :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), the first and
+    last linears and convolutions at 8 bits, and scales and biases then trained, as far as the
+    effort goes, to give what the float network gives (:class:`fxquant.Reconstruction`). With
+    effort ``minutes`` and ``hours`` weights are moved by the ridge first, and trained as well.
+    ``benchmarks/accuracy.py`` has its rows.
+
+    Args:
+        weight_bits: width of weights, symmetric per output channel.
+        act_bits: width of activations.
+        effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds; at 8 bits alike.
+            The first two bound what training takes, so that large networks get fewer steps.
+        end_bits: least width of the weights of those, and of what the last ones read
+            (:func:`fxquant.policies.end_rules`), 8 where not given; 2 gives them no width of their
+            own.
+        budget: mixed precision within it, chosen exactly, instead of all those widths; at
+            ``weight_bits`` and ``act_bits`` it is then decided what to smooth.
+        full: also quantize what norms, softmax, activation functions and additions read, to 8
+            bits.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+        UnknownKeyError: the effort is unknown.
+        PolicyError: ``budget`` is no Budget, or ``full`` no boolean; or both ``budget`` and
+            ``end_bits`` are given.
+    """
+    check_flags(full=full)
+    if effort not in list(Effort):
+        raise UnknownKeyError(
+            f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
+            f"{', '.join(Effort)}"
+        )
+    for bits in (weight_bits, act_bits):
+        TensorSpec(bits=bits)  # which checks it
+    if budget is not None and end_bits is not None:
+        raise PolicyError("end_bits goes with one width for all; a budget chooses each edge's own")
+    wide = end_rules(_END_BITS if end_bits is None else end_bits)
+    widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
+    suffix = "_full" if full else ""
+    if weight_bits == act_bits == MAX_KERNEL_BITS and budget is None:
+        return replace(w8a8(full=full), name=f"best_{widths}{suffix}")
+    if act_bits > MAX_KERNEL_BITS:
+        base = ptq4vit(weight_bits, act_bits, twin=False)
+    else:
+        base = mptq_vit(weight_bits, act_bits)
+    ends: list[Rule] = []
+    for rule in () if budget is not None else wide:
+        bits = weight_bits if rule.arg is Arg.WEIGHT else act_bits
+        if rule.spec is not None and rule.spec.bits > bits:
+            ends.append(rule)
+    if end_bits not in (None, _END_BITS):
+        suffix = f"_ends{end_bits}{suffix}"
+    image = [rule for rule in base.rules if rule.fed_by == "image"]
+    others = [rule for rule in base.rules if rule not in image]
+    return replace(
+        base,
+        name=f"best_{widths}_{effort}{suffix}",
+        rules=(*(elementwise_rules() if full else ()), *image, *ends, *others),
+        search=replace(base.search or ScaleSearch(), rows=_ROWS),
+        description=f"our own pick: {base.description}; weights rounded by columns; trained",
+        allocation=None if budget is None else Allocation(budget=budget),
+        compensation=Compensation(images=_IMAGES, ridge=effort != Effort.SECONDS),
+        reconstruction=_TRAINING[Effort(effort)],
+    )

@@ -1,0 +1,77 @@
+"""Presets whose scales come from the observed ranges."""
+
+from __future__ import annotations
+
+from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.config.validation import check_flags
+from fxquant.config.vocabulary import Arg
+from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.presets.shared_rules import elementwise_rules
+
+
+def w8a8(*, full: bool = False) -> Policy:
+    """Eight bits everywhere, laid out as integer CPU kernels want it.
+
+    Weights symmetric per output channel; activations asymmetric per tensor, their range chosen by
+    least squared error; the right operands of attention products symmetric, since they take the
+    place of weights in the kernel; attention probabilities on the full range [0, max].
+
+    Args:
+        full: also quantize what norms, softmax, activation functions and additions read, so that
+            ``lower("integer")`` needs no float arithmetic between products
+            (:func:`elementwise_rules`).
+
+    Raises:
+        PolicyError: ``full`` is no boolean.
+    """
+    check_flags(full=full)
+    besides = ", norms, softmax, GELU and sums" if full else ""
+    return Policy(
+        name="w8a8_full" if full else "w8a8",
+        description=f"8-bit weights and activations{besides} for integer CPU kernels; least "
+        "squared error",
+        rules=(
+            *(elementwise_rules() if full else ()),
+            Rule(
+                arg=Arg.WEIGHT,
+                spec=TensorSpec(bits=8, symmetric=True, granularity=Granularity.CHANNEL),
+                optional=True,  # a model of products of activations only
+            ),
+            Rule(
+                arg=Arg.RHS,
+                spec=TensorSpec(bits=8, symmetric=True, observer=ObserverKind.MSE),
+                optional=True,
+            ),
+            Rule(fed_by="softmax", spec=TensorSpec(bits=8), optional=True),
+            Rule(spec=TensorSpec(bits=8, observer=ObserverKind.MSE)),
+        ),
+    )
+
+
+def w8a8_full() -> Policy:
+    """:func:`w8a8` with ``full=True``: eight bits between products too."""
+    return w8a8(full=True)
+
+
+def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
+    """The plain baseline: ranges are the smallest and largest value seen.
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of all activations, asymmetric per tensor.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    return Policy(
+        name=f"minmax_w{weight_bits}a{act_bits}",
+        description="plain min-max ranges at any width: the baseline to compare with",
+        rules=(
+            Rule(
+                arg=Arg.WEIGHT,
+                spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=Granularity.CHANNEL),
+                optional=True,
+            ),
+            Rule(spec=TensorSpec(bits=act_bits)),
+        ),
+    )

@@ -1,0 +1,137 @@
+"""Presets that search scales by what products give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxquant.config.allocation import Allocation, Budget, Method
+from fxquant.config.scale_search import Metric, ScaleSearch
+from fxquant.config.spec import Scheme, TensorSpec
+from fxquant.config.validation import check_flags
+from fxquant.errors import PolicyError
+from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.presets.shared_rules import elementwise_rules, searched_rules
+
+
+def base_ptq(weight_bits: int = 8, act_bits: int = 8, *, image_bits: int = 8) -> Policy:
+    """The baseline of PTQ4ViT: uniform everywhere, one round, cosine (arXiv 2111.12293, table 1).
+
+    Activations are asymmetric and weights have a scale for each output channel, as in all presets
+    here, where the paper has them symmetric and per tensor; so it is a stronger baseline.
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of activations; queries, keys and values symmetric per head, all others
+            asymmetric per tensor.
+        image_bits: width of the images that the first layer takes.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    return Policy(
+        name=f"base_ptq_w{weight_bits}a{act_bits}",
+        description="PTQ4ViT's baseline: uniform quantizers, scales searched by cosine distance",
+        search=ScaleSearch(metric=Metric.COSINE, rounds=1, low=0.5),
+        rules=searched_rules(weight_bits, act_bits, image_bits),
+    )
+
+
+def ptq4vit(
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    *,
+    image_bits: int = 8,
+    twin: bool = True,
+    search: ScaleSearch = ScaleSearch(),  # noqa: B008  frozen
+    reparameterize: bool = False,
+    bias_correction: bool = False,
+) -> Policy:
+    """PTQ4ViT: twin uniform quantizers and a gradient-guided search (arXiv 2111.12293).
+
+    Where it differs from the paper: activations are asymmetric and weights have a scale for each
+    output channel, which the paper has symmetric and per tensor; the image has 8 bits; and the
+    default search is ours (see :class:`ScaleSearch`).
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of activations; queries, keys and values symmetric per head, all others
+            per tensor.
+        image_bits: width of the images that the first layer takes.
+        twin: twin uniform quantizers behind softmax, GELU, SiLU and hard-swish.
+        search: metric, grid and rounds.
+        reparameterize: see :class:`Policy`.
+        bias_correction: see :class:`Policy`.
+
+    Raises:
+        BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
+            not take: turn them off with ``twin=False``.
+        PolicyError: ``search`` is no ScaleSearch, or a flag no boolean.
+    """
+    check_flags(twin=twin, reparameterize=reparameterize, bias_correction=bias_correction)
+    if not isinstance(search, ScaleSearch):
+        raise PolicyError(
+            f"search must be a ScaleSearch, such as ScaleSearch(rounds=1), got {search!r:.80}"
+        )
+    twins: tuple[Rule, ...] = ()
+    if twin:
+        spec = TensorSpec(bits=act_bits, scheme=Scheme.TWIN_UNIFORM)
+        twins = tuple(
+            Rule(fed_by=name, spec=spec, optional=True)
+            for name in ("softmax", "gelu", "silu", "hardswish")
+        )
+    options = {"_uniform": not twin, "_repq": reparameterize, "_bias": bias_correction}
+    changed = "".join(suffix for suffix, on in options.items() if on)
+    if search != ScaleSearch():
+        changed += f"_{search.metric}"
+    kind = "twin uniform" if twin else "uniform"
+    return Policy(
+        name=f"ptq4vit_w{weight_bits}a{act_bits}{changed}",
+        description=f"PTQ4ViT: {kind} quantizers; scales by output error ({search.metric})",
+        search=search,
+        reparameterize=reparameterize,
+        bias_correction=bias_correction,
+        rules=(*twins, *searched_rules(weight_bits, act_bits, image_bits)),
+    )
+
+
+def mptq_vit(
+    weight_bits: int = 8,
+    act_bits: int = 8,
+    *,
+    image_bits: int = 8,
+    budget: Budget | None = None,
+    full: bool = False,
+) -> Policy:
+    """MPTQ-ViT: SQ-b, OPT-m and mixed precision (arXiv 2401.14895).
+
+    :func:`ptq4vit`, its channels smoothed first where that halves the loss, the region ratio of
+    twin quantizers searched with their scale, uniform ones among the candidates.
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of activations; queries, keys and values symmetric per head, all others
+            per tensor.
+        image_bits: width of the images that the first layer takes.
+        budget: greedy mixed precision within it: each operand of a product but the image gets a
+            width of 3 to 8 bits of its own (:class:`fxquant.Allocation`); at ``weight_bits`` and
+            ``act_bits`` it is then decided what to smooth.
+        full: also quantize what norms, softmax, GELU and additions read, to 8 bits
+            (:func:`elementwise_rules`).
+
+    Raises:
+        BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
+            not take.
+        PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
+    """
+    check_flags(full=full)
+    base = ptq4vit(weight_bits, act_bits, image_bits=image_bits, search=ScaleSearch(opt_m=True))
+    widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
+    return replace(
+        base,
+        name=f"mptq_vit_{widths}{'_full' if full else ''}",
+        description="MPTQ-ViT: smoothed channels (SQ-b), searched region ratios (OPT-m)"
+        + ("" if budget is None else ", greedy mixed precision"),
+        rules=(*(elementwise_rules() if full else ()), *base.rules),
+        smooth=True,
+        allocation=None if budget is None else Allocation(budget=budget, method=Method.GREEDY),
+    )

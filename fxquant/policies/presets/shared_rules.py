@@ -1,0 +1,80 @@
+"""Rules that several presets share."""
+
+from __future__ import annotations
+
+from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.config.vocabulary import Arg, End, OpKind
+from fxquant.policies.policy import Rule
+
+
+def searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Rule, ...]:
+    """Rules of the presets that search scales.
+
+    Args:
+        weight_bits: width of all weights, symmetric per output channel.
+        act_bits: width of activations; queries, keys and values symmetric per head.
+        image_bits: width of the images that the first layer takes.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    channel, head = Granularity.CHANNEL, Granularity.HEAD
+    return (
+        Rule(
+            arg=Arg.WEIGHT,
+            spec=TensorSpec(bits=weight_bits, symmetric=True, granularity=channel),
+            optional=True,
+        ),
+        Rule(fed_by="image", spec=TensorSpec(bits=image_bits), optional=True, pinned=True),
+        Rule(fed_by="softmax", spec=TensorSpec(bits=act_bits), optional=True),
+        Rule(
+            op=OpKind.MATMUL,
+            spec=TensorSpec(bits=act_bits, symmetric=True, granularity=head),
+            optional=True,
+        ),
+        Rule(spec=TensorSpec(bits=act_bits)),
+    )
+
+
+def end_rules(bits: int = 8) -> tuple[Rule, ...]:
+    """Rules for the first and last linears and convolutions, often kept at 8 bits.
+
+    They are a small part of the network, and what they lose is lost for all of it (BRECQ, arXiv
+    2102.05426, section 4). A rule for images goes before these.
+
+    Args:
+        bits: width of their weights, symmetric per output channel, and of what the last ones
+            read, asymmetric per tensor.
+
+    Raises:
+        BitWidthError: it is outside 2..16.
+    """
+    weight = TensorSpec(bits=bits, symmetric=True, granularity=Granularity.CHANNEL)
+    return (
+        *(Rule(arg=Arg.WEIGHT, end=end, spec=weight, optional=True) for end in End),
+        Rule(arg=Arg.INPUT, end=End.LAST, spec=TensorSpec(bits=bits), optional=True),
+    )
+
+
+def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Rule, ...]:
+    """Rules for what stands between products: additions, norms, softmax, activation functions.
+
+    Args:
+        act_bits: width of activations, asymmetric per tensor.
+        constant_bits: width of constants that are added: position embeddings, relative position
+            biases, attention masks. A constant costs no time to quantize, and a mask of 0 and -100
+            beside scores of a few units needs a wide grid.
+
+    Raises:
+        BitWidthError: a width is outside 2..16.
+    """
+    constants = TensorSpec(bits=constant_bits)
+    scores = TensorSpec(bits=act_bits, observer=ObserverKind.SOFTMAX)
+    # One spec for additions and norms: the residual stream, which both read, is quantized once.
+    rest = TensorSpec(bits=act_bits, observer=ObserverKind.MSE)
+    kinds = (OpKind.ADD, OpKind.LAYER_NORM, OpKind.RMS_NORM, OpKind.ACTIVATION)
+    return (
+        Rule(op=OpKind.ADD, fed_by="parameter", spec=constants, optional=True),
+        Rule(op=OpKind.SOFTMAX, spec=scores, optional=True),
+        *(Rule(op=kind, spec=rest, optional=True) for kind in kinds),
+    )

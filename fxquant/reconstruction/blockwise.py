@@ -1,0 +1,317 @@
+"""The float network and the quantized one, run block by block over the same images.
+
+Both walk through the graph together. At each block the quantized one may be changed; what lies
+behind sees what the changed one gives, while the float one stays what it was. Values at the cut
+between two blocks are held for all images, in memory or, beyond a budget, in files that are mapped
+into it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.calibration.network_loss import Override
+from fxquant.graph.blocks import Block
+from fxquant.graph.capture import device_of
+from fxquant.graph.nodes import submodule
+from fxquant.graph.outputs import float_outputs
+from fxquant.graph.shapes import image_node
+from fxquant.graph.sizes import is_size, size_for
+from fxquant.utils.progress import Label, track
+
+# Images run at a time where nothing is trained.
+CHUNK = 8
+
+Values = dict[str, Tensor]
+# A node to run, and the values that nobody in its block reads behind it.
+_Step = tuple[fx.Node, list[fx.Node]]
+
+
+class BlockRunner(fx.Interpreter):
+    """Runs one block of a graph on values at its start.
+
+    Args:
+        gm: the graph. Its constants and quantizers may be replaced between runs, the nodes that
+            depend on the image may not.
+        quantized: whether its quantizers act; without, their inputs pass.
+    """
+
+    def __init__(self, gm: fx.GraphModule, *, quantized: bool) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.extra_traceback = False  # it would be added to our own messages
+        self.graph_module, self._quantized = gm, quantized
+        self._own = {node.name: node for node in gm.graph.nodes}
+        self._steps: dict[Block, list[_Step]] = {}
+
+    def run_block(
+        self,
+        block: Block,
+        values: Mapping[str, Tensor],
+        *,
+        overrides: Mapping[str, Override] | None = None,
+        watch: Mapping[str, Callable[[tuple[Any, ...], Any], None]] | None = None,
+        until: str | None = None,
+    ) -> Values:
+        """Runs a block.
+
+        Args:
+            block: found in this graph, or in one whose nodes have the same names.
+            values: by name, of the block's inputs, ``(B, …)`` each.
+            overrides: what nodes compute instead, by name.
+            watch: is shown the arguments and the result of the nodes of these names.
+            until: name of the last node to run.
+
+        Returns:
+            The block's outputs by name; those computed, where ``until`` was given.
+        """
+        own = self._own
+        self.env = {own[name]: value for name, value in values.items()}
+        batch = len(next(iter(values.values())))
+        overrides, watch = overrides or {}, watch or {}
+        for node, dying in self._steps_of(block):
+            self._provide(node, batch, overrides)
+            self._compute(node, overrides)
+            if node.name in watch:
+                watch[node.name](self.fetch_args_kwargs_from_env(node)[0], self.env[node])
+            if node.name == until:
+                break
+            for used in dying:
+                self.env.pop(used, None)
+        return {n.name: self.env[own[n.name]] for n in block.outputs if own[n.name] in self.env}
+
+    def _steps_of(self, block: Block) -> list[_Step]:
+        if block not in self._steps:
+            own, dying = self._own, _dying(block)
+            self._steps[block] = [
+                (own[node.name], [own[used.name] for used in dying.get(node, ())])
+                for node in block.nodes
+            ]
+        return self._steps[block]
+
+    def _provide(self, node: fx.Node, batch: int, overrides: Mapping[str, Override]) -> None:
+        """Computes sizes and constants that a node reads."""
+        for used in node.all_input_nodes:
+            if used in self.env:
+                continue
+            if is_size(used):
+                self.env[used] = size_for(used, batch)
+                continue
+            self._provide(used, batch, overrides)
+            self._compute(used, overrides)
+
+    def _compute(self, node: fx.Node, overrides: Mapping[str, Override]) -> None:
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.name in overrides:
+            self.env[node] = overrides[node.name](*args, **kwargs)
+        elif node.op == "call_module":  # looked up anew: quantizers are replaced on the way
+            coder = submodule(self.graph_module, node) if self._quantized else None
+            self.env[node] = coder(*args) if coder is not None else args[0]
+        else:
+            self.env[node] = getattr(self, node.op)(node.target, args, kwargs)
+
+
+def _dying(block: Block) -> dict[fx.Node, list[fx.Node]]:
+    """The values that nobody in the block reads after a node."""
+    data = {*block.inputs, *block.nodes} - {*block.outputs}
+    last = {used: node for node in block.nodes for used in node.all_input_nodes if used in data}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for used, reader in last.items():
+        found.setdefault(reader, []).append(used)
+    return found
+
+
+class Shelf:
+    """Values of all images at one cut, in memory within a budget, else in mapped files.
+
+    Args:
+        count: number of images.
+        folder: for the files; without one all stay in memory.
+        memory_bytes: budget of this shelf.
+    """
+
+    def __init__(self, count: int, folder: Path | None = None, memory_bytes: int = 0) -> None:
+        self._count, self._folder, self._left = count, folder, memory_bytes
+        self._values: Values = {}
+        self._files: list[Path] = []
+
+    def put(self, start: int, values: Values) -> None:
+        """Keeps the values of the images from ``start`` on."""
+        for name, value in values.items():
+            if name not in self._values:
+                self._values[name] = self._room(name, value)
+            self._values[name][start : start + len(value)] = value.detach()
+
+    def _room(self, name: str, value: Tensor) -> Tensor:
+        shape = (self._count, *value.shape[1:])
+        size = self._count * value[0].numel() * value.element_size()
+        if self._folder is None or size <= self._left:
+            self._left -= size
+            return torch.empty(shape, dtype=value.dtype)
+        handle, path_name = tempfile.mkstemp(dir=self._folder, prefix=f"{name}-")
+        os.close(handle)
+        path = Path(path_name)
+        self._files.append(path)
+        flat = torch.from_file(
+            str(path), shared=True, size=self._count * value[0].numel(), dtype=value.dtype
+        )
+        return flat.view(shape)
+
+    def get(self, index: slice | Tensor, device: torch.device) -> Values:
+        """The values of some images."""
+        return {name: value[index].to(device) for name, value in self._values.items()}
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Of all values; 0 before any is put."""
+        return sum(value[0].numel() * value.element_size() for value in self._values.values())
+
+    def close(self) -> None:
+        """Frees memory and files."""
+        self._values = {}
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        self._files = []
+
+
+def chunks(count: int) -> Iterator[slice]:
+    """So many images in order, a few at a time."""
+    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+
+
+@dataclass(frozen=True)
+class Station:
+    """A block with what comes in and what the float network gives.
+
+    Attributes:
+        block: its nodes are those of the quantized graph.
+        teacher: runs the float network.
+        student: runs the quantized one.
+        exact: what the float block reads.
+        given: what the quantized block reads, from the quantized blocks before it.
+        target: what the float block gives.
+        rest: the blocks behind it.
+        count: number of images.
+        device: of the graph.
+    """
+
+    block: Block
+    teacher: BlockRunner
+    student: BlockRunner
+    exact: Shelf
+    given: Shelf
+    target: Shelf
+    rest: tuple[Block, ...]
+    count: int
+    device: torch.device
+
+    def chunks(self) -> Iterator[slice]:
+        """The images in order, a few at a time."""
+        return chunks(self.count)
+
+
+class SideBySide:
+    """The walk of both networks; see the module's text.
+
+    Args:
+        teacher: the graph before anything was changed that it is to be compared by; copied. Its
+            quantizers are left out.
+        images: ``(n, …)``.
+        progress: show progress on stderr.
+    """
+
+    def __init__(self, teacher: fx.GraphModule, images: Tensor, *, progress: bool = False) -> None:
+        self._teacher = copy.deepcopy(teacher).requires_grad_(False)
+        self.images, self.progress = images, progress
+
+    def on(self, images: Tensor) -> SideBySide:
+        """The same float network on other images, ``(n, …)``."""
+        other = copy.copy(self)
+        other.images = images
+        return other
+
+    def teacher(self) -> BlockRunner:
+        """Runs the float network."""
+        return BlockRunner(self._teacher, quantized=False)
+
+    @torch.no_grad()
+    def walk(
+        self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: Label | None, memory_bytes: int
+    ) -> Iterator[Station]:
+        """Goes through the blocks of a graph; each may be changed when it is given out.
+
+        Args:
+            gm: the quantized graph, whose nodes are those of the teacher and constants besides.
+            blocks: of it, in order, all.
+            label: of the progress; None shows none.
+            memory_bytes: budget for values at cuts.
+        """
+        teacher = self.teacher()
+        student = BlockRunner(gm, quantized=True)
+        count = len(self.images)
+        device = device_of(gm)
+        share = memory_bytes // 4
+        with tempfile.TemporaryDirectory(prefix="fxquant-") as name:
+            folder = Path(name)
+            placeholder = image_node(gm.graph).name
+            exact = Shelf(count, folder, share)
+            exact.put(0, {placeholder: self.images})
+            given = exact
+            enabled = self.progress and label is not None
+            shown = track(blocks, label=label or "", total=len(blocks), enabled=enabled)
+            for number, block in enumerate(shown, 1):
+                target, result = Shelf(count, folder, share), Shelf(count, folder, share)
+                shelves, rest = (exact, given, target), blocks[number:]
+                station = Station(block, teacher, student, *shelves, rest, count, device)
+                _run(teacher, station, exact, target)
+                yield station
+                if block is not blocks[-1]:
+                    _run(student, station, given, result)
+                exact.close()
+                given.close()
+                exact, given = target, result
+
+
+def _run(runner: BlockRunner, station: Station, inputs: Shelf, outputs: Shelf) -> None:
+    for chunk in station.chunks():
+        values = inputs.get(chunk, station.device)
+        # Some models change their input in place.
+        found = runner.run_block(station.block, {k: v.clone() for k, v in values.items()})
+        outputs.put(chunk.start, tensors_of(station.block, found))
+
+
+def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
+    """What a block gave, tensor by tensor.
+
+    Of the ``output`` node the float tensors alone that hold an entry an image, ``(B, …)``.
+    """
+    found: Values = {}
+    for node in block.outputs:
+        value = values[node.name]
+        tensors = _by_image(node, value) if node.op == "output" else [value]
+        found |= {f"{node.name}.{i}" if i else node.name: x for i, x in enumerate(tensors)}
+    return found
+
+
+def _by_image(output: fx.Node, value: Any) -> list[Tensor]:
+    """The float tensors among a model's outputs whose first axis is the batch."""
+    batch = str(image_node(output.graph).meta["val"].shape[0])
+    meant = fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
+    return [
+        x
+        for x, shown in zip(float_outputs(value), float_outputs(meant), strict=True)
+        if shown.ndim and str(shown.shape[0]) == batch
+    ]
+
+
+def all_images(batches: Iterable[Tensor]) -> Tensor:
+    """The images of all batches, ``(n, …)``, on the CPU."""
+    return torch.cat([batch.cpu() for batch in batches])

@@ -1,0 +1,72 @@
+"""Candidates of the schemes for values from zero up, such as softmax gives, and their search."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.config.spec import TensorSpec
+from fxquant.quantizers import Quantizer
+from fxquant.quantizers.candidates import from_zero_candidates
+from fxquant.search.product_loss import Operand
+from fxquant.search.scales import Searched, best_of
+
+
+class SearchedFromZero(Searched):
+    """Upper end and start of an interval, or scale and base of powers.
+
+    The first round tries every start or base with every share of a geometric grid; later ones
+    refine the share, then the start or base, each with the other held.
+
+    Args:
+        fitted: what the observers gave; stays among the candidates.
+        spec: bit-width and scheme.
+        search: the grid.
+        top: largest value of the operand, as sampled.
+    """
+
+    def __init__(
+        self, fitted: Quantizer, spec: TensorSpec, search: ScaleSearch, top: float
+    ) -> None:
+        steps = torch.linspace(0, 1, search.candidates).tolist()
+        shares = [search.low * (search.high / search.low) ** step for step in steps]
+        rows = from_zero_candidates(top, spec, shares)
+        self._chosen, self._device = fitted, next(fitted.buffers()).device
+        self._rows = [[candidate.to(self._device) for candidate in row] for row in rows]
+        self._at: tuple[int, int] | None = None
+
+    def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
+        """See the base class."""
+        if self._at is None:
+            places = [(i, j) for i, row in enumerate(self._rows) for j in range(len(row))]
+            self._move(places, consumers, search, search.stride)
+            return
+        row = self._at[0]
+        shares = [(row, j) for j in range(len(self._rows[row]))]
+        self._move(shares, consumers, search, search.stride)
+        column = self._at[1]
+        self._move([(i, column) for i in range(len(self._rows))], consumers, search, 1)
+
+    def _move(
+        self,
+        places: list[tuple[int, int]],
+        consumers: list[Operand],
+        search: ScaleSearch,
+        stride: int,
+    ) -> None:
+        """Chooses among the candidates at ``places`` and the one chosen so far."""
+        found = [self._chosen, *(self._rows[i][j] for i, j in places)]
+        start = torch.zeros((), dtype=torch.long, device=self._device)
+        best = int(best_of(found, consumers, search.metric, start, stride))
+        if best:
+            self._chosen, self._at = found[best], places[best - 1]
+
+    def apply(self, values: Tensor, *, left: bool) -> Tensor:
+        """See the base class."""
+        quantized: Tensor = self._chosen(values)
+        return quantized
+
+    def quantizer(self) -> Quantizer:
+        """See the base class."""
+        return self._chosen

@@ -1,0 +1,67 @@
+"""Ranges of the channels behind each norm, over the calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxquant.calibration.calibrate import run_batches
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.vocabulary import Stage
+from fxquant.errors import PassError
+from fxquant.graph.nodes import module_path, operand, stage
+from fxquant.observers.observer import MinMaxObserver
+from fxquant.smoothing.fold_sites import Site, norm_sites
+
+
+def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Smallest and largest value in each channel of what linears read of a norm's output.
+
+    Of the norm before a classifier that is what the class token holds, not what the others do.
+
+    Args:
+        gm: in stage FLOAT, not changed.
+        batches: images ``(B, …)`` each, moved to the device of the graph.
+
+    Returns:
+        ``(lo, hi)`` by name of the norm, each ``(C,)`` on the graph's device, of every norm that
+        `affine_fold` can fold into linears.
+
+    Raises:
+        BatchError: the model does not take the images.
+        CalibrationError: there are no images.
+        NonFiniteError: an output of a norm holds NaN or infinity.
+        PassError: the graph is in another stage.
+    """
+    if stage(gm) is not Stage.FLOAT:
+        raise PassError(f"norm_ranges takes stage FLOAT, got {stage(gm).name}")
+    sites = [site for _, site in norm_sites(gm) if isinstance(site, Site)]
+    recorder = _Recorder(gm, sites)
+    if sites:
+        run_batches(gm, recorder.run, batches)
+    return {name: observer.range() for name, observer in recorder.observers.items()}
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and shows what the linears of each site read to an observer."""
+
+    def __init__(self, gm: fx.GraphModule, sites: Iterable[Site]) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False  # it would be added to our own messages
+        self.observers: dict[str, MinMaxObserver] = {}
+        self._watched: dict[fx.Node, MinMaxObserver] = {}
+        spec = TensorSpec(granularity=Granularity.CHANNEL)
+        for site in sites:
+            where = module_path(site.source) or site.source.name
+            observer = MinMaxObserver(spec, axis=-1, where=where)
+            self.observers[site.source.name] = observer
+            self._watched |= {operand(linear, 0): observer for linear in site.linears}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node."""
+        value = super().run_node(n)
+        if n in self._watched:
+            self._watched[n](value)
+        return value
