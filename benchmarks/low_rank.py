@@ -28,7 +28,7 @@ from fxquant.config.vocabulary import OpKind
 from fxquant.demo.models import NAMES, build
 from fxquant.graph.capture import capture
 from fxquant.graph.dialect import op_kind
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.graph.parameter_bytes import quantized_bytes
 from fxquant.passes import AssignSpecs, AttachLowRank, InsertObservers, run_passes
 from fxquant.passes.canonical.canonicalize import CANONICAL
@@ -38,7 +38,7 @@ from fxquant.utils.progress import track
 WIDTHS = ("4,4", "3,3", "4,8", "3,8")
 
 
-def rows_of(name: str, images: Tensor, policy: Policy) -> dict[str, ProductSample]:
+def row_sampler(name: str, images: Tensor, policy: Policy) -> dict[str, ProductSample]:
     """The rows that ``compile()`` samples for this policy."""
     gm = capture(build(name), images)
     run_passes(gm, (*CANONICAL, AssignSpecs(policy.rules), InsertObservers()))
@@ -48,7 +48,7 @@ def rows_of(name: str, images: Tensor, policy: Policy) -> dict[str, ProductSampl
 
 def multiplications(gm: fx.GraphModule) -> int:
     """Of all linears, for one image."""
-    work = Work(gm)
+    work = MacCounter(gm)
     return sum(work.macs(node) for node in gm.graph.nodes if op_kind(node) is OpKind.LINEAR)
 
 
@@ -64,7 +64,7 @@ def measure(name: str, policy: Policy, draw: int, options: argparse.Namespace) -
     images, _ = load("calib", draw * options.calibration, options.calibration)
     labels = load("test", 0, options.images)[1]
     base = fxquant.compile(build(name), images.split(16), policy).graph_module
-    rows = rows_of(name, images, policy)
+    rows = row_sampler(name, images, policy)
     size, work = quantized_bytes(base), multiplications(base)
     exact, found = float_outputs(name, options.images), []
     for _, low_rank in variants(options):

@@ -29,7 +29,7 @@ from fxquant import Reconstruction, policies
 from fxquant.config.recovery import BlockLoss, WeightTraining
 from fxquant.demo.models import NAMES, build
 from fxquant.graph.blocks import find_blocks
-from fxquant.reconstruction.blockwise import SideBySide, Station
+from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner
 from fxquant.reconstruction.losses import Measured, criterion
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import train_block
@@ -44,7 +44,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def float_pass(station: Station, index: Tensor) -> None:
+def float_pass(station: BlockContext, index: Tensor) -> None:
     """Forward and backward pass of the float block."""
     with torch.enable_grad():
         values = station.exact.get(index, station.device)
@@ -56,7 +56,7 @@ def float_pass(station: Station, index: Tensor) -> None:
         ).sum().backward()
 
 
-def steps(gm: fx.GraphModule, station: Station, options: Reconstruction) -> None:
+def steps(gm: fx.GraphModule, station: BlockContext, options: Reconstruction) -> None:
     """Trains the block, and forgets what it became."""
     block = TrainedBlock(gm, station, options, torch.Generator().manual_seed(0))
     every = torch.arange(station.count)
@@ -64,7 +64,7 @@ def steps(gm: fx.GraphModule, station: Station, options: Reconstruction) -> None
     train_block(block, station, loss, options, (every, every))
 
 
-def middle(gm: fx.GraphModule, sides: SideBySide) -> Iterator[Station]:
+def middle(gm: fx.GraphModule, sides: BlockwiseRunner) -> Iterator[BlockContext]:
     """The block in the middle."""
     blocks = find_blocks(gm)
     for number, station in enumerate(sides.walk(gm, blocks, "walk", _BYTES)):
@@ -74,7 +74,7 @@ def middle(gm: fx.GraphModule, sides: SideBySide) -> Iterator[Station]:
 
 
 def ratios(
-    gm: fx.GraphModule, station: Station, options: Reconstruction, rounds: int
+    gm: fx.GraphModule, station: BlockContext, options: Reconstruction, rounds: int
 ) -> list[float]:
     """Of each round: a step over a float pass."""
     index, count, found = torch.arange(options.batch), options.iterations, []
@@ -106,7 +106,7 @@ def main() -> None:
     images = torch.randn(options.images, *size)
     compiled = fxquant.compile(model, images.split(8), policies.minmax(4, 4))
     gm = compiled.graph_module
-    sides = SideBySide(gm, images)
+    sides = BlockwiseRunner(gm, images)
     table = Table(options.model, "step / float pass", "smallest", "largest")
     for station in middle(gm, sides):
         station.teacher.graph_module.requires_grad_(True)

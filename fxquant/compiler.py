@@ -21,8 +21,8 @@ from fxquant.config.scale_search import GRADIENT_METRICS
 from fxquant.errors import OutputError, PolicyError
 from fxquant.graph.capture import capture, check_model
 from fxquant.graph.parameter_bytes import quantized_bytes
-from fxquant.mixed_precision.allocate.outcome import Outcome
-from fxquant.mixed_precision.choose import check_budget, choose_widths, picker
+from fxquant.mixed_precision.allocate.result import AllocationResult
+from fxquant.mixed_precision.choose import check_budget, choose_widths, reservoir_for
 from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
@@ -42,10 +42,10 @@ from fxquant.passes import (
 from fxquant.passes.canonical.canonicalize import FloatModel, canonicalize
 from fxquant.policies.policy import Policy
 from fxquant.policies.policy_file import policy_to_dict, resolve
-from fxquant.reconstruction.blockwise import SideBySide, all_images
+from fxquant.reconstruction.blockwise import BlockwiseRunner, all_images
 from fxquant.reconstruction.training import split
 from fxquant.search.product_loss import ProductSample
-from fxquant.smoothing.choose import Choices, choose_smoothing
+from fxquant.smoothing.choose import FoldDecisions, choose_smoothing
 from fxquant.smoothing.norm_ranges import norm_ranges
 from fxquant.utils.files import check_writable
 from fxquant.utils.progress import track, working
@@ -113,14 +113,14 @@ def compile(
         clock.lap("smooth")
     # Every width is fitted from the same histograms.
     results |= run_passes(gm, (InsertObservers(histograms=recipe.allocation is not None),))
-    picked = picker(gm, recipe.allocation)
-    batches = picked.watch(_shown(images, "calibrate", progress))
+    picked = reservoir_for(gm, recipe.allocation)
+    batches = picked.observe(_shown(images, "calibrate", progress))
     if recipe.samples is None or samples:
         seen = calibrate(gm, (batch for batch, _ in batches))
     else:
         samples, seen = sample_products(gm, batches, recipe.samples, loss)
     clock.lap("calibrate")
-    outcome: Outcome | None = None
+    outcome: AllocationResult | None = None
     if recipe.allocation is not None:
         widths, outcome = choose_widths(gm, picked, samples, seen, recipe, cache, progress)
         results |= run_passes(gm, (AllocateBits(widths),))
@@ -148,9 +148,9 @@ def _recover(
 ) -> dict[str, PassResult]:
     """What is done to weights and biases once scales are fixed."""
     results: dict[str, PassResult] = {}
-    sides: SideBySide | None = None
+    sides: BlockwiseRunner | None = None
     if recipe.recovers:  # with the weights and biases as they are before all this
-        sides = SideBySide(gm, all_images(images), progress=progress)
+        sides = BlockwiseRunner(gm, all_images(images), progress=progress)
     if recipe.bias_correction:
         results |= run_passes(gm, (CorrectBias(samples),))
         clock.lap("fit")
@@ -206,7 +206,7 @@ def _shown(
 
 def _choose_smoothing(
     gm: fx.GraphModule, images: CalibrationImages, recipe: Policy, loss: Loss | None, progress: bool
-) -> Choices:
+) -> FoldDecisions:
     assert recipe.samples is not None
     batches = _shown(images, "sample", progress)
     return choose_smoothing(gm, batches, recipe.samples, loss, progress=progress)
@@ -232,7 +232,7 @@ def _report(
     results: dict[str, PassResult],
     seen: int,
     clock: _Clock,
-    outcome: Outcome | None,
+    outcome: AllocationResult | None,
 ) -> Report:
     reasons = {skip.site: skip.reason for skip in results["AssignSpecs"].skips}
     sqnr, output_sqnr = measure_sqnr(gm, original.images, original.outputs)

@@ -28,7 +28,7 @@ from fxquant.quantizers import (
     UniformQuantizer,
 )
 from fxquant.quantizers.ops import twin_threshold
-from tests.ties import Coded, from_tie, places
+from tests.ties import IntegerQuantizer, from_tie, places
 
 # How far from a rounding tie float32 arithmetic in another order may move a value, in steps.
 NEAR_TIE = 2e-3
@@ -101,7 +101,7 @@ def exported_codes(path: Path, images: Tensor, *, sources: bool = False) -> list
     ]
 
 
-def activation_quantizers(model: CompiledModel) -> list[tuple[str, Coded]]:
+def activation_quantizers(model: CompiledModel) -> list[tuple[str, IntegerQuantizer]]:
     """The quantizers of activations with their names, in graph order."""
     gm = model.graph_module
     weights = {str(edge.source.target) for edge in quantized_edges(gm) if edge.arg is Arg.WEIGHT}
@@ -109,7 +109,7 @@ def activation_quantizers(model: CompiledModel) -> list[tuple[str, Coded]]:
     for node in gm.graph.nodes:
         module = submodule(gm, node)
         if module is not None and str(node.target) not in weights:
-            assert isinstance(module, Coded)
+            assert isinstance(module, IntegerQuantizer)
             found.append((str(node.target), module))
     return found
 
@@ -131,7 +131,7 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
 
     def force(name: str, items: list[Exported]):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            assert isinstance(module, Coded)
+            assert isinstance(module, IntegerQuantizer)
             assert tuple(output.shape) == items[0].codes.shape, f"{name} is not {items[0].name}"
             theirs, own = _codes(module, items, args[0]), module.quantize(args[0])
             difference = places(module, theirs) - places(module, own)
@@ -157,7 +157,7 @@ def assert_same_codes(model: CompiledModel, path: Path, images: Tensor) -> int:
     return sum(differing.values())
 
 
-def _take(quantizer: Coded, exported: list[Exported]) -> list[Exported]:
+def _take(quantizer: IntegerQuantizer, exported: list[Exported]) -> list[Exported]:
     """Takes the QuantizeLinears of a quantizer from the front: two of a twin, else one.
 
     Another of the same value and scale, stored as the other type, stands behind a uniform one that
@@ -171,7 +171,7 @@ def _take(quantizer: Coded, exported: list[Exported]) -> list[Exported]:
     return [first]
 
 
-def _codes(quantizer: Coded, items: list[Exported], x: Tensor) -> Tensor:
+def _codes(quantizer: IntegerQuantizer, items: list[Exported], x: Tensor) -> Tensor:
     """The quantizer's codes that stand for what onnxruntime's QuantizeLinears gave.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxquant.graph.nodes import get_parameter
-from tests.ties import Coded, from_tie, places
+from tests.ties import IntegerQuantizer, from_tie, places
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Forced(fx.Interpreter):
 
     def call_module(self, target, args, kwargs):
         quantizer = self.fetch_attr(target)
-        if not isinstance(quantizer, Coded):
+        if not isinstance(quantizer, IntegerQuantizer):
             return super().call_module(target, args, kwargs)
         given = self.codes[target].float()
         own = quantizer.quantize(args[0])

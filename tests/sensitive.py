@@ -12,9 +12,9 @@ from fxquant.config.spec import Granularity, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.graph.capture import capture
 from fxquant.mixed_precision.sensitivity.estimated import Estimates
-from fxquant.mixed_precision.sensitivity.groups import Layout
-from fxquant.mixed_precision.sensitivity.measured import Network
-from fxquant.mixed_precision.sensitivity.trial_quantizers import Trials
+from fxquant.mixed_precision.sensitivity.groups import WidthGroups
+from fxquant.mixed_precision.sensitivity.measured import MeasuredSensitivity
+from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
 from fxquant.passes import AssignSpecs, InsertObservers, run_passes
 from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Rule
@@ -70,16 +70,16 @@ class Setup:
         self.gm = capture(seeded(model), x)
         run_passes(self.gm, (*CANONICAL, AssignSpecs(rules), InsertObservers(histograms=True)))
         self.samples, self.seen = sample_products(self.gm, [(x, None)], search)
-        self.layout = Layout(self.gm)
-        self.trials = Trials(self.gm, least_squares=True)
+        self.layout = WidthGroups(self.gm)
+        self.trials = TrialQuantizers(self.gm, least_squares=True)
 
-    def network(self) -> Network:
-        return Network(self.gm, self.trials, self.x, self.search.loss)
+    def network(self) -> MeasuredSensitivity:
+        return MeasuredSensitivity(self.gm, self.trials, self.x, self.search.loss)
 
     def measured(self, widths: tuple[int, ...]) -> dict[str, list[float]]:
         network = self.network()
         return {
-            group.name: [network.alone(group, bits) for bits in widths]
+            group.name: [network.of_group(group, bits) for bits in widths]
             for group in network.in_order(self.layout.groups)
         }
 

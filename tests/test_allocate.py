@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from fxquant.config.allocation import Budget, Cost, Method
 from fxquant.errors import PolicyError
-from fxquant.mixed_precision.allocate.outcome import rank_correlation
 from fxquant.mixed_precision.allocate.plan import allocate, sweep, sweep_csv
-from fxquant.mixed_precision.allocate.problem import Fixed, Group, Problem, Product
+from fxquant.mixed_precision.allocate.problem import FixedWidth, Group, Problem, Product
+from fxquant.mixed_precision.allocate.result import rank_correlation
 
 
 @st.composite
@@ -39,7 +39,7 @@ def problems(draw: st.DrawFn, most: int = 12) -> Problem:
     operand = st.sampled_from(names) | st.integers(2, 16)
     product = st.builds(Product, macs=st.integers(1, 10**9), left=operand, right=operand)
     fixed = st.builds(
-        Fixed,
+        FixedWidth,
         name=st.just("image"),
         is_weight=st.booleans(),
         values=st.integers(1, 10**5),
@@ -105,7 +105,7 @@ def test_costs_are_counted_as_documented() -> None:
     problem = Problem(
         widths=(4, 8),
         groups=(group("w", 1, 0, values=30), group("x", 1, 0, values=10, is_weight=False)),
-        fixed=(Fixed(name="image", is_weight=False, values=20, bits=8),),
+        fixed=(FixedWidth(name="image", is_weight=False, values=20, bits=8),),
         products=(
             Product(macs=1000, left="x", right="w"),
             Product(macs=10, left=8, right="w"),

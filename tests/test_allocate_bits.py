@@ -13,7 +13,7 @@ from fxquant.config.vocabulary import Arg, Stage
 from fxquant.errors import BitWidthError, PassError
 from fxquant.graph.edges import edges
 from fxquant.graph.nodes import stage
-from fxquant.mixed_precision.sensitivity.groups import Layout
+from fxquant.mixed_precision.sensitivity.groups import WidthGroups
 from fxquant.passes import AllocateBits, Freeze, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import Quantizer
@@ -98,12 +98,12 @@ def test_a_width_that_a_scheme_does_not_take_raises() -> None:
 # What shares a width
 
 
-def grouped(layout: Layout) -> dict[str, set[str]]:
+def grouped(layout: WidthGroups) -> dict[str, set[str]]:
     return {group.name: {edge.name for edge in group.edges} for group in layout.groups}
 
 
 def test_packed_projections_and_shared_quantizers_are_groups() -> None:
-    layout = Layout(observed(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT)))
+    layout = WidthGroups(observed(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT)))
     found = grouped(layout)
     assert found["attn_qkv__weight"] == {
         "attn_qkv__weight",
@@ -123,7 +123,7 @@ def test_pinned_edges_are_constants() -> None:
         Rule(arg=Arg.WEIGHT, spec=None),
         Rule(spec=EIGHT),
     )
-    layout = Layout(gm)
+    layout = WidthGroups(gm)
     assert {(f.name, f.bits, f.is_weight) for f in layout.fixed} == {
         ("fc1__input", 10, False),
         ("attn_qkv__input", 8, False),
@@ -134,7 +134,7 @@ def test_pinned_edges_are_constants() -> None:
 
 
 def test_values_and_multiplications_are_those_of_one_image() -> None:
-    layout = Layout(observed(Rule(spec=EIGHT)))
+    layout = WidthGroups(observed(Rule(spec=EIGHT)))
     values = {group.name: layout.values(group) for group in layout.groups}
     n, c, heads = testing.TOKENS, testing.DIM, testing.HEADS
     assert values["attn_qkv__weight"] == 3 * c * c and values["fc1__weight"] == 2 * c * c

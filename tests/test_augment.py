@@ -22,7 +22,7 @@ from fxquant.passes import Reconstruct, run_passes
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import augment, steps, training
 from fxquant.reconstruction.augment import augmented, fresh, made_in_folds
-from fxquant.reconstruction.blockwise import SideBySide
+from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.testing import relative_error, seeded
 from tests.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct
 
@@ -108,7 +108,7 @@ def test_what_is_no_image_is_mixed_alone(count: int, seed: int) -> None:
 def test_the_float_network_says_what_new_images_should_give() -> None:
     gm = frozen()
     model = seeded(Tower())
-    station = next(iter(SideBySide(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)))
+    station = next(iter(BlockwiseRunner(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)))
     torch.manual_seed(0)
     made = fresh(station, torch.tensor([3, 1]), 11)
     everything = slice(0, 11)
@@ -232,7 +232,7 @@ def test_progress_has_the_loss(
     monkeypatch.setattr("fxquant.utils.progress.LINE_SECONDS", -1.0)
     gm = frozen()
     options = Reconstruction(**{**SHORT, **NETWORK, "augment": True, "held_out": 0.0})
-    run_passes(gm, [Reconstruct(SideBySide(gm, BATCH, progress=True), options)])
+    run_passes(gm, [Reconstruct(BlockwiseRunner(gm, BATCH, progress=True), options)])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("reconstruct, loss x 1.000: 0/25, ")
     found = {float(line.split("loss x ")[1].split(":")[0]) for line in lines}
@@ -285,7 +285,9 @@ def test_work_bounds_the_steps() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "_Run", Counted)
-            result = run_passes(gm, [Reconstruct(SideBySide(gm, BATCH), options)])["Reconstruct"]
+            result = run_passes(gm, [Reconstruct(BlockwiseRunner(gm, BATCH), options)])[
+                "Reconstruct"
+            ]
         if not steps:
             (skip,) = result.skips
             assert "raise work, or set it to None" in skip.reason

@@ -24,9 +24,9 @@ from fxquant.demo.models import build
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError, UnknownKeyError
 from fxquant.graph.edges import edges
 from fxquant.graph.nodes import get_parameter, operand
-from fxquant.mixed_precision.allocate.outcome import Outcome
 from fxquant.mixed_precision.allocate.plan import allocate, sweep
-from fxquant.mixed_precision.choose import picker
+from fxquant.mixed_precision.allocate.result import AllocationResult
+from fxquant.mixed_precision.choose import reservoir_for
 from fxquant.mixed_precision.sensitivity.loss_cache import LossCache
 from fxquant.quantizers import Quantizer
 from fxquant.testing import images
@@ -43,7 +43,7 @@ def mixed(budget: Budget = FOUR, search: ScaleSearch | None = None, **options: A
 
 def compiled(
     model: nn.Module, policy: Policy, cache: Path | None = None
-) -> tuple[fxquant.CompiledModel, Outcome]:
+) -> tuple[fxquant.CompiledModel, AllocationResult]:
     torch.manual_seed(0)
     result = fxquant.compile(model, [images(8, 16)], policy, cache=cache)
     assert result.report.allocation is not None
@@ -193,7 +193,7 @@ def test_nothing_is_measured_twice(
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("fxquant.mixed_precision.choose.Network", refuse)
+    monkeypatch.setattr("fxquant.mixed_precision.choose.MeasuredSensitivity", refuse)
     assert compiled(vit, mixed(), tmp_path)[1] == outcome and path.read_text() == before
 
 
@@ -307,8 +307,8 @@ def test_images_are_as_many_as_the_work_allows() -> None:
     gm = observed(Rule(spec=TensorSpec()))
 
     def count(**options: Any) -> int:
-        picked = picker(gm, Allocation(budget=FOUR, **options))
-        list(picked.watch([(torch.zeros(100, 1), None)]))
+        picked = reservoir_for(gm, Allocation(budget=FOUR, **options))
+        list(picked.observe([(torch.zeros(100, 1), None)]))
         return len(picked.images)
 
     assert count() == 32 and count(work=1.0) == 4 and count(images=50, work=1.0) == 50

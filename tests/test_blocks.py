@@ -18,7 +18,7 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.sizes import is_size, size_for
 from fxquant.passes import Freeze, run_passes
 from fxquant.policies.policy import Rule
-from fxquant.reconstruction.blockwise import BlockRunner, Shelf, SideBySide
+from fxquant.reconstruction.blockwise import ActivationStore, BlockRunner, BlockwiseRunner
 from fxquant.testing import DIM, Block, relative_error, tokens
 from tests.graphs import EIGHT, WEIGHT, canonical, observed
 
@@ -123,7 +123,7 @@ def test_sizes_follow_the_batch() -> None:
 def test_both_walk_as_the_graph_runs() -> None:
     model = Stack()
     gm, x = frozen(model), tokens(11)
-    walk = SideBySide(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20)
+    walk = BlockwiseRunner(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20)
     for station in walk:
         last = station
         target = station.target.get(slice(None), x.device)
@@ -137,7 +137,7 @@ def test_both_walk_as_the_graph_runs() -> None:
 def test_what_is_changed_at_a_block_is_seen_behind_it() -> None:
     gm, x = frozen(Stack()), tokens()
     expected = None
-    for station in SideBySide(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20):
+    for station in BlockwiseRunner(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20):
         if station.block.name == "stem":
             with torch.no_grad():
                 gm.get_parameter("stem.weight").mul_(2)
@@ -152,7 +152,7 @@ def test_what_is_changed_at_a_block_is_seen_behind_it() -> None:
 
 def test_values_beyond_the_budget_go_to_files(tmp_path: Path) -> None:
     values = {"a": torch.randn(6, 4), "b": torch.randn(6, 50)}
-    shelf = Shelf(6, tmp_path, 6 * 4 * 4)
+    shelf = ActivationStore(6, tmp_path, 6 * 4 * 4)
     for start in (0, 3):
         shelf.put(start, {name: value[start : start + 3] for name, value in values.items()})
     assert len(list(tmp_path.iterdir())) == 1

@@ -18,12 +18,12 @@ from fxquant.config.recovery import Compensation, Reconstruction
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg
 from fxquant.errors import BatchError, PolicyError
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.passes import Compensate, Freeze, PassResult, run_passes
 from fxquant.passes import compensate as closed_form
 from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
-from fxquant.reconstruction.blockwise import SideBySide
+from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.reconstruction.training import split
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
 from tests.agreement import assert_same_codes
@@ -40,7 +40,7 @@ def frozen(model: nn.Module | None = None) -> fx.GraphModule:
 
 
 def compensate(gm: fx.GraphModule, x: Tensor = BATCH, **options: Any) -> PassResult:
-    item = Compensate(SideBySide(gm, x), Compensation(**options))
+    item = Compensate(BlockwiseRunner(gm, x), Compensation(**options))
     return run_passes(gm, [item])["Compensate"]
 
 
@@ -58,7 +58,7 @@ def test_a_ridge_is_judged_by_images_left_out_where_there_are_few() -> None:
     gm, x = frozen(), tokens(8)
     for count, folds in ((0, 4), (9, 4), (100, 4)):
         options = Compensation(images=count, ridge=True)
-        sides, parts = closed_form._arranged(SideBySide(gm, x), gm, options)
+        sides, parts = closed_form._arranged(BlockwiseRunner(gm, x), gm, options)
         assert {fold for _, fold in parts} == set(range(folds))
         assert sum(len(sides.images[part]) for part, _ in parts) == max(count, 8)
     result = compensate(gm, x, images=0, ridge=True)
@@ -114,7 +114,7 @@ def test_the_second_run_changes_nothing() -> None:
 def test_the_float_network_stays_what_it_was() -> None:
     gm = frozen()
     untouched = copy.deepcopy(gm)
-    sides = SideBySide(gm, BATCH)
+    sides = BlockwiseRunner(gm, BATCH)
     once = copy.deepcopy(gm)
     run_passes(once, [Compensate(sides, Compensation())])
     run_passes(gm, [Compensate(sides, Compensation())])
@@ -203,20 +203,20 @@ def test_images_that_judge_a_training_are_new_to_the_weights(
 def test_images_are_made_where_few_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given ones and others: weights fitted to few images alone do worse on new ones."""
     counts: list[int] = []
-    walk = SideBySide.walk
+    walk = BlockwiseRunner.walk
 
-    def counting(self: SideBySide, *args: Any) -> Any:
+    def counting(self: BlockwiseRunner, *args: Any) -> Any:
         counts.append(len(self.images))
         return walk(self, *args)
 
-    monkeypatch.setattr(SideBySide, "walk", counting)
+    monkeypatch.setattr(BlockwiseRunner, "walk", counting)
     few, others = BATCH[:2], tokens(64)[24:]
     errors = []
     for least in (0, 1, 40):
         gm = frozen()
         with torch.no_grad():
             exact = seeded(Block())(others)
-            run_passes(gm, [Compensate(SideBySide(gm, few), Compensation(images=least))])
+            run_passes(gm, [Compensate(BlockwiseRunner(gm, few), Compensation(images=least))])
             errors.append(float((gm(others) - exact).square().mean()))
     assert counts == [2, 2, 40]
     assert errors[2] < errors[1] == errors[0]
@@ -224,8 +224,8 @@ def test_images_are_made_where_few_are_given(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_images_are_made_as_far_as_the_work_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = frozen()
-    monkeypatch.setattr(closed_form, "_WORK", 7.5 * Work(gm).whole)
-    sides = SideBySide(gm, BATCH[:5])
+    monkeypatch.setattr(closed_form, "_WORK", 7.5 * MacCounter(gm).total)
+    sides = BlockwiseRunner(gm, BATCH[:5])
     plain, ridge = (Compensation(images=100, ridge=flag) for flag in (False, True))
     made = closed_form._arranged(sides, gm, plain)[0].images
     assert len(made) == 7 and torch.equal(made[:5], BATCH[:5])

@@ -9,7 +9,7 @@ from torch.nn import functional
 from fxquant.backends.integer import kernels
 from fxquant.backends.integer.convolve import Geometry, convolve
 from fxquant.backends.integer.kernels import Operand, affine_int8, affine_matmul, int_matmul
-from fxquant.backends.integer.modules import Side, ToCodes, bias_codes
+from fxquant.backends.integer.modules import QuantizedOperand, ToCodes, bias_codes
 from fxquant.errors import LoweringError
 from fxquant.quantizers import UniformQuantizer
 
@@ -182,7 +182,9 @@ def test_codes_equal_those_of_the_quantizer(bits, signed, axis):
     codes = ToCodes(quantizer)(x)
     assert not codes.is_floating_point()
     torch.testing.assert_close(codes.float(), quantizer.quantize(x), rtol=0, atol=0)
-    assert (codes.long() - zero.view(-1, 1, 1).long()).abs().max() <= Side(quantizer, axis).bound
+    assert (codes.long() - zero.view(-1, 1, 1).long()).abs().max() <= QuantizedOperand(
+        quantizer, axis
+    ).bound
 
 
 def test_a_bias_off_the_grid_stays_float():

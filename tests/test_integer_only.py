@@ -19,7 +19,7 @@ from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build as shipped
 from fxquant.errors import LoweringError
-from tests.ties import Coded
+from tests.ties import IntegerQuantizer
 
 # Farther from a tie than this, in steps of 8 bits, no code may differ. Accumulators and multipliers
 # are exact to 2^-20 of a value, the float32 arithmetic of the simulation to a little less.
@@ -110,7 +110,7 @@ def assert_same_codes(qm: CompiledModel, lowered: fx.GraphModule, x: Tensor) -> 
     handles = [
         module.register_forward_hook(force(name))
         for name, module in qm.graph_module.named_modules()
-        if isinstance(module, Coded)
+        if isinstance(module, IntegerQuantizer)
     ]
     try:
         with torch.no_grad():

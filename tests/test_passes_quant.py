@@ -36,7 +36,7 @@ from fxquant.passes import (
 from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
-from fxquant.smoothing.choose import Choices
+from fxquant.smoothing.choose import FoldDecisions
 from fxquant.testing import (
     DIM,
     assert_same_function,
@@ -235,7 +235,7 @@ OPTIONS = {
     "AllocateBits": [{}],
     "AssignSpecs": [(Rule(spec=EIGHT),)],
     "Reparameterize": [{}],
-    "SmoothWithBias": [Choices({}, {}, {})],
+    "SmoothWithBias": [FoldDecisions({}, {}, {})],
     "SearchScales": ({}, ScaleSearch()),
     "CorrectBias": ({},),
     "Compensate": (None, Compensation()),

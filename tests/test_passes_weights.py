@@ -15,12 +15,12 @@ from fxquant import testing
 from fxquant.graph.capture import capture
 from fxquant.graph.nodes import get_parameter
 from fxquant.passes import (
+    CanonicalizeDataMovement,
     DropNoOps,
     FoldBatchNorm,
     NameNodes,
     SplitAttention,
     SplitProjections,
-    UnifyMoves,
     run_passes,
 )
 from fxquant.passes.canonical.canonicalize import CANONICAL
@@ -201,7 +201,11 @@ def test_any_order_of_packing_keeps_the_function(
             return a * b + c.sin()
 
     gm, _ = assert_pass(
-        seeded(Packed()), tokens(), SplitProjections(), before=[UnifyMoves()], changed=1
+        seeded(Packed()),
+        tokens(),
+        SplitProjections(),
+        before=[CanonicalizeDataMovement()],
+        changed=1,
     )
     assert op_names(gm).count("linear") == 3
 

@@ -15,21 +15,21 @@ from fxquant.config.recovery import Reconstruction
 from fxquant.graph.blocks import find_blocks, whole_network
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import steps, training
-from fxquant.reconstruction.blockwise import SideBySide, Station
+from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner
 from fxquant.reconstruction.losses import Criterion, criterion, measure
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch
 from fxquant.reconstruction.trained_block import TrainedBlock
 from tests.test_reconstruct import BATCH, SHORT, THREE, frozen
 
 COUNT = len(BATCH)
-Setup = tuple[TrainedBlock, Station, Criterion, Reconstruction]
+Setup = tuple[TrainedBlock, BlockContext, Criterion, Reconstruction]
 
 
 def setup(folder: Path, **more: Any) -> Setup:
     options = Reconstruction(**{**SHORT, "block_loss": "mse", **more})
     gm = frozen()
     whole = options.block_loss != "feature"
-    sides, blocks = SideBySide(gm, BATCH), (whole_network(gm),) if whole else find_blocks(gm)
+    sides, blocks = BlockwiseRunner(gm, BATCH), (whole_network(gm),) if whole else find_blocks(gm)
     station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
     measured = measure(sides.teacher(), blocks, BATCH, options, folder)
     loss = criterion(options, measured, station)

@@ -24,7 +24,7 @@ from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reco
 from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction import steps, training
-from fxquant.reconstruction.blockwise import SideBySide
+from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.reconstruction.losses import criterion, measure
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import split, train_block
@@ -55,7 +55,7 @@ def frozen(model: nn.Module | None = None) -> fx.GraphModule:
 
 
 def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -> PassResult:
-    item = Reconstruct(SideBySide(gm, BATCH), Reconstruction(**{**SHORT, **options}), cache)
+    item = Reconstruct(BlockwiseRunner(gm, BATCH), Reconstruction(**{**SHORT, **options}), cache)
     return run_passes(gm, [item])["Reconstruct"]
 
 
@@ -175,7 +175,7 @@ def test_the_best_state_is_kept_where_later_ones_are_worse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gm = frozen()
-    sides, blocks = SideBySide(gm, BATCH), (whole_network(gm),)
+    sides, blocks = BlockwiseRunner(gm, BATCH), (whole_network(gm),)
     station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
     options = Reconstruction(**SHORT)
     block = TrainedBlock(gm, station, options, torch.Generator())
@@ -201,7 +201,7 @@ def test_a_step_in_parts_is_the_same_step() -> None:
     def after(parts: int) -> tuple[Tensor, int]:
         """The gradient of a step, so many images at once, and the number of calls of the block."""
         gm = frozen()
-        sides, blocks = SideBySide(gm, BATCH), (whole_network(gm),)
+        sides, blocks = BlockwiseRunner(gm, BATCH), (whole_network(gm),)
         station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
         options = Reconstruction(**SHORT)
         block, calls = TrainedBlock(gm, station, options, torch.Generator()), []
@@ -222,7 +222,7 @@ def test_a_step_in_parts_is_the_same_step() -> None:
 def test_parameters_are_in_the_order_of_the_graph() -> None:
     """Sums over them would else differ from run to run."""
     gm = frozen()
-    walk = SideBySide(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)
+    walk = BlockwiseRunner(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)
     (station,) = walk
     block = TrainedBlock(gm, station, Reconstruction(), torch.Generator())
     biases = list(block.changes().biases)

@@ -20,7 +20,7 @@ from fxquant.errors import PolicyError
 from fxquant.passes import Compensate, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer
-from fxquant.reconstruction.blockwise import SideBySide
+from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.testing import DIM, seeded
 from tests.test_blocks import Stack
 from tests.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct
@@ -57,7 +57,7 @@ def masked(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("block_loss", ["mse", "fisher"])
 def test_outputs_of_any_kind(what: Callable[[Tensor], Any], block_loss: str) -> None:
     gm = frozen(Gives(what))
-    sides = SideBySide(gm, BATCH)
+    sides = BlockwiseRunner(gm, BATCH)
     assert run_passes(gm, [Compensate(sides, Compensation())])["Compensate"].changed
     result = reconstruct(gm, scope="network", block_loss=block_loss)
     assert result.changed == 1 and 0 < result.gains[0].ratio < 1
@@ -111,7 +111,7 @@ def test_values_too_large_to_square_are_left(tmp_path: Path) -> None:
             return self.two(self.one(x) * 1e20).mean(1)
 
     gm = frozen(Large())
-    result = run_passes(gm, [Compensate(SideBySide(gm, BATCH), Compensation())])["Compensate"]
+    result = run_passes(gm, [Compensate(BlockwiseRunner(gm, BATCH), Compensation())])["Compensate"]
     assert [skip.site for skip in result.skips] == ["two"]
     assert "beyond float32" in result.skips[0].reason
     assert result.changed == 1

@@ -17,7 +17,7 @@ from fxquant.config.spec import Scheme
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
 from fxquant.search.metrics import Unit
 from fxquant.search.product_loss import Operand, ProductSample, candidate_losses
-from fxquant.search.region_ratio import SearchedRatio
+from fxquant.search.region_ratio import SearchedRegionRatio
 from fxquant.search.scales import SearchedTwin, stacked
 from fxquant.testing import Block, seeded, tokens
 
@@ -51,7 +51,7 @@ def loss(consumer: Operand, quantizer: object) -> float:
 def test_never_worse_than_the_rule_or_a_uniform_grid(seed: int, bits: int, two_sided: bool) -> None:
     values, spec = drawn(seed, two_sided=two_sided), TensorSpec(bits=bits, scheme="twin_uniform")
     start, consumer = fitted(values, spec), operand(values)
-    ours, rule = (kind(start, spec, SEARCH, values) for kind in (SearchedRatio, SearchedTwin))
+    ours, rule = (kind(start, spec, SEARCH, values) for kind in (SearchedRegionRatio, SearchedTwin))
     for turn in range(2):
         ours.improve([consumer], SEARCH, turn)
         rule.improve([consumer], SEARCH, turn)
@@ -82,7 +82,7 @@ def test_every_ratio_with_every_step_is_tried(bits: int, two_sided: bool) -> Non
         for shift in range(0 if two_sided else 1, 12)
         for share in torch.linspace(SEARCH.low, SEARCH.high, SEARCH.candidates).tolist()
     ]
-    searched = SearchedRatio(fitted(values, spec), spec, SEARCH, values)
+    searched = SearchedRegionRatio(fitted(values, spec), spec, SEARCH, values)
     searched.improve([consumer], SEARCH, 0)
     assert loss(consumer, searched.quantizer()) <= min(losses) * (1 + 1e-5)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxquant.calibration.row_samplers import LinearRows
+from fxquant.calibration.row_samplers import LinearRowSampler
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.errors import CalibrationError
 from fxquant.search.product_loss import ProductSample
@@ -177,7 +177,9 @@ def test_every_row_is_as_likely_as_any_other() -> None:
     """300 draws of 8 out of 40 rows that come in unequal batches: 60 each on average."""
     counts = torch.zeros(40)
     for seed in range(300):
-        rows = LinearRows(torch.ones(1, 1), 1, torch.Generator().manual_seed(seed), Metric.MSE)
+        rows = LinearRowSampler(
+            torch.ones(1, 1), 1, torch.Generator().manual_seed(seed), Metric.MSE
+        )
         rows.set_limit(8)
         for part in torch.arange(40.0).unsqueeze(1).split([1, 25, 3, 11]):
             rows.offer(part, torch.ones(1, 1), part)
@@ -198,7 +200,7 @@ def test_rows_of_large_gradient_are_likelier_and_stand_for_fewer(skew: float) ->
     energies, means = [], []
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
-        rows = LinearRows(torch.ones(1, 1), 1, generator, Metric.HESSIAN)
+        rows = LinearRowSampler(torch.ones(1, 1), 1, generator, Metric.HESSIAN)
         rows.set_limit(30)
         for x, g in zip(values.split(50), gradients.split(50), strict=True):
             out = x.clone().requires_grad_().clone()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.config.scale_search import GRADIENT_METRICS, Metric
-from fxquant.search import output
+from fxquant.search import product_loss as output
 from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit, losses, unit_shape
 from fxquant.search.product_loss import Operand, ProductSample, along_units, candidate_losses

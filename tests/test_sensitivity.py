@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxquant import testing
 from fxquant.calibration import row_samplers as product_rows
 from fxquant.calibration.network_loss import OutputDistance
-from fxquant.calibration.reservoir import Picked
+from fxquant.calibration.reservoir import ReservoirSampler
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
 from fxquant.config.vocabulary import Arg
@@ -19,9 +19,9 @@ from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.graph.capture import capture
 from fxquant.graph.edges import fed_by, quantized_edges
 from fxquant.graph.fingerprint import fingerprint
-from fxquant.mixed_precision.allocate.outcome import rank_correlation
+from fxquant.mixed_precision.allocate.result import rank_correlation
 from fxquant.mixed_precision.sensitivity.estimated import Estimates
-from fxquant.mixed_precision.sensitivity.trial_quantizers import Trials
+from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
 from fxquant.passes import AllocateBits, AssignSpecs, Freeze, InsertObservers, run_passes
 from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Rule
@@ -91,11 +91,11 @@ def test_measuring_leaves_the_graph_and_its_observers_as_they_are(setup: Setup) 
 def test_groups_together_at_sixteen_bits_are_the_float_network() -> None:
     setup = Setup(Classifier(), tokens(64), tuple(r for r in RULES if r.spec is not TWIN))
     network, groups = setup.network(), setup.layout.groups
-    wide = network.together(groups, [16] * len(groups))
-    assert wide < 1e-6 < network.together(groups, [3] * len(groups))
+    wide = network.of_all(groups, [16] * len(groups))
+    assert wide < 1e-6 < network.of_all(groups, [3] * len(groups))
     one = [16] * len(groups)
     one[0] = 3
-    assert network.together(groups, one) == pytest.approx(
+    assert network.of_all(groups, one) == pytest.approx(
         setup.measured((3,))[groups[0].name][0], rel=1e-2
     )
 
@@ -223,20 +223,20 @@ def batches(count: int) -> Iterator[tuple[Tensor, None]]:
 def test_the_choice_of_images_is_uniform_and_repeatable() -> None:
     counts = torch.zeros(10)
     for seed in range(400):
-        picked = Picked(4, seed)
-        assert sum(len(images) for images, _ in picked.watch(batches(10))) == 10
+        picked = ReservoirSampler(4, seed)
+        assert sum(len(images) for images, _ in picked.observe(batches(10))) == 10
         chosen = picked.images.flatten().long()
         assert len(set(chosen.tolist())) == 4 and chosen.tolist() == sorted(chosen.tolist())
         counts[chosen] += 1
     assert float((counts / 400 - 0.4).abs().max()) < 0.1
-    again = Picked(4, 399)
-    list(again.watch(batches(10)))
+    again = ReservoirSampler(4, 399)
+    list(again.observe(batches(10)))
     assert torch.equal(again.images.flatten().long(), chosen)
 
 
 def test_fewer_images_than_wanted_are_all_taken() -> None:
-    picked = Picked(8, 0)
-    list(picked.watch(batches(5)))
+    picked = ReservoirSampler(8, 0)
+    list(picked.observe(batches(5)))
     assert picked.images.flatten().tolist() == [0, 1, 2, 3, 4]
 
 
@@ -244,7 +244,7 @@ def test_a_uniform_grid_stands_in_for_twins_where_the_ratio_is_searched(setup: S
     (edge,) = (e for g in setup.layout.groups for e in g.edges if fed_by(e) == "gelu")
     kinds = {
         opt_m: [
-            type(Trials(setup.gm, least_squares=True, opt_m=opt_m).quantizer(edge, bits))
+            type(TrialQuantizers(setup.gm, least_squares=True, opt_m=opt_m).quantizer(edge, bits))
             for bits in (2, 3, 4)
         ]
         for opt_m in (False, True)

@@ -20,11 +20,17 @@ from fxquant.config.vocabulary import Arg
 from fxquant.graph.capture import capture
 from fxquant.passes import AssignSpecs, SmoothWithBias, run_passes
 from fxquant.passes.canonical.canonicalize import CANONICAL
-from fxquant.search import smoothing
 from fxquant.search.product_loss import ProductSample
+from fxquant.smoothing import candidates as smoothing
 from fxquant.smoothing.affine_fold import fold
-from fxquant.smoothing.candidates import Reading, Smoothing, Trial, finalists, moved
-from fxquant.smoothing.choose import Choices, choose_smoothing
+from fxquant.smoothing.candidates import (
+    ConsumerSample,
+    Smoothing,
+    TrialFold,
+    finalists,
+    folded_sample,
+)
+from fxquant.smoothing.choose import FoldDecisions, choose_smoothing
 from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.testing import DIM, Block, assert_same_function, op_names, seeded, tokens
 from tests.zoo import FAMILIES, Family
@@ -129,7 +135,7 @@ def value_sample(seed: int) -> ProductSample:
 def test_a_moved_product_differs_by_a_constant(seed: int, left: bool) -> None:
     sample = linear_sample(seed) if left else value_sample(seed)
     smoothing = Smoothing(torch.rand(DIM) + 0.5, torch.randn(DIM), "any")
-    after = moved(sample, smoothing, left=left)
+    after = folded_sample(sample, smoothing, left=left)
     exact, found = sample.lhs @ sample.rhs, after.lhs @ after.rhs
     if left:
         constant = smoothing.shift @ sample.rhs[0, 0]
@@ -141,33 +147,33 @@ def test_a_moved_product_differs_by_a_constant(seed: int, left: bool) -> None:
 
 @pytest.mark.parametrize("shiftable", [True, False])
 def test_finalists(shiftable: bool) -> None:
-    readings = [Reading(linear_sample(0, 20.0), FOUR, WEIGHT, left=True)]
+    readings = [ConsumerSample(linear_sample(0, 20.0), FOUR, WEIGHT, left=True)]
     found = finalists(readings, Metric.MSE, shiftable=shiftable)
     assert found[0].name == "as it is"
     assert bool((found[0].divide == 1).all())
     assert not bool(found[0].shift.any())
     assert len(found) == (5 if shiftable else 2)
     assert shiftable == any(bool(one.shift.any()) for one in found)
-    errors = [Trial(readings, one, Metric.MSE).error for one in found]
+    errors = [TrialFold(readings, one, Metric.MSE).error for one in found]
     assert min(errors[1:]) < 0.5 * errors[0]  # one channel takes 20 times the range of the others
 
 
 @settings(max_examples=10)
 @given(st.integers(0, 100), st.sampled_from([1.0, 5.0, 20.0]))
 def test_few_exponents_find_what_all_would(seed: int, outlier: float) -> None:
-    readings = [Reading(linear_sample(seed, outlier), FOUR, WEIGHT, left=True)]
+    readings = [ConsumerSample(linear_sample(seed, outlier), FOUR, WEIGHT, left=True)]
     _, found = finalists(readings, Metric.MSE, shiftable=False)
-    error = Trial(readings, found, Metric.MSE).error
+    error = TrialFold(readings, found, Metric.MSE).error
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(smoothing, "_COARSE", range(21))
         _, best = finalists(readings, Metric.MSE, shiftable=False)
-    assert error < 1.1 * Trial(readings, best, Metric.MSE).error
+    assert error < 1.1 * TrialFold(readings, best, Metric.MSE).error
 
 
 def test_a_channel_that_never_varies_stays_finite() -> None:
     sample = linear_sample(0)
     sample.lhs[..., 2] = 0.0
-    readings = [Reading(sample, FOUR, WEIGHT, left=True)]
+    readings = [ConsumerSample(sample, FOUR, WEIGHT, left=True)]
     for one in finalists(readings, Metric.MSE, shiftable=True):
         assert bool((torch.isfinite(one.divide) & (one.divide > 0)).all())
 
@@ -177,8 +183,11 @@ def test_a_trial_computes_what_the_folded_product_would() -> None:
     smoothing = Smoothing(torch.rand(DIM) + 0.5, torch.randn(DIM), "any")
     wide = TensorSpec(bits=16), TensorSpec(bits=16, symmetric=True, granularity="channel")
     heads = TensorSpec(bits=16, symmetric=True, granularity="head")
-    trial = Trial(
-        [Reading(sample, wide[0], wide[1], left=True), Reading(value, heads, None, left=False)],
+    trial = TrialFold(
+        [
+            ConsumerSample(sample, wide[0], wide[1], left=True),
+            ConsumerSample(value, heads, None, left=False),
+        ],
         smoothing,
         Metric.MSE,
     )
@@ -270,7 +279,7 @@ def test_the_pass_folds_what_was_chosen_and_moves_the_samples() -> None:
 def test_nothing_chosen_changes_nothing() -> None:
     gm, model = annotated((Rule(spec=FOUR),))
     names = op_names(gm)
-    result = run_passes(gm, [SmoothWithBias(Choices({}, {"norm": "not smoothed: why"}, {}))])
+    result = run_passes(gm, [SmoothWithBias(FoldDecisions({}, {"norm": "not smoothed: why"}, {}))])
     assert result["SmoothWithBias"].changed == 0
     assert result["SmoothWithBias"].skips[0].reason == "not smoothed: why"
     assert op_names(gm) == names

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxquant
 from fxquant import Rule
-from fxquant.backends.integer.log import LogFromCodes, LogRequantize, LogSide, LogToCodes
+from fxquant.backends.integer.log import LogFromCodes, LogOperand, LogRequantize, LogToCodes
 from fxquant.backends.onnx_qdq import TARGETS, make_session
 from fxquant.backends.onnx_qdq.focusing import rewrite_focusing
 from fxquant.config.spec import Scheme
@@ -44,7 +44,7 @@ def test_integer_codes_and_outputs_are_the_simulations(net: str, scheme: Scheme,
 @given(bits=st.integers(2, 8), pair=st.sampled_from([(1, 1), (1, 2), (2, 3), (3, 4), (1, 16)]))
 def test_logarithmic_codes_are_decoded_to_whole_numbers(bits: int, pair: tuple[int, int]) -> None:
     quantizer = LogQuantizer(torch.tensor(0.37), bits=bits, n=pair[0], d=pair[1])
-    side = LogSide(quantizer)
+    side = LogOperand(quantizer)
     codes = torch.arange(quantizer.zero_code + 1, dtype=torch.uint8)
     ((operand, shift),) = side(codes)
     assert shift == 0 and operand.zero_point is None

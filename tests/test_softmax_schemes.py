@@ -15,9 +15,9 @@ from fxquant.config.spec import Granularity, ObserverKind, Scheme
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
 from fxquant.observers.observer import make_observer
 from fxquant.quantizers import DynamicFocusingQuantizer, Quantizer
-from fxquant.quantizers.candidates import fitted_from_zero, from_zero_candidates
+from fxquant.quantizers.candidates import one_sided_candidates, one_sided_quantizer
 from fxquant.search.metrics import Unit
-from fxquant.search.one_sided import SearchedFromZero
+from fxquant.search.one_sided import SearchedOneSided
 from fxquant.search.product_loss import Operand, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.testing import Block, seeded, tokens
@@ -129,10 +129,10 @@ def test_the_search_finds_the_best_start_or_base_and_share(
     values, spec = softmax_like(3, sharpness), TensorSpec(bits=bits, scheme=scheme)
     reader, top = consumer(values), float(values.max())
     shares = torch.logspace(-2, torch.tensor(1.2).log10().item(), 20).tolist()
-    rows = from_zero_candidates(top, spec, shares)
-    fitted = fitted_from_zero(top, spec)
+    rows = one_sided_candidates(top, spec, shares)
+    fitted = one_sided_quantizer(top, spec)
     best = min(loss([fitted, *(q for row in rows for q in row)], reader))
-    searched = SearchedFromZero(fitted, spec, SEARCH, top)
+    searched = SearchedOneSided(fitted, spec, SEARCH, top)
     for turn in range(3):
         searched.improve([reader], SEARCH, turn)
     chosen = searched.quantizer()
@@ -148,7 +148,7 @@ def test_a_base_of_its_own_and_an_interval_are_worth_their_search() -> None:
 
     def searched(scheme: Scheme, values: Tensor) -> float:
         spec, top = TensorSpec(bits=3, scheme=scheme), float(values.max())
-        search = SearchedFromZero(fitted_from_zero(top, spec), spec, SEARCH, top)
+        search = SearchedOneSided(one_sided_quantizer(top, spec), spec, SEARCH, top)
         search.improve([consumer(values)], SEARCH, 0)
         return loss([search.quantizer()], consumer(values))[0]
 

@@ -21,7 +21,7 @@ from fxquant.quantizers import (
 from fxquant.quantizers.ops import broadcast
 from fxquant.reconstruction.activations import draw_mask, trained
 from fxquant.reconstruction.curriculum import Curriculum
-from fxquant.reconstruction.weights import AdaRound, LowRank, StraightThrough
+from fxquant.reconstruction.weights import AdaRound, LowRankWeight, StraightThrough
 from tests.test_reconstruct import THREE
 
 
@@ -137,12 +137,12 @@ def test_gradients_are_those_of_plain_operators(start: Quantizer, drop: float) -
             assert torch.allclose(one.grad.double(), two.grad, rtol=1e-3, atol=1e-3)
 
 
-@given(st.integers(0, 100), st.sampled_from([StraightThrough, AdaRound, LowRank]))
+@given(st.integers(0, 100), st.sampled_from([StraightThrough, AdaRound, LowRankWeight]))
 def test_weights_start_at_their_rounding_and_train_to_one(seed: int, kind: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(5, 7, generator=generator)
     start = UniformQuantizer.from_range(weight.amin(1), weight.amax(1), THREE, 0)
-    more = {"rank": 2, "generator": generator} if kind is LowRank else {}
+    more = {"rank": 2, "generator": generator} if kind is LowRankWeight else {}
     form = kind(weight, start, scales=True, **more).eval()
     assert torch.allclose(form(), start(weight), atol=1e-6)
     with torch.no_grad():

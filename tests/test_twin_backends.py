@@ -12,7 +12,7 @@ from torch.nn import functional
 import fxquant
 from fxquant import Policy, Rule, TensorSpec
 from fxquant.backends.integer.modules import FromCodes
-from fxquant.backends.integer.twin import TwinFromCodes, TwinSide, TwinToCodes
+from fxquant.backends.integer.twin import TwinFromCodes, TwinOperand, TwinToCodes
 from fxquant.testing import DIM, Block, seeded, tokens
 from tests.integer_helpers import assert_integer_equals_simulation, code_buffers
 from tests.twin_nets import NETS, compiled, found, twins
@@ -34,7 +34,7 @@ def test_a_product_shifts_the_coarse_part_where_codes_pass_eight_bits() -> None:
     for bits, terms in ((4, 1), (8, 2)):
         model = compiled("block", bits, None)
         quantizer = found(model)["quant.fc2__input"]
-        side = TwinSide(quantizer)
+        side = TwinOperand(quantizer)
         words = quantizer.quantize(torch.linspace(-1, 40, 500)).to(torch.uint8)
         parts = side(words)
         assert len(parts) == terms

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import policies
 from fxquant.backends.integer import float_operations
-from fxquant.passes import UnifyMoves
+from fxquant.passes import CanonicalizeDataMovement
 from fxquant.testing import DIM, assert_pass, op_names, tokens
 from tests.test_passes_shape import model
 
@@ -31,7 +31,9 @@ ORDERS = {
 
 @pytest.mark.parametrize("move", ORDERS.values(), ids=ORDERS)
 def test_every_order_of_axes_is_a_permute(move: Any) -> None:
-    gm, _ = assert_pass(model(lambda x, w: move(x + w[0])), tokens(), UnifyMoves(), changed=1)
+    gm, _ = assert_pass(
+        model(lambda x, w: move(x + w[0])), tokens(), CanonicalizeDataMovement(), changed=1
+    )
     assert op_names(gm)[-1] == "permute"
 
 
@@ -47,7 +49,9 @@ def test_every_order_of_axes_is_a_permute(move: Any) -> None:
     ids=["narrow", "narrow from the end", "ravel", "concat", "concatenate"],
 )
 def test_other_moves_take_the_name_that_passes_know(move: Any, name: str) -> None:
-    gm, _ = assert_pass(model(lambda x, w: move(x + w[0])), tokens(), UnifyMoves(), changed=1)
+    gm, _ = assert_pass(
+        model(lambda x, w: move(x + w[0])), tokens(), CanonicalizeDataMovement(), changed=1
+    )
     assert op_names(gm)[-1] == name
 
 
@@ -55,7 +59,7 @@ def test_a_part_whose_place_changes_with_the_batch_stays() -> None:
     gm, _ = assert_pass(
         model(lambda x, w: (x + w[0]).narrow(0, x.shape[0] - 1, 1)),
         tokens(),
-        UnifyMoves(),
+        CanonicalizeDataMovement(),
         changed=0,
     )
     assert op_names(gm)[-1] == "narrow"

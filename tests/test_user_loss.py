@@ -1,4 +1,4 @@
-"""What is told of a loss of the user's that cannot be used."""
+"""Errors of a loss function of the user that cannot be used."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.spec import TensorSpec
 from fxquant.config.vocabulary import OpKind
 from fxquant.graph.dialect import op_kind
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand
 from fxquant.passes import AssignSpecs, run_passes
 from fxquant.policies.policy import Rule
@@ -24,7 +24,7 @@ from tests.graphs import canonical
 @pytest.mark.parametrize("batch", [1, 3])
 def test_multiplications_are_those_of_one_image(batch: int) -> None:
     gm = canonical(seeded(testing.Block()), tokens(batch))
-    (token_count, dim), work = tokens(batch).shape[1:], Work(gm)
+    (token_count, dim), work = tokens(batch).shape[1:], MacCounter(gm)
     for node in gm.graph.nodes:
         if op_kind(node) is OpKind.LINEAR:
             weight = get_parameter(gm, operand(node, 1))
@@ -38,17 +38,17 @@ def test_multiplications_of_a_convolution() -> None:
     (conv,) = (node for node in gm.graph.nodes if op_kind(node) is OpKind.CONV)
     weight = get_parameter(gm, operand(conv, 1))
     places = math.prod(conv.meta["val"].shape[2:])
-    assert Work(gm).macs(conv) == places * weight.numel()
+    assert MacCounter(gm).macs(conv) == places * weight.numel()
 
 
 def test_the_rest_is_run_once_for_each_start() -> None:
     gm = canonical(seeded(testing.Block()), tokens())
-    work, nodes = Work(gm), list(gm.graph.nodes)
+    work, nodes = MacCounter(gm), list(gm.graph.nodes)
     products = [node for node in nodes if op_kind(node) is not None]
     whole = sum(map(work.macs, products))
-    assert work.whole == work.behind([nodes[0]]) == whole
-    assert work.behind([nodes[0], products[-1]]) == whole + work.macs(products[-1])
-    assert work.behind([]) == work.behind([nodes[-1]]) == 0
+    assert work.total == work.macs_after([nodes[0]]) == whole
+    assert work.macs_after([nodes[0], products[-1]]) == whole + work.macs(products[-1])
+    assert work.macs_after([]) == work.macs_after([nodes[-1]]) == 0
 
 
 @pytest.mark.parametrize(("images_worth", "count"), [(0, 4), (10.5, 10), (1e9, 32)])
@@ -67,7 +67,7 @@ def test_large_networks_are_smoothed_by_fewer_images(
     sources = [
         site.source for _, site in (*norm_sites(gm), *linear_sites(gm)) if isinstance(site, Site)
     ]
-    limit = images_worth * 5 * Work(gm).behind(sources)
+    limit = images_worth * 5 * MacCounter(gm).macs_after(sources)
     monkeypatch.setattr(smoothing_sites, "_WORK", limit)
     monkeypatch.setattr(smoothing_sites, "NetworkLoss", Watched)
     smoothing_sites.choose_smoothing(gm, [(tokens(40), None)], ScaleSearch(rows=32))

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fxquant.quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
 
-Coded = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
+IntegerQuantizer = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
 
 
-def places(quantizer: Coded, codes: Tensor) -> Tensor:
+def places(quantizer: IntegerQuantizer, codes: Tensor) -> Tensor:
     """The place of each code's value among all values of the quantizer in ascending order."""
     if isinstance(quantizer, UniformQuantizer):
         return codes
@@ -27,7 +27,7 @@ def places(quantizer: Coded, codes: Tensor) -> Tensor:
     return torch.searchsorted(grid, steps)
 
 
-def from_tie(quantizer: Coded, x: Tensor, one: Tensor, other: Tensor) -> Tensor:
+def from_tie(quantizer: IntegerQuantizer, x: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Distance of ``x`` from half-way between the values of two codes, in units of their gap.
 
     Not a number where the codes are equal.

@@ -36,7 +36,7 @@ def calibrate(gm: fx.GraphModule, batches: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def explained(images: Tensor) -> Iterator[None]:
+def errors_as_input_error(images: Tensor) -> Iterator[None]:
     """Says of an error in a run of the model which images it did not take.
 
     Raises:
@@ -65,7 +65,7 @@ def run_batches(
     """
     device, seen = device_of(gm), 0
     for images in batches:
-        with explained(images):
+        with errors_as_input_error(images):
             call(images.to(device))
         seen += len(images)
     return seen

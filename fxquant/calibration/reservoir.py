@@ -22,7 +22,7 @@ def images_for(work: float, each: int) -> int:
     return min(max(int(work // max(each, 1)), _LEAST), _MOST)
 
 
-class Picked:
+class ReservoirSampler:
     """Keeps ``count`` of the images that pass, each with the same chance (reservoir sampling).
 
     Args:
@@ -35,16 +35,16 @@ class Picked:
         self._kept: list[tuple[int, Tensor]] = []
         self._seen = 0
 
-    def watch(
+    def observe(
         self, batches: Iterable[tuple[Tensor, Tensor | None]]
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yields the batches as they are."""
         for images, labels in batches:
             for image in images:
-                self._offer(image)
+                self._observe_image(image)
             yield images, labels
 
-    def _offer(self, image: Tensor) -> None:
+    def _observe_image(self, image: Tensor) -> None:
         place = self._seen
         if len(self._kept) >= self._count:
             place = self._random.randint(0, self._seen)

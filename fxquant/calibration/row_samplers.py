@@ -23,7 +23,7 @@ from fxquant.search.product_loss import ProductSample
 _QUERIES = 32
 
 
-class ProductRows(ABC):
+class RowSampler(ABC):
     """Collects rows of one product; of an attention product samples, with some rows of each.
 
     The sample is uniform, or rows are drawn by how much they weigh in the Hessian metric, of whose
@@ -156,7 +156,7 @@ def _split(index: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return index[index < first], index[index >= first] - first
 
 
-class LinearRows(ProductRows):
+class LinearRowSampler(RowSampler):
     """Of a linear or convolution, whose right operand is a constant weight.
 
     Args:
@@ -207,7 +207,7 @@ class LinearRows(ProductRows):
         return grouped.transpose(0, 1).unsqueeze(0).contiguous()
 
 
-class ConvRows(LinearRows):
+class ConvRowSampler(LinearRowSampler):
     """Of a convolution: a row is the patch under one position of the output."""
 
     def __init__(
@@ -227,7 +227,7 @@ class ConvRows(LinearRows):
         return {"lhs": rows[at], "gradient": gradient.movedim(1, -1)[at]}
 
 
-class MatmulRows(ProductRows):
+class MatmulRowSampler(RowSampler):
     """Of a product of two activations: whole samples with some of their rows.
 
     Args:
@@ -297,9 +297,9 @@ class MatmulRows(ProductRows):
         )
 
 
-def rows_of(
+def row_sampler(
     node: fx.Node, weight: Tensor | None, generator: torch.Generator, metric: Metric
-) -> ProductRows | None:
+) -> RowSampler | None:
     """The collector for a product; None for a form of it that is not sampled.
 
     Args:
@@ -316,12 +316,12 @@ def rows_of(
             return None
         if not all(isinstance(size, int) for size in (*left[-2:], *right[-2:])):
             return None  # a matrix whose size changes with the batch
-        return MatmulRows((left, right), generator, metric)
+        return MatmulRowSampler((left, right), generator, metric)
     if weight is None or len(left) < (weight.ndim if kind is OpKind.CONV else 2):
         return None
     if kind is OpKind.CONV:
-        return ConvRows(node, weight, generator, metric)
-    return LinearRows(weight, 1, generator, metric)
+        return ConvRowSampler(node, weight, generator, metric)
+    return LinearRowSampler(weight, 1, generator, metric)
 
 
 def _heads(left: tuple[Any, ...], right: tuple[Any, ...]) -> int:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibration.calibrate import explained
+from fxquant.calibration.calibrate import errors_as_input_error
 from fxquant.calibration.output_loss import OutputLoss
-from fxquant.calibration.row_samplers import ProductRows, rows_of
-from fxquant.calibration.user_loss import Loss, check_number, told
+from fxquant.calibration.row_samplers import RowSampler, row_sampler
+from fxquant.calibration.user_loss import Loss, check_scalar_loss, errors_as_user_loss
 from fxquant.config.scale_search import GRADIENT_METRICS, ScaleSearch
 from fxquant.errors import CalibrationError
 from fxquant.graph.capture import device_of
@@ -81,13 +81,13 @@ def sample_products(
 
 def _sites(
     gm: fx.GraphModule, search: ScaleSearch, generator: torch.Generator
-) -> dict[str, ProductRows]:
+) -> dict[str, RowSampler]:
     """One collector for each product with a quantized operand, within the memory budget."""
     found = {}
     for node in gm.graph.nodes:
         if op_kind(node) is None or not node.meta.get("quant"):
             continue
-        site = rows_of(node, constant(gm, operand(node, 1)), generator, search.metric)
+        site = row_sampler(node, constant(gm, operand(node, 1)), generator, search.metric)
         if site is not None:
             found[node.name] = site
 
@@ -125,19 +125,19 @@ class _Backward:
         """
         if self._loss is None:
             value = self._own(outputs)
-            check_number(value)
+            check_scalar_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
             return
-        with told(labels):
+        with errors_as_user_loss(labels):
             value = self._loss(outputs, labels)
-        check_number(value)
-        with told(labels, " in its backward pass"):
+        check_scalar_loss(value)
+        with errors_as_user_loss(labels, " in its backward pass"):
             value.backward()  # type: ignore[no-untyped-call]
 
 
 def _run(
     gm: fx.GraphModule,
-    sites: dict[str, ProductRows],
+    sites: dict[str, RowSampler],
     images: Tensor,
     labels: Tensor | None,
     backward: _Backward | None,
@@ -146,7 +146,7 @@ def _run(
         if backward is not None:
             # A leaf may not be changed in place, as some models do with their input; its copy may.
             images = images.clone().requires_grad_().clone()
-        with explained(images):
+        with errors_as_input_error(images):
             outputs = _Recorder(gm, sites).run(images)
         if backward is not None:
             backward(outputs, None if labels is None else labels.to(images.device))
@@ -155,7 +155,7 @@ def _run(
         site.merge()
 
 
-def _check_gradients(sites: dict[str, ProductRows]) -> None:
+def _check_gradients(sites: dict[str, RowSampler]) -> None:
     for name, site in sites.items():
         if not site.largest_gradient <= _LARGEST_GRADIENT:  # NaN is not
             raise CalibrationError(
@@ -169,7 +169,7 @@ def _check_gradients(sites: dict[str, ProductRows]) -> None:
 class _Recorder(fx.Interpreter):
     """Runs the graph and offers the operands and outputs of its products to the collectors."""
 
-    def __init__(self, gm: fx.GraphModule, sites: dict[str, ProductRows]) -> None:
+    def __init__(self, gm: fx.GraphModule, sites: dict[str, RowSampler]) -> None:
         super().__init__(gm)
         self.extra_traceback = False  # it would be added to our own messages
         self._sites = sites

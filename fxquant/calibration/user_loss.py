@@ -1,4 +1,4 @@
-"""The loss that a user gives to ``compile()``, its errors told as its own.
+"""The loss that a user gives to ``compile()``, whose errors are raised as CalibrationError.
 
 Errors name the loss and what it was called with; what it gives is checked to be a number with a
 gradient.
@@ -34,7 +34,7 @@ def check_callable(loss: Any) -> None:
 
 
 @contextmanager
-def told(labels: Tensor | None, where: str = "") -> Iterator[None]:
+def errors_as_user_loss(labels: Tensor | None, where: str = "") -> Iterator[None]:
     """Says of an error that it came from the user's loss, and which labels that had.
 
     Args:
@@ -59,7 +59,7 @@ def told(labels: Tensor | None, where: str = "") -> Iterator[None]:
         ) from error
 
 
-def check_number(value: Any) -> None:
+def check_scalar_loss(value: Any) -> None:
     """Checks what a loss gave.
 
     Raises:

@@ -18,7 +18,7 @@ from fxquant.cli.preprocess import Preprocessing
 from fxquant.errors import DataError
 
 DEMO = "demo"
-# As many glyph images as evaluation reads if it is not told otherwise.
+# As many glyph images as evaluation reads where nothing else is asked for.
 DEMO_IMAGES = 1000
 DEMO_SHAPE = (3, 64, 64)
 Split = Literal["calib", "test"]

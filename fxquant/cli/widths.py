@@ -10,7 +10,7 @@ from pathlib import Path
 from fxquant.compiled.model import load
 from fxquant.config.allocation import Allocation, Budget, Cost
 from fxquant.errors import PolicyError
-from fxquant.mixed_precision.allocate.plan import Point, sweep, sweep_csv
+from fxquant.mixed_precision.allocate.plan import SweepPoint, sweep, sweep_csv
 from fxquant.policies.policy import Policy
 from fxquant.utils.files import write_together, write_utf8
 
@@ -80,7 +80,7 @@ def run_pareto(options: Namespace) -> int:
     return 0
 
 
-def _plot(points: list[Point], cost: Cost, path: Path) -> None:
+def _plot(points: list[SweepPoint], cost: Cost, path: Path) -> None:
     """Loss against cost, a line a method."""
     from matplotlib.figure import Figure
 

@@ -28,7 +28,9 @@ def check_images(images: Any) -> Tensor:
     return images
 
 
-def explained(images: Tensor, image_shape: tuple[int, ...], why: object = "") -> BatchError | None:
+def input_error(
+    images: Tensor, image_shape: tuple[int, ...], why: object = ""
+) -> BatchError | None:
     """What is wrong with the shape or type of images; None if nothing is.
 
     Args:
@@ -70,7 +72,7 @@ class InputCheck:
             NonFiniteError: it holds NaN or infinity, for which there are no integer codes.
         """
         images = check_images(next(iter((*args, *named.values())), None))
-        error = explained(images, self.image_shape)
+        error = input_error(images, self.image_shape)
         if error is not None:
             raise error
         # A graph that is traced is to hold the network alone.

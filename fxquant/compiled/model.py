@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.compiled.input_checks import InputCheck, check_images, explained
+from fxquant.compiled.input_checks import InputCheck, check_images, input_error
 from fxquant.compiled.report import PlanEntry, Report
 from fxquant.compiled.storage import Stored, read, write
 from fxquant.errors import LoweringError
@@ -92,7 +92,7 @@ class CompiledModel(nn.Module):
         try:
             return self.graph_module(images)
         except (RuntimeError, TypeError, IndexError) as error:
-            explanation = explained(images, self.image_shape, error)
+            explanation = input_error(images, self.image_shape, error)
             if explanation is None:
                 raise
             raise explanation from error

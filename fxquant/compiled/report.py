@@ -17,7 +17,7 @@ from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.graph.edges import edges, fed_by
 from fxquant.graph.nodes import submodule
 from fxquant.graph.outputs import float_outputs
-from fxquant.mixed_precision.allocate.outcome import Outcome
+from fxquant.mixed_precision.allocate.result import AllocationResult
 from fxquant.quantizers import Quantizer
 
 
@@ -151,7 +151,7 @@ class Report:
     changes: dict[str, int] = field(default_factory=dict)
     notes: tuple[tuple[str, str, str], ...] = ()
     gains: tuple[tuple[str, str, str, str, float], ...] = ()
-    allocation: Outcome | None = None
+    allocation: AllocationResult | None = None
 
     @property
     def left_float(self) -> tuple[PlanEntry, ...]:
@@ -206,7 +206,9 @@ class Report:
                 "output_sqnr": float(values["output_sqnr"]),
                 "notes": notes,
                 "gains": tuple(tuple(gain) for gain in values.get("gains", ())),
-                "allocation": None if allocation is None else Outcome.from_dict(allocation),
+                "allocation": None
+                if allocation is None
+                else AllocationResult.from_dict(allocation),
             }
         )
 

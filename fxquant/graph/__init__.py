@@ -1,7 +1,7 @@
 """The canonical dialect of a captured graph: its questions, edits, checks and files."""
 
 from fxquant.graph.dialect import (
-    MOVES,
+    DATA_MOVEMENT_OPS,
     PRODUCER_NAMES,
     UNSUPPORTED,
     aten,
@@ -13,19 +13,19 @@ from fxquant.graph.nodes import (
     arguments,
     constant,
     data_users,
+    evaluate_moves,
     get_parameter,
     module_path,
     operand,
     rank,
-    replay,
+    skip_data_movement,
     source_line,
     stage,
     submodule,
-    through_moves,
 )
 
 __all__ = [
-    "MOVES",
+    "DATA_MOVEMENT_OPS",
     "PRODUCER_NAMES",
     "UNSUPPORTED",
     "Edge",
@@ -35,6 +35,7 @@ __all__ = [
     "data_users",
     "edges",
     "elementwise_kind",
+    "evaluate_moves",
     "fed_by",
     "get_parameter",
     "module_path",
@@ -43,9 +44,8 @@ __all__ = [
     "possible_edges",
     "quantized_edges",
     "rank",
-    "replay",
+    "skip_data_movement",
     "source_line",
     "stage",
     "submodule",
-    "through_moves",
 ]

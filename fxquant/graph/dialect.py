@@ -52,7 +52,7 @@ UNSUPPORTED: dict[Any, str] = {
     for overload in getattr(aten, name).overloads()
 }
 # Operations that move values and never change them.
-MOVES: frozenset[Any] = frozenset(
+DATA_MOVEMENT_OPS: frozenset[Any] = frozenset(
     {
         aten.view.default,
         aten._unsafe_view.default,

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.graph.dialect import OPERANDS, PRODUCERS, aten, elementwise_kind, op_kind
-from fxquant.graph.nodes import module_path, operand, through_moves
+from fxquant.graph.nodes import module_path, operand, skip_data_movement
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def fed_by(edge: Edge) -> str:
     ``softmax``, ``gelu``, ``linear``, ``image`` and the like (``PRODUCER_NAMES``), data movement
     and zeros filled in looked through. An operation without a name of its own gives its aten name.
     """
-    source = through_moves(edge.source)
+    source = skip_data_movement(edge.source)
     if source.target is aten.masked_fill.Scalar and source.args[2] == 0:
-        source = through_moves(operand(source, 0))
+        source = skip_data_movement(operand(source, 0))
     if source.op == "placeholder":
         return "image"
     if source.op == "get_attr":

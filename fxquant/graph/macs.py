@@ -14,7 +14,7 @@ from fxquant.graph.nodes import get_parameter, operand
 from fxquant.graph.shapes import example_batch, example_shape
 
 
-class Work:
+class MacCounter:
     """Sizes of a graph's values and products, of one image.
 
     Args:
@@ -41,11 +41,11 @@ class Work:
         return self.values(node) * math.prod(int(size) for size in right.shape[1:])
 
     @cached_property
-    def whole(self) -> int:
+    def total(self) -> int:
         """Multiplications of running the whole graph."""
-        return self.behind([next(iter(self._gm.graph.nodes))])
+        return self.macs_after([next(iter(self._gm.graph.nodes))])
 
-    def behind(self, starts: Iterable[fx.Node]) -> int:
+    def macs_after(self, starts: Iterable[fx.Node]) -> int:
         """Multiplications of running the rest of the graph from each of the starts on."""
         order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
         macs = {order[n]: self.macs(n) for n in self._gm.graph.nodes if op_kind(n) is not None}

@@ -10,7 +10,7 @@ from fxquant.config.vocabulary import End
 from fxquant.graph.dialect import op_kind
 
 
-def is_at(node: fx.Node, end: End) -> bool:
+def is_first_or_last_product(node: fx.Node, end: End) -> bool:
     """Whether a product is among the first, or among the last, of its network.
 
     A first product reads images that no other product has seen; after a last one comes no product.

@@ -11,15 +11,17 @@ from torch import Tensor, fx, nn
 
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
-from fxquant.graph.dialect import MOVES, aten
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
 from fxquant.graph.shapes import example_size
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
-def through_moves(node: fx.Node) -> fx.Node:
+def skip_data_movement(node: fx.Node) -> fx.Node:
     """Follows data back through operations that only move it, quantizers and observers too."""
-    while node.op == "call_module" or (node.op == "call_function" and node.target in MOVES):
+    while node.op == "call_module" or (
+        node.op == "call_function" and node.target in DATA_MOVEMENT_OPS
+    ):
         node = node.all_input_nodes[0]
     return node
 
@@ -45,7 +47,7 @@ def data_users(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is not aten.sym_size.int]
 
 
-def replay(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.Node, Any]) -> Any:
+def evaluate_moves(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.Node, Any]) -> Any:
     """What ``node`` yields when ``start`` yields ``value``; sizes take their example values.
 
     Run on a tensor of numbers, moves tell where each value went, whatever moves they are.
@@ -62,7 +64,7 @@ def replay(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.Node, Any
         if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
             memo[node] = example_size(node.meta["val"])
         else:
-            args = fx.map_arg(node.args, lambda n: replay(n, start, value, memo))
+            args = fx.map_arg(node.args, lambda n: evaluate_moves(n, start, value, memo))
             memo[node] = node.target(*args, **node.kwargs)  # type: ignore[operator]
     return memo[node]
 

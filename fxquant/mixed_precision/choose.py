@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibration.reservoir import Picked, images_for
+from fxquant.calibration.reservoir import ReservoirSampler, images_for
 from fxquant.config.allocation import Allocation, Sensitivity
 from fxquant.config.scale_search import GradientLoss
 from fxquant.errors import CalibrationError, PolicyError
 from fxquant.graph.capture import device_of
 from fxquant.graph.fingerprint import fingerprint
-from fxquant.mixed_precision.allocate.outcome import Outcome, rank_correlation
 from fxquant.mixed_precision.allocate.plan import Plan, allocate
 from fxquant.mixed_precision.allocate.problem import Group, Problem
+from fxquant.mixed_precision.allocate.result import AllocationResult, rank_correlation
 from fxquant.mixed_precision.sensitivity.estimated import Estimates
-from fxquant.mixed_precision.sensitivity.groups import EdgeGroup, Layout
+from fxquant.mixed_precision.sensitivity.groups import EdgeGroup, WidthGroups
 from fxquant.mixed_precision.sensitivity.loss_cache import LossCache
-from fxquant.mixed_precision.sensitivity.measured import Network
-from fxquant.mixed_precision.sensitivity.trial_quantizers import Trials
+from fxquant.mixed_precision.sensitivity.measured import MeasuredSensitivity
+from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
 from fxquant.policies.policy import Policy
 from fxquant.search.product_loss import ProductSample
 from fxquant.utils.progress import track
@@ -29,7 +29,7 @@ from fxquant.utils.progress import track
 _TOGETHER = "all groups"
 
 
-def picker(gm: fx.GraphModule, allocation: Allocation | None) -> Picked:
+def reservoir_for(gm: fx.GraphModule, allocation: Allocation | None) -> ReservoirSampler:
     """What keeps the images that losses will be measured on.
 
     Args:
@@ -37,12 +37,12 @@ def picker(gm: fx.GraphModule, allocation: Allocation | None) -> Picked:
         allocation: None keeps none.
     """
     if allocation is None or allocation.sensitivity is Sensitivity.ESTIMATED:
-        return Picked(0, 0)
+        return ReservoirSampler(0, 0)
     count = allocation.images
     if count is None:
-        work = len(allocation.widths) * Layout(gm).behind()
+        work = len(allocation.widths) * WidthGroups(gm).macs_after_groups()
         count = images_for(allocation.work, work)
-    return Picked(count, allocation.seed)
+    return ReservoirSampler(count, allocation.seed)
 
 
 def check_budget(gm: fx.GraphModule, policy: Policy) -> None:
@@ -55,7 +55,7 @@ def check_budget(gm: fx.GraphModule, policy: Policy) -> None:
     Raises:
         PolicyError: the budget cannot be met, or no edge has a width to choose.
     """
-    options, layout = policy.allocation, Layout(gm)
+    options, layout = policy.allocation, WidthGroups(gm)
     assert options is not None
     if not layout.groups:
         raise PolicyError(
@@ -67,13 +67,13 @@ def check_budget(gm: fx.GraphModule, policy: Policy) -> None:
 
 def choose_widths(
     gm: fx.GraphModule,
-    picked: Picked,
+    picked: ReservoirSampler,
     samples: dict[str, ProductSample],
     seen: int,
     policy: Policy,
     cache: str | Path | None = None,
     progress: bool = False,
-) -> tuple[dict[str, int], Outcome]:
+) -> tuple[dict[str, int], AllocationResult]:
     """A width for each edge that is not pinned, within the policy's budget.
 
     Args:
@@ -95,9 +95,9 @@ def choose_widths(
     """
     options, search = policy.allocation, policy.samples
     assert options is not None and search is not None
-    layout = Layout(gm)
+    layout = WidthGroups(gm)
     opt_m = policy.search is not None and policy.search.opt_m
-    trials = Trials(gm, least_squares=policy.search is not None, opt_m=opt_m)
+    trials = TrialQuantizers(gm, least_squares=policy.search is not None, opt_m=opt_m)
     estimates = _estimate(layout, Estimates(gm, trials, samples, search.metric, seen), options)
     if options.sensitivity is Sensitivity.ESTIMATED:
         problem = _problem(layout, options, _needed(layout, estimates))
@@ -128,23 +128,25 @@ class _Losses:
     def __init__(
         self,
         gm: fx.GraphModule,
-        layout: Layout,
-        trials: Trials,
+        layout: WidthGroups,
+        trials: TrialQuantizers,
         images: Tensor,
         policy: Policy,
         cache: Path | None,
     ) -> None:
         assert policy.samples is not None
         loss: GradientLoss = policy.samples.loss
-        self._network: Callable[[], Network] = lambda: Network(gm, trials, images, loss)
-        self._running: Network | None = None
+        self._network: Callable[[], MeasuredSensitivity] = lambda: MeasuredSensitivity(
+            gm, trials, images, loss
+        )
+        self._running: MeasuredSensitivity | None = None
         self._groups = layout.groups
         key = fingerprint(gm, images, loss, *trials.settings, torch.get_num_threads())
         about = {"policy": policy.name, "images": len(images), "loss": str(loss)}
         self._cache = LossCache(cache, key, about)
 
     @property
-    def _run(self) -> Network:
+    def _run(self) -> MeasuredSensitivity:
         """Made when the first loss is to be measured."""
         if self._running is None:
             self._running = self._network()
@@ -163,7 +165,7 @@ class _Losses:
         ):
             for bits in widths:
                 if (group.name, (bits,)) not in self._cache:
-                    self._cache.put((group.name, (bits,)), self._run.alone(group, bits))
+                    self._cache.put((group.name, (bits,)), self._run.of_group(group, bits))
         return [
             tuple(self._cache[group.name, (bits,)] for bits in widths) for group in self._groups
         ]
@@ -172,14 +174,14 @@ class _Losses:
         """The loss of all groups quantized."""
         key = (_TOGETHER, bits)
         if key not in self._cache:
-            self._cache.put(key, self._run.together(self._groups, bits))
+            self._cache.put(key, self._run.of_all(self._groups, bits))
         return self._cache[key]
 
     def close(self) -> None:
         self._cache.close()
 
 
-def _problem(layout: Layout, options: Allocation, losses: list[tuple[float, ...]]) -> Problem:
+def _problem(layout: WidthGroups, options: Allocation, losses: list[tuple[float, ...]]) -> Problem:
     return Problem(
         widths=options.widths,
         groups=tuple(
@@ -198,13 +200,13 @@ def _problem(layout: Layout, options: Allocation, losses: list[tuple[float, ...]
 
 
 def _estimate(
-    layout: Layout, estimates: Estimates, options: Allocation
+    layout: WidthGroups, estimates: Estimates, options: Allocation
 ) -> dict[EdgeGroup, list[float] | None]:
     return {group: estimates.losses(group, options.widths) for group in layout.groups}
 
 
 def _needed(
-    layout: Layout, estimates: dict[EdgeGroup, list[float] | None]
+    layout: WidthGroups, estimates: dict[EdgeGroup, list[float] | None]
 ) -> list[tuple[float, ...]]:
     """Estimates as losses.
 
@@ -233,20 +235,20 @@ def _correlation(
 
 
 def _result(
-    layout: Layout,
+    layout: WidthGroups,
     problem: Problem,
     plan: Plan,
     options: Allocation,
     images: int,
     together: float | None,
     ranks: float | None,
-) -> tuple[dict[str, int], Outcome]:
+) -> tuple[dict[str, int], AllocationResult]:
     widths = {
         edge.name: bits
         for group, bits in zip(layout.groups, plan.bits, strict=True)
         for edge in group.edges
     }
-    return widths, Outcome(
+    return widths, AllocationResult(
         method=str(options.method),
         sensitivity=str(options.sensitivity),
         images=images,

@@ -19,7 +19,12 @@ from fxquant.quantizers import (
     TwinUniformQuantizer,
     UniformQuantizer,
 )
-from fxquant.quantizers.candidates import Q, fitted_from_zero, from_zero_candidates, twin_candidates
+from fxquant.quantizers.candidates import (
+    Q,
+    one_sided_candidates,
+    one_sided_quantizer,
+    twin_candidates,
+)
 
 # Power of two, so that a doubled range merges whole pairs of bins.
 BINS = 4096
@@ -81,8 +86,8 @@ class Observer(nn.Module, ABC):
         if spec.scheme is Scheme.TWIN_UNIFORM:
             return self._fit_twin(lo.reshape(()), hi.reshape(()), spec)
         if spec.scheme.from_zero:
-            self._check_from_zero(spec)
-            return self._fit_from_zero(hi.reshape(()), spec)
+            self._check_one_sided(spec)
+            return self._fit_one_sided(hi.reshape(()), spec)
         if self.axis is None:
             lo, hi = lo.reshape(()), hi.reshape(())
         return UniformQuantizer.from_range(lo, hi, spec, self.axis)
@@ -90,10 +95,10 @@ class Observer(nn.Module, ABC):
     def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
         return TwinUniformQuantizer.from_range(lo, hi, spec)
 
-    def _fit_from_zero(self, top: Tensor, spec: TensorSpec) -> Quantizer:
-        return fitted_from_zero(float(top), spec).to(top.device)
+    def _fit_one_sided(self, top: Tensor, spec: TensorSpec) -> Quantizer:
+        return one_sided_quantizer(float(top), spec).to(top.device)
 
-    def _check_from_zero(self, spec: TensorSpec) -> None:
+    def _check_one_sided(self, spec: TensorSpec) -> None:
         least = float(self.range()[0].min())
         if least < 0:
             raise CalibrationError(
@@ -211,13 +216,13 @@ class HistogramObserver(Observer):
         candidates = twin_candidates(float(lo), float(hi), spec, GRID)
         return self.best([candidate.to(lo.device) for candidate in candidates])
 
-    def _fit_from_zero(self, top: Tensor, spec: TensorSpec) -> Quantizer:
+    def _fit_one_sided(self, top: Tensor, spec: TensorSpec) -> Quantizer:
         if spec.observer is not ObserverKind.MSE:
-            return super()._fit_from_zero(top, spec)
+            return super()._fit_one_sided(top, spec)
         return self.best(
             [
                 candidate.to(top.device)
-                for row in from_zero_candidates(float(top), spec, GRID)
+                for row in one_sided_candidates(float(top), spec, GRID)
                 for candidate in row
             ]
         )

@@ -4,6 +4,7 @@ from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.assign_specs import AssignSpecs
 from fxquant.passes.attach_low_rank import AttachLowRank
 from fxquant.passes.base import Pass, PassResult, Skip, run_passes
+from fxquant.passes.canonical.canonicalize_data_movement import CanonicalizeDataMovement
 from fxquant.passes.canonical.drop_noops import DropNoOps
 from fxquant.passes.canonical.fold_batch_norm import FoldBatchNorm
 from fxquant.passes.canonical.fold_constants import FoldConstants
@@ -13,7 +14,6 @@ from fxquant.passes.canonical.scale_after_matmul import ScaleAfterMatmul
 from fxquant.passes.canonical.split_attention import SplitAttention
 from fxquant.passes.canonical.split_projections import SplitProjections
 from fxquant.passes.canonical.to_linear import ToLinear
-from fxquant.passes.canonical.unify_moves import UnifyMoves
 from fxquant.passes.compensate import Compensate
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.freeze import Freeze
@@ -28,6 +28,7 @@ __all__ = [
     "AllocateBits",
     "AssignSpecs",
     "AttachLowRank",
+    "CanonicalizeDataMovement",
     "Compensate",
     "CorrectBias",
     "DropNoOps",
@@ -49,6 +50,5 @@ __all__ = [
     "SplitAttention",
     "SplitProjections",
     "ToLinear",
-    "UnifyMoves",
     "run_passes",
 ]

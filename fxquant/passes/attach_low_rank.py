@@ -9,9 +9,9 @@ weighed by the gradient of the loss where the rows have one. The factors are sym
 channel, the activation between them asymmetric per tensor. Both linears of a branch are nodes like
 any other, which every backend knows, and read the input through the layer's own quantizer.
 
-A branch is kept where it takes at least ``LEAST_GAIN`` out of the output error on the sampled rows,
-that of the rounded input included. Where the bias was corrected (``CorrectBias``), the mean of what
-the branch adds is taken out of it again.
+A branch is kept where it takes at least ``MIN_ERROR_REDUCTION`` out of the output error on the
+sampled rows, that of the rounded input included. Where the bias was corrected (``CorrectBias``),
+the mean of what the branch adds is taken out of it again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.product_loss import ProductSample
 
 # A branch stays where it takes at least this share out of the output error.
-LEAST_GAIN = 0.05
+MIN_ERROR_REDUCTION = 0.05
 # In the meta of a linear that was decided on, and of those of branches.
 _DONE = "low_rank"
 _LEFT_OUT = "no branch: "
@@ -81,7 +81,7 @@ class AttachLowRank:
                 continue
             branch = _Branch(site, factors, self.options.bits)
             before, after = site.error(None), site.error(branch.outputs)
-            if after < (1 - LEAST_GAIN) * before:
+            if after < (1 - MIN_ERROR_REDUCTION) * before:
                 branch.insert(gm)
                 gains.append(Gain(name, branch.cost(), _MEASURE, after / before))
             else:

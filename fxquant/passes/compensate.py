@@ -27,13 +27,13 @@ from fxquant.config.vocabulary import OpKind, Stage
 from fxquant.graph.blocks import find_blocks, waves
 from fxquant.graph.conv_patches import patches
 from fxquant.graph.dialect import op_kind
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import arguments, get_parameter, operand, submodule
 from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction.augment import made_in_folds
-from fxquant.reconstruction.blockwise import SideBySide, Station, chunks
+from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner, chunks
 from fxquant.search.gptq import Moments, ridge_update, round_weight
 
 _DONE = "compensated"
@@ -58,7 +58,7 @@ class Compensate:
         options: what is done.
     """
 
-    sides: SideBySide = field(repr=False)
+    sides: BlockwiseRunner = field(repr=False)
     options: Compensation
     requires: ClassVar[Stage] = Stage.FROZEN
     ensures: ClassVar[Stage] = Stage.FROZEN
@@ -92,11 +92,11 @@ class Compensate:
 
 
 def _arranged(
-    sides: SideBySide, gm: fx.GraphModule, options: Compensation
-) -> tuple[SideBySide, list[_Part]]:
+    sides: BlockwiseRunner, gm: fx.GraphModule, options: Compensation
+) -> tuple[BlockwiseRunner, list[_Part]]:
     """On as many images as are asked for, some made of those given; and those in parts."""
     images, folds = sides.images, _FOLDS if options.ridge else 1
-    missing = min(options.images, int(_WORK // max(Work(gm).whole, 1))) - len(images)
+    missing = min(options.images, int(_WORK // max(MacCounter(gm).total, 1))) - len(images)
     found = list(chunks(len(images)))
     if missing <= 0 and len(found) >= folds:
         return sides, [(chunk, i % folds) for i, chunk in enumerate(found)]
@@ -166,7 +166,7 @@ class _Statistics:
 
 
 def _collect(
-    station: Station, wave: list[fx.Node], parts: list[_Part]
+    station: BlockContext, wave: list[fx.Node], parts: list[_Part]
 ) -> dict[fx.Node, _Statistics]:
     """Statistics of products none of which reads another's output."""
     folds = len({fold for _, fold in parts})

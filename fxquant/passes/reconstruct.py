@@ -29,11 +29,11 @@ from fxquant.config.recovery import Reconstruction, Scope
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.blocks import find_blocks, whole_network
 from fxquant.graph.edges import quantized_edges
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import operand
 from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Gain, PassResult, Skip
-from fxquant.reconstruction.blockwise import CHUNK, SideBySide, Station
+from fxquant.reconstruction.blockwise import CHUNK, BlockContext, BlockwiseRunner
 from fxquant.reconstruction.checkpoint import Checkpoints, StateFile
 from fxquant.reconstruction.losses import Measured, criterion, measure
 from fxquant.reconstruction.trained_block import Changes, TrainedBlock, refusal
@@ -57,7 +57,7 @@ class Reconstruct:
             where it stopped. None keeps nothing.
     """
 
-    sides: SideBySide = field(repr=False)
+    sides: BlockwiseRunner = field(repr=False)
     options: Reconstruction
     cache: Path | None = None
     requires: ClassVar[Stage] = Stage.FROZEN
@@ -132,7 +132,7 @@ class Reconstruct:
     @staticmethod
     def _train(
         gm: fx.GraphModule,
-        station: Station,
+        station: BlockContext,
         options: Reconstruction,
         measured: Measured,
         parts: tuple[Tensor, Tensor],
@@ -150,7 +150,7 @@ def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int
     if options.work is None:
         return options.iterations
     # The quantized network forward and, at twice the work, backward; the float one on new images.
-    step = Work(gm).whole * min(options.batch, images) * (4 if options.augment else 3)
+    step = MacCounter(gm).total * min(options.batch, images) * (4 if options.augment else 3)
     return min(options.iterations, int(options.work // max(step, 1)))
 
 
@@ -174,7 +174,9 @@ def _moved_products(gm: fx.GraphModule, changes: Changes) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _output_errors(station: Station, products: Iterable[str], images: Tensor) -> dict[str, float]:
+def _output_errors(
+    station: BlockContext, products: Iterable[str], images: Tensor
+) -> dict[str, float]:
     """Squared error of what some products give, each network with what its own gives before.
 
     Args:

@@ -33,9 +33,9 @@ from fxquant.quantizers import (
     UniformQuantizer,
 )
 from fxquant.search.metrics import Unit, unit_shape
-from fxquant.search.one_sided import SearchedFromZero
+from fxquant.search.one_sided import SearchedOneSided
 from fxquant.search.product_loss import Operand, ProductSample
-from fxquant.search.region_ratio import SearchedRatio
+from fxquant.search.region_ratio import SearchedRegionRatio
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
 from fxquant.utils.progress import track
 
@@ -114,11 +114,11 @@ class _Work:
         assert spec is not None
         if isinstance(quantizer, TwinUniformQuantizer):
             values = sample.lhs if edge.arg in _LEFT else sample.rhs
-            kind = SearchedRatio if self._options.search.opt_m else SearchedTwin
+            kind = SearchedRegionRatio if self._options.search.opt_m else SearchedTwin
             return kind(quantizer, spec, self._options.search, values)
         if isinstance(quantizer, DynamicFocusingQuantizer | LogQuantizer):
             values = sample.lhs if edge.arg in _LEFT else sample.rhs
-            return SearchedFromZero(quantizer, spec, self._options.search, float(values.max()))
+            return SearchedOneSided(quantizer, spec, self._options.search, float(values.max()))
         if not isinstance(quantizer, UniformQuantizer):
             return f"its scale was not searched: no search for {type(quantizer).__name__}"
         unit = _unit(edge, quantizer)
@@ -135,7 +135,7 @@ class _Work:
         return tuple(
             Gain(self._readers[name][0].name, searched.choice, _MEASURE, searched.gain)
             for name, searched in self.searched.items()
-            if isinstance(searched, SearchedRatio)
+            if isinstance(searched, SearchedRegionRatio)
         )
 
     def respecify(self, name: str, spec: TensorSpec) -> None:

@@ -19,7 +19,7 @@ from torch import fx
 from fxquant.config.vocabulary import Stage
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.smoothing.affine_fold import fold
-from fxquant.smoothing.choose import Choices
+from fxquant.smoothing.choose import FoldDecisions
 
 _DONE = "smoothed"
 
@@ -32,7 +32,7 @@ class SmoothWithBias:
         choices: what to fold where (``smoothing_sites.choose_smoothing`` on this graph).
     """
 
-    choices: Choices = field(repr=False)
+    choices: FoldDecisions = field(repr=False)
     requires: ClassVar[Stage] = Stage.ANNOTATED
     ensures: ClassVar[Stage] = Stage.ANNOTATED
 

@@ -15,7 +15,7 @@ from fxquant.config.vocabulary import Arg, End, OpKind
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph.dialect import PRODUCER_NAMES
 from fxquant.graph.edges import Edge, fed_by
-from fxquant.graph.network_ends import is_at
+from fxquant.graph.network_ends import is_first_or_last_product
 
 _CHANGED = " (changed)"
 _PARTS = {
@@ -100,7 +100,7 @@ class Rule:
             and (self.arg is None or self.arg is edge.arg)
             and re.fullmatch(self.path, edge.path) is not None
             and (self.fed_by is None or self.fed_by == fed_by(edge))
-            and (self.end is None or is_at(edge.node, self.end))
+            and (self.end is None or is_first_or_last_product(edge.node, self.end))
         )
 
 

@@ -100,7 +100,7 @@ def _twin(coarse: float, shift: int, spec: TensorSpec, *, two_sided: bool) -> Tw
 _OCTAVES = ((1, 16), (1, 8), (1, 6), (1, 4), (1, 3), (1, 2), (2, 3), (3, 4), (1, 1), (3, 2), (2, 1))
 
 
-def fitted_from_zero(top: float, spec: TensorSpec) -> Quantizer:
+def one_sided_quantizer(top: float, spec: TensorSpec) -> Quantizer:
     """The quantizer of a scheme from zero to ``top``: where its search begins.
 
     Args:
@@ -112,7 +112,7 @@ def fitted_from_zero(top: float, spec: TensorSpec) -> Quantizer:
     return LogQuantizer.reaching(top, spec.bits, 1, 1)
 
 
-def from_zero_candidates(
+def one_sided_candidates(
     top: float, spec: TensorSpec, shares: Sequence[float]
 ) -> list[list[Quantizer]]:
     """Candidates for values in ``[0, top]``.

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from fxquant.reconstruction.blockwise import Shelf, Station, Values, chunks, tensors_of
+from fxquant.reconstruction.blockwise import (
+    ActivationStore,
+    BlockContext,
+    Values,
+    chunks,
+    tensors_of,
+)
 
 # By trial on glyph_vit and glyph_swin with 32 images, where less gained less. Largest factors of
 # size and of the ratio of width to height, turn, and shift as a share of the half image.
@@ -29,7 +35,7 @@ _MIXED, _OTHER = 0.5, 0.3
 
 
 @torch.no_grad()
-def fresh(station: Station, index: Tensor, count: int) -> Station:
+def fresh(station: BlockContext, index: Tensor, count: int) -> BlockContext:
     """The same block, with images made of some that it has instead of its own.
 
     Args:
@@ -37,7 +43,7 @@ def fresh(station: Station, index: Tensor, count: int) -> Station:
         index: numbers of those images, ``(n,)``.
         count: how many are made, and held in memory.
     """
-    given, target = Shelf(count), Shelf(count)
+    given, target = ActivationStore(count), ActivationStore(count)
     sources = index[_sources(len(index), count)]
     for part in chunks(count):
         found = station.given.get(sources[part], torch.device("cpu"))
@@ -82,7 +88,7 @@ def _sources(images: int, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def float_targets(station: Station, given: Values) -> Values:
+def float_targets(station: BlockContext, given: Values) -> Values:
     """What the float block gives."""
     own = {name: value.clone() for name, value in given.items()}  # some models change their input
     return tensors_of(station.block, station.teacher.run_block(station.block, own))

@@ -129,7 +129,7 @@ def _dying(block: Block) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-class Shelf:
+class ActivationStore:
     """Values of all images at one cut, in memory within a budget, else in mapped files.
 
     Args:
@@ -188,7 +188,7 @@ def chunks(count: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class Station:
+class BlockContext:
     """A block with what comes in and what the float network gives.
 
     Attributes:
@@ -206,9 +206,9 @@ class Station:
     block: Block
     teacher: BlockRunner
     student: BlockRunner
-    exact: Shelf
-    given: Shelf
-    target: Shelf
+    exact: ActivationStore
+    given: ActivationStore
+    target: ActivationStore
     rest: tuple[Block, ...]
     count: int
     device: torch.device
@@ -218,7 +218,7 @@ class Station:
         return chunks(self.count)
 
 
-class SideBySide:
+class BlockwiseRunner:
     """The walk of both networks; see the module's text.
 
     Args:
@@ -232,7 +232,7 @@ class SideBySide:
         self._teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.images, self.progress = images, progress
 
-    def on(self, images: Tensor) -> SideBySide:
+    def on(self, images: Tensor) -> BlockwiseRunner:
         """The same float network on other images, ``(n, …)``."""
         other = copy.copy(self)
         other.images = images
@@ -245,7 +245,7 @@ class SideBySide:
     @torch.no_grad()
     def walk(
         self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: Label | None, memory_bytes: int
-    ) -> Iterator[Station]:
+    ) -> Iterator[BlockContext]:
         """Goes through the blocks of a graph; each may be changed when it is given out.
 
         Args:
@@ -262,15 +262,18 @@ class SideBySide:
         with tempfile.TemporaryDirectory(prefix="fxquant-") as name:
             folder = Path(name)
             placeholder = image_node(gm.graph).name
-            exact = Shelf(count, folder, share)
+            exact = ActivationStore(count, folder, share)
             exact.put(0, {placeholder: self.images})
             given = exact
             enabled = self.progress and label is not None
             shown = track(blocks, label=label or "", total=len(blocks), enabled=enabled)
             for number, block in enumerate(shown, 1):
-                target, result = Shelf(count, folder, share), Shelf(count, folder, share)
+                target, result = (
+                    ActivationStore(count, folder, share),
+                    ActivationStore(count, folder, share),
+                )
                 shelves, rest = (exact, given, target), blocks[number:]
-                station = Station(block, teacher, student, *shelves, rest, count, device)
+                station = BlockContext(block, teacher, student, *shelves, rest, count, device)
                 _run(teacher, station, exact, target)
                 yield station
                 if block is not blocks[-1]:
@@ -280,7 +283,9 @@ class SideBySide:
                 exact, given = target, result
 
 
-def _run(runner: BlockRunner, station: Station, inputs: Shelf, outputs: Shelf) -> None:
+def _run(
+    runner: BlockRunner, station: BlockContext, inputs: ActivationStore, outputs: ActivationStore
+) -> None:
     for chunk in station.chunks():
         values = inputs.get(chunk, station.device)
         # Some models change their input in place.

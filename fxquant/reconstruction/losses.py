@@ -16,7 +16,13 @@ from fxquant.errors import PolicyError
 from fxquant.graph.blocks import Block
 from fxquant.graph.capture import device_of
 from fxquant.graph.outputs import is_logits
-from fxquant.reconstruction.blockwise import BlockRunner, Shelf, Station, Values, chunks
+from fxquant.reconstruction.blockwise import (
+    ActivationStore,
+    BlockContext,
+    BlockRunner,
+    Values,
+    chunks,
+)
 
 # Stands for what both networks mask with minus infinity: its share of a softmax is 0.
 _MASKED = -1e30
@@ -80,7 +86,7 @@ class Feature(Criterion):
         features: what the last product of the float network reads, of all images.
     """
 
-    def __init__(self, station: Station, features: Shelf) -> None:
+    def __init__(self, station: BlockContext, features: ActivationStore) -> None:
         self._station, self._features = station, features
         self._block = SquaredError({}, divergence=False)
         self._sizes: tuple[float, float] | None = None
@@ -108,7 +114,7 @@ class Measured:
     """
 
     importance: Importance
-    features: Shelf | None
+    features: ActivationStore | None
 
 
 def measure(
@@ -133,12 +139,12 @@ def measure(
     if options.block_loss is BlockLoss.FISHER and len(blocks) > 1:
         importance = measure_importance(teacher, blocks, images, options)
     if options.block_loss is BlockLoss.FEATURE and len(blocks) > 1:
-        features = Shelf(len(images), folder, options.memory_bytes // 8)
+        features = ActivationStore(len(images), folder, options.memory_bytes // 8)
         measure_features(teacher, blocks, images, features)
     return Measured(importance, features)
 
 
-def criterion(options: Reconstruction, measured: Measured, station: Station) -> Criterion:
+def criterion(options: Reconstruction, measured: Measured, station: BlockContext) -> Criterion:
     """The loss that the options name, for one block; the last is compared by its outputs."""
     if measured.features is not None and station.rest:
         return Feature(station, measured.features)
@@ -193,7 +199,7 @@ def _separable(total: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_features(
-    teacher: BlockRunner, blocks: tuple[Block, ...], images: Tensor, shelf: Shelf
+    teacher: BlockRunner, blocks: tuple[Block, ...], images: Tensor, shelf: ActivationStore
 ) -> None:
     """Keeps what the last product reads.
 

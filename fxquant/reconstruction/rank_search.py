@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.quantizers import UniformQuantizer
-from fxquant.reconstruction.weights import LowRank, TrainedWeight
+from fxquant.reconstruction.weights import LowRankWeight, TrainedWeight
 
 # Chance that a candidate is left out of a step (drop path).
 _DROP = 0.2
@@ -42,7 +42,7 @@ class RankSearch(TrainedWeight):
         super().__init__(weight, quantizer, scales=scales)
         self._again = (weight, quantizer, scales, generator)
         self.candidates = nn.ModuleList(
-            LowRank(weight, quantizer, scales=False, rank=rank, generator=generator)
+            LowRankWeight(weight, quantizer, scales=False, rank=rank, generator=generator)
             for rank in ranks
         )
         self.preference = nn.Parameter(torch.zeros(len(ranks), device=weight.device))
@@ -56,7 +56,7 @@ class RankSearch(TrainedWeight):
         return self._first + torch.einsum("r,r...->...", shares, moves)
 
     @torch.no_grad()
-    def settled(self, rank: int | None = None) -> LowRank:
+    def settled(self, rank: int | None = None) -> LowRankWeight:
         """The candidate of a rank, or the preferred one, alone.
 
         Its factors are as trained by now, and move the weight by the share they were trained with.
@@ -65,8 +65,8 @@ class RankSearch(TrainedWeight):
         ranks = [len(form.inner) for form in self.candidates]  # type: ignore[arg-type]
         place = int(self.preference.argmax()) if rank is None else ranks.index(rank)
         best = self.candidates[place]
-        assert isinstance(best, LowRank)
-        form = LowRank(weight, quantizer, scales=scales, rank=best.rank, generator=generator)
+        assert isinstance(best, LowRankWeight)
+        form = LowRankWeight(weight, quantizer, scales=scales, rank=best.rank, generator=generator)
         form.load_state_dict({**best.state_dict(), "log_scale": self.log_scale})
         form.outer.mul_(self.preference.softmax(0)[place])
         return form

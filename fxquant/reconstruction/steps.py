@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fxquant.config.recovery import Reconstruction
 from fxquant.reconstruction.activations import draw_mask
 from fxquant.reconstruction.augment import augmented, float_targets
-from fxquant.reconstruction.blockwise import Station, Values
+from fxquant.reconstruction.blockwise import BlockContext, Values
 from fxquant.reconstruction.losses import Criterion
 from fxquant.reconstruction.rank_search import PREFERENCE
 from fxquant.reconstruction.trained_block import TrainedBlock
@@ -32,7 +32,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
 
 def search_ranks(
     block: TrainedBlock,
-    station: Station,
+    station: BlockContext,
     criterion: Criterion,
     options: Reconstruction,
     unit: float,
@@ -68,7 +68,7 @@ def search_ranks(
 
 def add_gradients(
     block: TrainedBlock,
-    station: Station,
+    station: BlockContext,
     criterion: Criterion,
     options: Reconstruction,
     images: Tensor,
@@ -100,7 +100,7 @@ def add_gradients(
 
 def _step_loss(
     block: TrainedBlock,
-    station: Station,
+    station: BlockContext,
     criterion: Criterion,
     index: Tensor,
     given: Values,

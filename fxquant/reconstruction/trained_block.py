@@ -14,16 +14,16 @@ from fxquant.config.recovery import Reconstruction, WeightTraining
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.edges import Edge, quantized_edges
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand, submodule
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.reconstruction.activations import TrainedQuantizer, trained
-from fxquant.reconstruction.blockwise import Station, Values, tensors_of
+from fxquant.reconstruction.blockwise import BlockContext, Values, tensors_of
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch, candidate_ranks
 from fxquant.reconstruction.weights import (
     AdaRound,
     FixedCodes,
-    LowRank,
+    LowRankWeight,
     StraightThrough,
     TrainedWeight,
 )
@@ -34,7 +34,7 @@ _BYTES = 8
 # Before names of nodes where torch keeps modules by name, which refuses some, such as "keys".
 _OF = "of_"
 # Rate of preferences for ranks, in rates of the weights.
-_KEEN = 10
+_PREFERENCE_RATE = 10
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TrainedBlock(nn.Module):
     def __init__(
         self,
         gm: fx.GraphModule,
-        station: Station,
+        station: BlockContext,
         options: Reconstruction,
         generator: torch.Generator,
     ) -> None:
@@ -79,7 +79,7 @@ class TrainedBlock(nn.Module):
         self.biases = nn.ParameterDict()
         self._station, self._bf16 = station, options.bf16
         own = station.block.nodes  # in order: sums over parameters then are the same in each run
-        work = Work(gm)
+        work = MacCounter(gm)
         values = sum(work.values(n) for n in own if isinstance(n.meta.get("val"), Tensor))
         self.bytes_per_image = max(1, _BYTES * values)
         for edge in quantized_edges(gm):
@@ -139,7 +139,7 @@ class TrainedBlock(nn.Module):
                 slow = name.endswith(("log_scale", "offset")) or name.startswith("biases")
                 rate = options.scale_rate if slow else options.weight_rate
                 if name.endswith(PREFERENCE):
-                    rate *= _KEEN
+                    rate *= _PREFERENCE_RATE
                 rates.setdefault(rate, []).append(parameter)
         return [{"params": group, "lr": rate} for rate, group in rates.items()]
 
@@ -172,7 +172,7 @@ class TrainedBlock(nn.Module):
     def ranks(self) -> dict[str, int]:
         """Of low-rank changes that are settled, by name of the node that reads the weight."""
         found = _by_node(self.weights)
-        return {name: form.rank for name, form in found if isinstance(form, LowRank)}
+        return {name: form.rank for name, form in found if isinstance(form, LowRankWeight)}
 
     def settle_ranks(self, ranks: Mapping[str, int] | None = None) -> None:
         """Leaves each weight the rank given, or the one it prefers."""
@@ -216,7 +216,7 @@ def _weight_form(
     more: dict[str, Any] = {"scales": options.scales, "generator": generator}
     if len(ranks) > 1:
         return RankSearch(weight, quantizer, ranks=ranks, **more)
-    return LowRank(weight, quantizer, rank=ranks[0], **more)
+    return LowRankWeight(weight, quantizer, rank=ranks[0], **more)
 
 
 def _ignoring(call: Callable[[], Tensor]) -> Callable[..., Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxquant.config.recovery import Reconstruction
 from fxquant.reconstruction.augment import fresh
-from fxquant.reconstruction.blockwise import CHUNK, Station
+from fxquant.reconstruction.blockwise import CHUNK, BlockContext
 from fxquant.reconstruction.checkpoint import StateFile
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.losses import Criterion
@@ -30,7 +30,7 @@ _MADE = 128
 
 def train_block(
     block: TrainedBlock,
-    station: Station,
+    station: BlockContext,
     criterion: Criterion,
     options: Reconstruction,
     parts: tuple[Tensor, Tensor],
@@ -114,7 +114,7 @@ def _train(
                 kept.write(run.state())
 
 
-def _made(station: Station, options: Reconstruction) -> int:
+def _made(station: BlockContext, options: Reconstruction) -> int:
     """How many images are made to judge by, in a quarter of the memory."""
     each = station.given.bytes_per_image + station.target.bytes_per_image
     return min(max(options.memory_bytes // 4 // max(each, 1), CHUNK), _MADE)
@@ -135,7 +135,7 @@ class _Run:
     def __init__(
         self,
         block: TrainedBlock,
-        station: Station,
+        station: BlockContext,
         criterion: Criterion,
         options: Reconstruction,
         count: int,
@@ -223,7 +223,7 @@ def split(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def image_losses(
-    block: TrainedBlock, station: Station, criterion: Criterion, images: Tensor
+    block: TrainedBlock, station: BlockContext, criterion: Criterion, images: Tensor
 ) -> Tensor:
     """The loss of each of some images, ``(n,)``, without drops.
 

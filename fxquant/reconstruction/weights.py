@@ -121,7 +121,7 @@ class AdaRound(TrainedWeight):
         return (1 - (2 * self._between() - 1).abs() ** beta).mean()
 
 
-class LowRank(TrainedWeight):
+class LowRankWeight(TrainedWeight):
     """The weight is moved by a product of two thin factors, then rounded (AIQViT, eq. 9).
 
     ``Quant(W0 + B A)``: the factors alone are trained; nothing is left of them at run time.

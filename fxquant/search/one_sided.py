@@ -8,12 +8,12 @@ from torch import Tensor
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.spec import TensorSpec
 from fxquant.quantizers import Quantizer
-from fxquant.quantizers.candidates import from_zero_candidates
+from fxquant.quantizers.candidates import one_sided_candidates
 from fxquant.search.product_loss import Operand
 from fxquant.search.scales import Searched, best_of
 
 
-class SearchedFromZero(Searched):
+class SearchedOneSided(Searched):
     """Upper end and start of an interval, or scale and base of powers.
 
     The first round tries every start or base with every share of a geometric grid; later ones
@@ -31,7 +31,7 @@ class SearchedFromZero(Searched):
     ) -> None:
         steps = torch.linspace(0, 1, search.candidates).tolist()
         shares = [search.low * (search.high / search.low) ** step for step in steps]
-        rows = from_zero_candidates(top, spec, shares)
+        rows = one_sided_candidates(top, spec, shares)
         self._chosen, self._device = fitted, next(fitted.buffers()).device
         self._rows = [[candidate.to(self._device) for candidate in row] for row in rows]
         self._at: tuple[int, int] | None = None

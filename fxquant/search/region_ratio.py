@@ -20,7 +20,7 @@ from fxquant.search.product_loss import Operand, candidate_losses
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform, best_of, stacked
 
 
-class SearchedRatio(Searched):
+class SearchedRegionRatio(Searched):
     """Ratio and coarse step of a twin quantizer, or the range of a uniform one.
 
     The first round tries all ratios, later ones refine the step at the ratio found.

@@ -35,7 +35,7 @@ _SHARES = (1.0, 0.85, 0.7, 0.55)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ConsumerSample:
     """A product that reads the channels.
 
     Attributes:
@@ -67,8 +67,8 @@ class Smoothing:
     name: str
 
 
-def moved(sample: ProductSample, smoothing: Smoothing, *, left: bool) -> ProductSample:
-    """A product after its channels moved; what it gives is the same but for a constant.
+def folded_sample(sample: ProductSample, smoothing: Smoothing, *, left: bool) -> ProductSample:
+    """A product after its channels folded_sample; what it gives is the same but for a constant.
 
     Args:
         sample: of a linear, the channels being those of its input, or of an attention product,
@@ -84,7 +84,9 @@ def moved(sample: ProductSample, smoothing: Smoothing, *, left: bool) -> Product
     return replace(sample, rhs=(sample.rhs - shift) / divide, gradient=gradient)
 
 
-def finalists(readings: list[Reading], metric: Metric, *, shiftable: bool) -> list[Smoothing]:
+def finalists(
+    readings: list[ConsumerSample], metric: Metric, *, shiftable: bool
+) -> list[Smoothing]:
     """No change, and for each kind of map the one of least output error.
 
     Args:
@@ -109,7 +111,7 @@ def finalists(readings: list[Reading], metric: Metric, *, shiftable: bool) -> li
 
 
 def _best_scaled(
-    readings: list[Reading], name: str, shift: Tensor, peak: Tensor, metric: Metric
+    readings: list[ConsumerSample], name: str, shift: Tensor, peak: Tensor, metric: Metric
 ) -> Smoothing:
     """The exponent of least output error, for channels of largest absolute values ``peak``."""
 
@@ -120,21 +122,21 @@ def _best_scaled(
 
     @cache
     def error(twentieths: int) -> float:
-        return Trial(readings, at(twentieths), metric).error
+        return TrialFold(readings, at(twentieths), metric).error
 
     best = min(_COARSE, key=error)
     near = (best + step for step in _AROUND if 0 <= best + step <= 20)
     return at(min((best, *near), key=error))
 
 
-def _channels(reading: Reading) -> Tensor:
+def _channels(reading: ConsumerSample) -> Tensor:
     """Values ``(n, C)``."""
     if reading.left:
         return reading.sample.lhs[0, 0]
     return reading.sample.rhs.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _factors(readings: list[Reading], peak: Tensor, exponent: float) -> Tensor:
+def _factors(readings: list[ConsumerSample], peak: Tensor, exponent: float) -> Tensor:
     """``eps``, its geometric mean 1."""
     weights = torch.cat([r.sample.rhs[0, 0] for r in readings if r.left], dim=1)
     largest = weights.abs().amax(1)
@@ -145,11 +147,11 @@ def _factors(readings: list[Reading], peak: Tensor, exponent: float) -> Tensor:
     return torch.where(live, logs - logs[live].mean(), 0.0).exp()
 
 
-class Trial:
+class TrialFold:
     """Quantizers for a map of channels, roughly as a search would choose them.
 
     Args:
-        readings: all that reads the channels, not yet moved.
+        readings: all that reads the channels, not yet folded_sample.
         smoothing: the map.
         metric: of the output error.
 
@@ -158,8 +160,12 @@ class Trial:
         instead: for each reading what computes its product, from the arguments of the call.
     """
 
-    def __init__(self, readings: list[Reading], smoothing: Smoothing, metric: Metric) -> None:
-        here = [replace(r, sample=moved(r.sample, smoothing, left=r.left)) for r in readings]
+    def __init__(
+        self, readings: list[ConsumerSample], smoothing: Smoothing, metric: Metric
+    ) -> None:
+        here = [
+            replace(r, sample=folded_sample(r.sample, smoothing, left=r.left)) for r in readings
+        ]
         linears = [reading for reading in here if reading.left]
         weights = [_quantized_weight(reading) for reading in linears]
         shared, self.error = _input_quantizer(linears, weights, metric)
@@ -173,7 +179,7 @@ class Trial:
                 self.error += error
 
 
-def _quantized_weight(reading: Reading) -> Tensor:
+def _quantized_weight(reading: ConsumerSample) -> Tensor:
     """The right operand of a linear, ``(1, 1, K, N)``, each column clipped where it is best."""
     weight, spec = reading.sample.rhs, reading.weight
     if spec is None:
@@ -191,7 +197,7 @@ def _quantized_weight(reading: Reading) -> Tensor:
 
 
 def _input_quantizer(
-    linears: list[Reading], weights: list[Tensor], metric: Metric
+    linears: list[ConsumerSample], weights: list[Tensor], metric: Metric
 ) -> tuple[Quantizer, float]:
     """One quantizer for what all linears read, and their error with it."""
     ends = [reading.sample.lhs.aminmax() for reading in linears]
@@ -203,7 +209,7 @@ def _input_quantizer(
     return tried[int(error.argmin())], float(error.min())
 
 
-def _value_quantizer(reading: Reading, metric: Metric) -> tuple[Quantizer, float]:
+def _value_quantizer(reading: ConsumerSample, metric: Metric) -> tuple[Quantizer, float]:
     """The quantizer of attention values, a scale a head, and the error of the product with it."""
     values = reading.sample.rhs
     lo, hi = values.amin((0, 2, 3)), values.amax((0, 2, 3))

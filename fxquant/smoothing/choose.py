@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.calibration.network_loss import NetworkLoss
-from fxquant.calibration.reservoir import Picked, images_for
+from fxquant.calibration.reservoir import ReservoirSampler, images_for
 from fxquant.calibration.sample_products import sample_products
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import Metric, ScaleSearch
@@ -17,16 +17,22 @@ from fxquant.config.spec import Granularity, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg
 from fxquant.graph.capture import device_of
 from fxquant.graph.dialect import aten
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.search.product_loss import ProductSample
-from fxquant.smoothing.candidates import Reading, Smoothing, Trial, finalists, moved
+from fxquant.smoothing.candidates import (
+    ConsumerSample,
+    Smoothing,
+    TrialFold,
+    finalists,
+    folded_sample,
+)
 from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.utils.progress import track
 
 # Of the loss without. What finalists are tried with is rougher than the search of scales to follow,
 # which makes up for smaller gains: on glyph_vit at 4 bits, folds of 0.5 to 0.8 raised the loss of
 # the whole network by a twentieth.
-_GAIN = 0.5
+MAX_LOSS_RATIO = 0.5
 # Multiplications that measuring the loss may take: some half a minute on two AVX2 cores.
 _WORK = 2e12
 # Finalists of a site where channels may be shifted.
@@ -34,7 +40,7 @@ _FINALISTS = 5
 
 
 @dataclass(frozen=True)
-class Choice:
+class FoldDecision:
     """What was decided for a site.
 
     Attributes:
@@ -49,7 +55,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Choices:
+class FoldDecisions:
     """What was decided for a graph.
 
     Attributes:
@@ -58,7 +64,7 @@ class Choices:
         samples: rows of each product by node name, as they are after the folds.
     """
 
-    folds: Mapping[str, Choice]
+    folds: Mapping[str, FoldDecision]
     refused: Mapping[str, str]
     samples: dict[str, ProductSample]
 
@@ -70,7 +76,7 @@ def choose_smoothing(
     loss: Loss | None = None,
     *,
     progress: bool = False,
-) -> Choices:
+) -> FoldDecisions:
     """The map of channels at each site whose loss is at most half of that without.
 
     The loss is that of the network's outputs, on some of the images, with only the products of the
@@ -85,8 +91,10 @@ def choose_smoothing(
     """
     sites = [*norm_sites(gm), *linear_sites(gm)]
     starts = [site.source for _, site in sites if isinstance(site, Site)]
-    picked = Picked(images_for(_WORK, _FINALISTS * Work(gm).behind(starts)), search.seed)
-    samples, _ = sample_products(gm, picked.watch(batches), search, loss)
+    picked = ReservoirSampler(
+        images_for(_WORK, _FINALISTS * MacCounter(gm).macs_after(starts)), search.seed
+    )
+    samples, _ = sample_products(gm, picked.observe(batches), search, loss)
     found, refused = _compared(sites, samples)
     folds = {}
     with torch.no_grad():
@@ -94,33 +102,35 @@ def choose_smoothing(
         found.sort(key=lambda item: min(network.place[node] for node in _nodes(item[0])))
         for site, readings in track(found, label="smooth", total=len(found), enabled=progress):
             choice = _choose(network, site, readings, search.metric)
-            if choice.gain <= _GAIN:
+            if choice.gain <= MAX_LOSS_RATIO:
                 folds[site.source.name] = choice
             else:
                 refused[site.source.name] = (
                     f"not smoothed: the loss would be {choice.gain:.2f} of that without, and "
-                    f"{_GAIN} is asked for"
+                    f"{MAX_LOSS_RATIO} is asked for"
                 )
-        return Choices(folds, refused, _moved(samples, folds.values()))
+        return FoldDecisions(folds, refused, _folded_samples(samples, folds.values()))
 
 
-def _choose(network: NetworkLoss, site: Site, readings: list[Reading], metric: Metric) -> Choice:
+def _choose(
+    network: NetworkLoss, site: Site, readings: list[ConsumerSample], metric: Metric
+) -> FoldDecision:
     """The finalist of least loss, the first of which is no change."""
     tried = finalists(readings, metric, shiftable=site.shiftable)
     losses = []
     for smoothing in tried:
-        trial = Trial(readings, smoothing, metric)
+        trial = TrialFold(readings, smoothing, metric)
         instead = dict(zip(_nodes(site), trial.instead, strict=True))
         losses.append(network.changed(instead))
     best = losses.index(min(losses))
-    return Choice(site, tried[best], losses[best] / losses[0] if best else 1.0)
+    return FoldDecision(site, tried[best], losses[best] / losses[0] if best else 1.0)
 
 
 def _compared(
     sites: Iterable[tuple[fx.Node, Site | str]], samples: Mapping[str, ProductSample]
-) -> tuple[list[tuple[Site, list[Reading]]], dict[str, str]]:
+) -> tuple[list[tuple[Site, list[ConsumerSample]]], dict[str, str]]:
     """Sites with what reads them; and why others cannot be compared, by name of the source."""
-    found: list[tuple[Site, list[Reading]]] = []
+    found: list[tuple[Site, list[ConsumerSample]]] = []
     refused: dict[str, str] = {}
     for source, site in sites:
         readings = site if isinstance(site, str) else _readings(site, samples)
@@ -137,7 +147,7 @@ def _nodes(site: Site) -> tuple[fx.Node, ...]:
     return (*site.linears, *values)
 
 
-def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[Reading] | str:
+def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[ConsumerSample] | str:
     """What reads a site's channels, or a clause why it cannot be compared."""
     found = []
     channels = _channels(site)
@@ -152,7 +162,7 @@ def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[Reading]
             return f"the quantizer of what {node} reads is not uniform with a scale a {wanted}"
         if sample is None or (not left and sample.heads * sample.columns != channels):
             return f"no rows of {node} were sampled in a form that shows its channels"
-        found.append(Reading(sample, spec, specs.get(Arg.WEIGHT), left))
+        found.append(ConsumerSample(sample, spec, specs.get(Arg.WEIGHT), left))
     if len({reading.spec for reading in found if reading.left}) > 1:
         return "the linears that read it quantize it differently"
     return found
@@ -162,8 +172,8 @@ def _channels(site: Site) -> int:
     return int(site.source.meta["val"].shape[-1])
 
 
-def _moved(
-    samples: Mapping[str, ProductSample], choices: Iterable[Choice]
+def _folded_samples(
+    samples: Mapping[str, ProductSample], choices: Iterable[FoldDecision]
 ) -> dict[str, ProductSample]:
     """The rows of all products as they are after the folds."""
     found = dict(samples)
@@ -172,7 +182,7 @@ def _moved(
         for node in (*site.linears, *site.products):
             if node.name in found:
                 left = node in site.linears
-                found[node.name] = moved(found[node.name], smoothing, left=left)
+                found[node.name] = folded_sample(found[node.name], smoothing, left=left)
         own = found.get(site.source.name)
         if own is not None and site.source.target is aten.linear.default:
             gradient = None if own.gradient is None else own.gradient * smoothing.divide

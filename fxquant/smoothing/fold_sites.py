@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph.dialect import MOVES, aten
-from fxquant.graph.nodes import constant, data_users, operand, rank, replay, through_moves
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
+from fxquant.graph.nodes import (
+    constant,
+    data_users,
+    evaluate_moves,
+    operand,
+    rank,
+    skip_data_movement,
+)
 from fxquant.graph.shapes import example_shape
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
@@ -87,7 +94,7 @@ class _Flow:
         pending = [source]
         for node in pending:
             for user in data_users(node):
-                if user.target in MOVES:
+                if user.target in DATA_MOVEMENT_OPS:
                     pending.append(user)
                 elif user.target is aten.matmul.default and _carries(user, node, source):
                     pending.append(user)
@@ -112,7 +119,7 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
     memo: dict[fx.Node, Any] = {}
     averaged = True
     for product in flow.products:
-        seen = replay(operand(product, 1), source, numbers.expand(shape), memo)
+        seen = evaluate_moves(operand(product, 1), source, numbers.expand(shape), memo)
         if not bool((seen == seen[..., :1, :]).all()):
             return f"its channels do not stay on the last axis on their way to {product}"
         lead = seen[..., :1, :]
@@ -124,7 +131,7 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
         reason = _reader_refusal(gm, reader)
         if reason:
             return reason
-        seen = replay(node, source, numbers.expand(shape), memo)
+        seen = evaluate_moves(node, source, numbers.expand(shape), memo)
         if seen.shape[-1] != shape[-1] or bool(((seen != numbers) & (seen != 0)).any()):
             return f"its channels do not stay in order on the last axis on their way to {reader}"
         padded |= bool((seen == 0).any())
@@ -135,12 +142,12 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
 
 def _averages(weights: fx.Node) -> bool:
     """Whether rows of a matrix sum to one: its last axis is that of a softmax, in its order."""
-    softmax = through_moves(weights)
+    softmax = skip_data_movement(weights)
     if softmax.target not in _SOFTMAX or softmax.args[1] not in (-1, rank(softmax) - 1):
         return False
     shape = example_shape(softmax)
     numbers = torch.arange(1.0, shape[-1] + 1)
-    seen: Tensor = replay(weights, softmax, numbers.expand(shape), {})
+    seen: Tensor = evaluate_moves(weights, softmax, numbers.expand(shape), {})
     return seen.shape[-1] == shape[-1] and bool((seen == numbers).all())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.backends.integer.kernels import accumulator_dtype
-from fxquant.backends.integer.modules import Side
+from fxquant.backends.integer.modules import QuantizedOperand
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.ops import broadcast
 
@@ -56,7 +56,7 @@ class IntAdd(nn.Module):
 
     def __init__(self, lhs: UniformQuantizer, rhs: UniformQuantizer) -> None:
         super().__init__()
-        self.lhs, self.rhs = Side(lhs, None), Side(rhs, None)
+        self.lhs, self.rhs = QuantizedOperand(lhs, None), QuantizedOperand(rhs, None)
         scales = [float(quantizer.scale) for quantizer in (lhs, rhs)]
         spans = self.lhs.bound, self.rhs.bound
         bits = max(spans).bit_length() + _SPARE_BITS

@@ -19,9 +19,9 @@ from fxquant.backends.integer.elementwise import Dequantize, Lookup, table_of
 from fxquant.backends.integer.graph_builder import NewGraph
 from fxquant.backends.integer.kernels import Multiply
 from fxquant.backends.integer.lowered_values import (
-    Curve,
-    Sums,
-    Wanted,
+    Accumulator,
+    CodeFunction,
+    CodeRequest,
     heads_of_channels,
     scaling,
     sums_of_product,
@@ -34,11 +34,11 @@ from fxquant.backends.integer.operations import (
     mean_module,
 )
 from fxquant.backends.integer.partition import fed_by_image, feeding_quantizers, is_size
-from fxquant.backends.integer.products import Coded, Product, make_product
+from fxquant.backends.integer.products import IntegerQuantizer, Product, make_product
 from fxquant.backends.integer.quantize_modules import to_codes
 from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
-from fxquant.graph.dialect import MOVES, aten, op_kind
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten, op_kind
 from fxquant.graph.edges import Edge, possible_edges
 from fxquant.graph.nodes import arguments, constant, submodule
 from fxquant.quantizers import UniformQuantizer
@@ -90,8 +90,8 @@ class _Builder:
             self._edges.setdefault(edge.node, []).append(edge)
         self._image = fed_by_image(gm)
         # Old nodes -> what they became.
-        self._sums: dict[fx.Node, Sums | Curve] = {}
-        self._codes: dict[tuple[fx.Node, Wanted], fx.Node] = {}
+        self._sums: dict[fx.Node, Accumulator | CodeFunction] = {}
+        self._codes: dict[tuple[fx.Node, CodeRequest], fx.Node] = {}
         self._floats: dict[fx.Node, fx.Node] = {}
         self._sizes: dict[fx.Node, fx.Node] = {}
         self._coded: dict[str, str] = {}
@@ -102,7 +102,7 @@ class _Builder:
             self._float(node)
         for node in self._image:
             for user in node.users:
-                if isinstance(submodule(self._gm, user), Coded):
+                if isinstance(submodule(self._gm, user), IntegerQuantizer):
                     self._code(user)
         needed = feeding_quantizers(nodes)
         for node in nodes:
@@ -129,13 +129,13 @@ class _Builder:
             LoweringError: some are and some are not.
         """
         edges = self._edges.get(node, [])
-        coded = [isinstance(submodule(self._gm, edge.source), Coded) for edge in edges]
+        coded = [isinstance(submodule(self._gm, edge.source), IntegerQuantizer) for edge in edges]
         if any(coded) and not all(coded):
             raise LoweringError(f"{node.name} has an operand that is not quantized")
         return any(coded)
 
     def _passes_codes(self, node: fx.Node) -> bool:
-        known = node.target in MOVES or node.target in (aten.cat.default, *MEANS)
+        known = node.target in DATA_MOVEMENT_OPS or node.target in (aten.cat.default, *MEANS)
         return known or scaling(self._gm, node) is not None
 
     def _no_form(self, node: fx.Node) -> str:
@@ -146,7 +146,7 @@ class _Builder:
 
     # Sums
 
-    def _lower(self, node: fx.Node) -> Sums | Curve:
+    def _lower(self, node: fx.Node) -> Accumulator | CodeFunction:
         """The integer form of an operation whose inputs are quantized."""
         edges = self._edges[node]
         codes = [self._code(edge.source) for edge in edges]
@@ -159,10 +159,12 @@ class _Builder:
             return sums_of_product(call, product, weight, node)
         quantizers = [self._uniform(edge) for edge in edges]
         if edges[0].kind is OpKind.ACTIVATION:
-            return Curve(codes[0], quantizers[0], function_of(node))
+            return CodeFunction(codes[0], quantizers[0], function_of(node))
         module = elementwise_module(self._gm, node, quantizers)
         call = self._new.call(node.name, module, *codes)
-        return Sums(call, torch.tensor(module.scale, dtype=torch.float64), None, module.bound)
+        return Accumulator(
+            call, torch.tensor(module.scale, dtype=torch.float64), None, module.bound
+        )
 
     def _uniform(self, edge: Edge) -> UniformQuantizer:
         quantizer = submodule(self._gm, edge.source)
@@ -170,29 +172,29 @@ class _Builder:
             raise LoweringError(f"{edge.name} needs one scale and one zero point")
         return quantizer
 
-    def _sum(self, node: fx.Node) -> Sums:
+    def _sum(self, node: fx.Node) -> Accumulator:
         """The sums that a value is made of.
 
         Raises:
             LoweringError: it is made of none, or a move would part them from their units.
         """
         found = self._sums.get(node)
-        if not isinstance(found, Sums):
+        if not isinstance(found, Accumulator):
             found = self._sums[node] = self._make_sums(node, found)
         return found
 
-    def _make_sums(self, node: fx.Node, curve: Curve | None) -> Sums:
+    def _make_sums(self, node: fx.Node, curve: CodeFunction | None) -> Accumulator:
         if curve is not None:
             module, unit, bound = curve_module(curve)
             call = self._new.call(f"{node.name}_values", module, curve.node)
-            return Sums(call, unit, None, bound)
+            return Accumulator(call, unit, None, bound)
         factor = scaling(self._gm, node)
-        if node.target in MEANS or node.target in MOVES or factor is not None:
+        if node.target in MEANS or node.target in DATA_MOVEMENT_OPS or factor is not None:
             inner = self._sum(node.all_input_nodes[0] if factor is None else factor.source)
             if node.target in MEANS:
                 mean, count = mean_module(node, inner)
                 call = self._new.call(node.name, mean, inner.node)
-                return Sums(call, inner.scale / count, None, inner.bound * count)
+                return Accumulator(call, inner.scale / count, None, inner.bound * count)
             if factor is not None and factor.axis is None:
                 return inner._replace(scale=inner.scale * factor.values)
             if factor is None and inner.axis is None:
@@ -204,12 +206,12 @@ class _Builder:
     def _code(self, call: fx.Node) -> fx.Node:
         """The codes that a quantizer call yields."""
         quantizer = submodule(self._gm, call)
-        assert isinstance(quantizer, Coded)
-        made = self._wanted(call.all_input_nodes[0], Wanted.of(quantizer))
+        assert isinstance(quantizer, IntegerQuantizer)
+        made = self._wanted(call.all_input_nodes[0], CodeRequest.of(quantizer))
         self._coded[str(call.target)] = made.name
         return made
 
-    def _wanted(self, node: fx.Node, wanted: Wanted) -> fx.Node:
+    def _wanted(self, node: fx.Node, wanted: CodeRequest) -> fx.Node:
         """Codes of a value."""
         key = (node, wanted)
         if key not in self._codes:
@@ -219,7 +221,7 @@ class _Builder:
             self._codes[key] = self._codes_through(node, wanted) if made is None else made
         return self._codes[key]
 
-    def _codes_here(self, node: fx.Node, wanted: Wanted) -> fx.Node | None:
+    def _codes_here(self, node: fx.Node, wanted: CodeRequest) -> fx.Node | None:
         """Codes where the value is made; None where it is only moved or scaled."""
         name, value = f"{node.name}_codes", constant(self._gm, node)
         if value is not None:
@@ -229,14 +231,14 @@ class _Builder:
                 raise LoweringError(f"{node.name} is float and joins integer values")
             return self._new.call(name, to_codes(wanted.quantizer), self._float(node))
         found = self._sum(node) if node.target in MEANS else self._sums.get(node)
-        if isinstance(found, Curve):
+        if isinstance(found, CodeFunction):
             table = wanted.table(table_of(found.quantizer, found.function))
             return self._new.call(name, Lookup(table, found.quantizer.qmin), found.node)
         if found is not None and wanted.fits(found):
             return self._new.call(name, wanted.requantizer(found), found.node)
         return None
 
-    def _codes_through(self, node: fx.Node, wanted: Wanted) -> fx.Node:
+    def _codes_through(self, node: fx.Node, wanted: CodeRequest) -> fx.Node:
         """Codes of what an operation moves or scales, moved."""
         factor = scaling(self._gm, node)
         if factor is not None:
@@ -245,14 +247,14 @@ class _Builder:
             tensors = arguments(node)["tensors"]
             parts = [self._wanted(part, wanted) for part in tensors]
             return self._new.function(node.target, (parts, *node.args[1:]), node.kwargs)
-        if node.target in MOVES:
+        if node.target in DATA_MOVEMENT_OPS:
             return self._moved(node, self._wanted(node.all_input_nodes[0], wanted), wanted)
         raise LoweringError(self._no_form(node))
 
-    def _codes_by_channel(self, node: fx.Node, wanted: Wanted) -> fx.Node:
+    def _codes_by_channel(self, node: fx.Node, wanted: CodeRequest) -> fx.Node:
         """Codes with a scale for each head: requantized by channel where their sums are made."""
         source, moves = node, []
-        while source not in self._sums and source.target in MOVES:
+        while source not in self._sums and source.target in DATA_MOVEMENT_OPS:
             moves.append(source)
             source = source.all_input_nodes[0]
         sums = self._sum(source)
@@ -263,7 +265,7 @@ class _Builder:
             codes = self._moved(move, codes, wanted)
         return codes
 
-    def _moved(self, node: fx.Node, value: fx.Node, wanted: Wanted | None = None) -> fx.Node:
+    def _moved(self, node: fx.Node, value: fx.Node, wanted: CodeRequest | None = None) -> fx.Node:
         """The move ``node`` of other values: codes, or sums where ``wanted`` is None."""
         source = node.all_input_nodes[0]
         args, kwargs = fx.map_arg(
@@ -294,7 +296,7 @@ class _Builder:
         found = self._sums.get(node)
         if found is not None:
             return found.node
-        if node.target in MOVES:
+        if node.target in DATA_MOVEMENT_OPS:
             return self._moved(node, self._of_that_shape(node.all_input_nodes[0]))
         factor = scaling(self._gm, node)
         if factor is not None:
@@ -313,7 +315,7 @@ class _Builder:
         value, found = constant(self._gm, node), self._sums.get(node)
         if value is not None:
             return self._new.buffer(node.name, value)
-        if isinstance(found, Curve):
+        if isinstance(found, CodeFunction):
             lookup = Lookup(table_of(found.quantizer, found.function), found.quantizer.qmin)
             return self._new.call(f"{node.name}_out", lookup, found.node)
         if found is not None:

@@ -12,7 +12,7 @@ Each is computed one of three ways, all exact:
   since it goes on summing in float32.
 - *float64*: the same with 2^53, for codes of more than 8 bits.
 
-Sums are int32 where the bound of the operands proves that they fit, else int64.
+Accumulator are int32 where the bound of the operands proves that they fit, else int64.
 """
 
 from __future__ import annotations

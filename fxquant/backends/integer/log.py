@@ -59,7 +59,7 @@ class LogFromCodes(nn.Module):
         return self.values[codes.to(torch.int64)]
 
 
-class LogSide(nn.Module):
+class LogOperand(nn.Module):
     """One operand of a product, given as codes.
 
     Args:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.backends.integer.log import LogRequantize
-from fxquant.backends.integer.modules import AnySide, IntMatmul, Side, storage_dtype
-from fxquant.backends.integer.products import Coded, Product
+from fxquant.backends.integer.modules import AnyOperand, IntMatmul, QuantizedOperand, storage_dtype
+from fxquant.backends.integer.products import IntegerQuantizer, Product
 from fxquant.backends.integer.requantize import Requantize, TwinRequantize
 from fxquant.errors import LoweringError
 from fxquant.graph.dialect import aten
-from fxquant.graph.nodes import constant, operand, replay
+from fxquant.graph.nodes import constant, evaluate_moves, operand
 from fxquant.graph.shapes import example_shape
 from fxquant.quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.quantizers.ops import broadcast
 
 
-class Sums(NamedTuple):
+class Accumulator(NamedTuple):
     """Integer accumulators.
 
     Attributes:
@@ -38,7 +38,7 @@ class Sums(NamedTuple):
     bound: int
 
 
-class Curve(NamedTuple):
+class CodeFunction(NamedTuple):
     """A function of codes: a table, once it is known what reads it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Factor(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class CodeRequest:
     """Codes of a value, or of a multiple of it, in the terms of some quantizer.
 
     Attributes:
@@ -80,13 +80,13 @@ class Wanted:
     """
 
     key: tuple[object, ...]
-    quantizer: Coded = field(compare=False)
+    quantizer: IntegerQuantizer = field(compare=False)
     scale: Tensor = field(compare=False)
     zero_point: Tensor = field(compare=False)
     axis: int | None = field(compare=False)
 
     @classmethod
-    def of(cls, quantizer: Coded) -> Wanted:
+    def of(cls, quantizer: IntegerQuantizer) -> CodeRequest:
         """The codes that a quantizer gives."""
         buffers = (tuple(buffer.flatten().tolist()) for buffer in quantizer.buffers())
         zero_point, axis = torch.zeros_like(quantizer.scale), None
@@ -102,13 +102,13 @@ class Wanted:
             axis=axis,
         )
 
-    def times(self, factor: Factor) -> Wanted:
+    def times(self, factor: Factor) -> CodeRequest:
         """The codes of the value before it is multiplied; these are per tensor."""
         assert self.axis is None
         key = (*self.key, "times", tuple(factor.values.flatten().tolist()), factor.axis)
         return replace(self, key=key, scale=self.scale / factor.values, axis=factor.axis)
 
-    def by_channel(self, heads: Tensor, axis: int) -> Wanted:
+    def by_channel(self, heads: Tensor, axis: int) -> CodeRequest:
         """The same codes where channels have not yet been sorted into heads.
 
         Args:
@@ -157,11 +157,11 @@ class Wanted:
         factor = broadcast(self.quantizer.scale / self.scale, value.ndim, self.axis)
         return self.quantizer.quantize((value * factor).float()).to(self.dtype)
 
-    def fits(self, sums: Sums) -> bool:
+    def fits(self, sums: Accumulator) -> bool:
         """Whether scales of sums and codes run along one axis, so that either gives the other."""
         return self.axis is None or sums.axis in (None, self.axis)
 
-    def requantizer(self, sums: Sums) -> nn.Module:
+    def requantizer(self, sums: Accumulator) -> nn.Module:
         """The module from sums that fit to these codes."""
         axis = self.axis if sums.axis is None else sums.axis
         ratio = sums.scale / self.scale
@@ -197,7 +197,9 @@ def scaling(gm: fx.GraphModule, node: fx.Node) -> Factor | None:
     return Factor(source, values.flatten(), long[0]) if len(long) == 1 else None
 
 
-def sums_of_product(call: fx.Node, product: Product, weight: Tensor | None, node: fx.Node) -> Sums:
+def sums_of_product(
+    call: fx.Node, product: Product, weight: Tensor | None, node: fx.Node
+) -> Accumulator:
     """What a product of codes gives.
 
     Args:
@@ -230,14 +232,14 @@ def sums_of_product(call: fx.Node, product: Product, weight: Tensor | None, node
     codes = getattr(product, "bias_codes", None)
     if codes is not None:
         bound += int(codes.abs().max())
-    return Sums(call, (left.scale * right.scale).double(), axis, bound)
+    return Accumulator(call, (left.scale * right.scale).double(), axis, bound)
 
 
-def _axis(side: AnySide) -> int | None:
-    return side.axis if isinstance(side, Side) else None
+def _axis(side: AnyOperand) -> int | None:
+    return side.axis if isinstance(side, QuantizedOperand) else None
 
 
-def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: Wanted) -> Tensor:
+def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: CodeRequest) -> Tensor:
     """Which entry of an axis each channel goes to, when values are moved.
 
     Args:
@@ -254,7 +256,7 @@ def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: Wanted)
     """
     shape = example_shape(source)
     numbers = torch.arange(shape[axis]).view(-1, *[1] * (-axis - 1)).expand(shape)
-    moved = replay(node, source, numbers, {}).movedim(wanted.axis or 0, 0).flatten(1)
+    moved = evaluate_moves(node, source, numbers, {}).movedim(wanted.axis or 0, 0).flatten(1)
     heads = torch.full((shape[axis],), -1)
     for head, channels in enumerate(moved):
         taken = channels.unique()

@@ -22,7 +22,7 @@ from torch import fx, nn
 from fxquant.backends.integer.integer_only import build_integer_only
 from fxquant.backends.integer.kernels import affine_matmul, affine_whole
 from fxquant.backends.integer.modules import storage_dtype
-from fxquant.backends.integer.products import Coded, make_product
+from fxquant.backends.integer.products import IntegerQuantizer, make_product
 from fxquant.backends.integer.quantize_modules import from_codes, to_codes
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import LoweringError
@@ -112,7 +112,7 @@ def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[
     made: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
         quantizer = submodule(gm, node)
-        if isinstance(quantizer, Coded):
+        if isinstance(quantizer, IntegerQuantizer):
             key = _identity(node, quantizer)
             if key not in made:
                 made[key] = _emit_codes(gm, node, quantizer)
@@ -120,7 +120,7 @@ def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[
     return codes, {str(node.target): str(code.target) for node, code in codes.items()}
 
 
-def _identity(node: fx.Node, quantizer: Coded) -> tuple[Any, ...]:
+def _identity(node: fx.Node, quantizer: IntegerQuantizer) -> tuple[Any, ...]:
     """Equal for quantizer calls that yield equal codes."""
     source = node.all_input_nodes[0]
     value = source.target if source.op == "get_attr" else source
@@ -128,7 +128,7 @@ def _identity(node: fx.Node, quantizer: Coded) -> tuple[Any, ...]:
     return (value, json.dumps(quantizer.config()), *parameters)
 
 
-def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: Coded) -> fx.Node:
+def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: IntegerQuantizer) -> fx.Node:
     source = node.all_input_nodes[0]
     value = constant(gm, source)
     if value is None:
@@ -159,7 +159,7 @@ def _dequantize_rest(gm: fx.GraphModule, node: fx.Node, code: fx.Node) -> None:
     """Gives the products that stay float the values of the codes; removes the quantizer."""
     if node.users:
         quantizer = submodule(gm, node)
-        assert isinstance(quantizer, Coded)
+        assert isinstance(quantizer, IntegerQuantizer)
         name = f"values.{_leaf(node)}"
         node.replace_all_uses_with(_emit(gm, node, name, from_codes(quantizer), code))
     gm.graph.erase_node(node)

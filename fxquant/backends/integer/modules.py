@@ -20,8 +20,8 @@ from fxquant.backends.integer.kernels import (
     affine_matmul,
     sum_products,
 )
-from fxquant.backends.integer.log import LogSide
-from fxquant.backends.integer.twin import TwinSide
+from fxquant.backends.integer.log import LogOperand
+from fxquant.backends.integer.twin import TwinOperand
 from fxquant.quantizers import INT32_MAX, LogQuantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.quantizers.ops import broadcast
 
@@ -84,7 +84,7 @@ class FromCodes(nn.Module):
         return steps * broadcast(self.scale, codes.ndim, self.axis)
 
 
-class Side(nn.Module):
+class QuantizedOperand(nn.Module):
     """One operand of a product: what its codes stand for.
 
     Args:
@@ -123,13 +123,13 @@ class Side(nn.Module):
 
 
 # An operand of a product.
-AnySide = Side | TwinSide | LogSide
+AnyOperand = QuantizedOperand | TwinOperand | LogOperand
 
 
 class IntMatmul(nn.Module):
     """``lhs @ rhs`` of codes; a scale may run along any axis but the summed one."""
 
-    def __init__(self, lhs: AnySide, rhs: AnySide) -> None:
+    def __init__(self, lhs: AnyOperand, rhs: AnyOperand) -> None:
         super().__init__()
         self.lhs, self.rhs = lhs, rhs
 
@@ -155,7 +155,7 @@ class IntLinear(nn.Module):
 
     bias_codes: Tensor | None
 
-    def __init__(self, x: AnySide, weight: Side, bias_codes: Tensor | None) -> None:
+    def __init__(self, x: AnyOperand, weight: QuantizedOperand, bias_codes: Tensor | None) -> None:
         super().__init__()
         self.input, self.weight = x, weight
         self.register_buffer("bias_codes", bias_codes)
@@ -193,7 +193,7 @@ class IntConv(nn.Module):
     bias_codes: Tensor | None
 
     def __init__(
-        self, x: AnySide, weight: Side, bias_codes: Tensor | None, geometry: Geometry
+        self, x: AnyOperand, weight: QuantizedOperand, bias_codes: Tensor | None, geometry: Geometry
     ) -> None:
         super().__init__()
         self.input, self.weight, self.geometry = x, weight, geometry

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.integer.elementwise import FUNCTION_BITS, IntAdd, IntMean, Lookup, table_of
-from fxquant.backends.integer.lowered_values import Curve, Sums
+from fxquant.backends.integer.lowered_values import Accumulator, CodeFunction
 from fxquant.backends.integer.norm import IntNorm
 from fxquant.backends.integer.softmax import IntSoftmax
 from fxquant.config.vocabulary import OpKind
@@ -56,7 +56,7 @@ def function_of(node: fx.Node) -> Callable[[Tensor], Tensor]:
     return lambda values: target(values, *node.args[1:], **node.kwargs)
 
 
-def curve_module(curve: Curve) -> tuple[Lookup, Tensor, int]:
+def curve_module(curve: CodeFunction) -> tuple[Lookup, Tensor, int]:
     """A table from codes to whole numbers, with their unit and bound, where no quantizer reads."""
     values = table_of(curve.quantizer, curve.function).double()
     table = torch.round(torch.ldexp(values, torch.tensor(FUNCTION_BITS))).to(torch.int64)
@@ -64,7 +64,7 @@ def curve_module(curve: Curve) -> tuple[Lookup, Tensor, int]:
     return Lookup(table, curve.quantizer.qmin), unit, int(table.abs().max())
 
 
-def mean_module(node: fx.Node, inner: Sums) -> tuple[IntMean, int]:
+def mean_module(node: fx.Node, inner: Accumulator) -> tuple[IntMean, int]:
     """The module of a mean, and how many values it sums.
 
     Args:

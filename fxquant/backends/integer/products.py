@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.backends.integer.convolve import Geometry
-from fxquant.backends.integer.log import LogSide
+from fxquant.backends.integer.log import LogOperand
 from fxquant.backends.integer.modules import (
-    AnySide,
+    AnyOperand,
     IntConv,
     IntLinear,
     IntMatmul,
-    Side,
+    QuantizedOperand,
     bias_codes,
 )
-from fxquant.backends.integer.twin import TwinSide
+from fxquant.backends.integer.twin import TwinOperand
 from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
 from fxquant.graph.edges import Edge
@@ -25,7 +25,7 @@ from fxquant.graph.nodes import arguments, constant, submodule
 from fxquant.quantizers import LogQuantizer, Quantizer, TwinUniformQuantizer, UniformQuantizer
 
 # The quantizers whose codes this backend multiplies.
-Coded = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
+IntegerQuantizer = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
 Product = IntLinear | IntConv | IntMatmul
 
 
@@ -49,7 +49,7 @@ def make_product(
     """
     for edge in (left, right):
         quantizer = submodule(gm, edge.source)
-        if isinstance(quantizer, Quantizer) and not isinstance(quantizer, Coded):
+        if isinstance(quantizer, Quantizer) and not isinstance(quantizer, IntegerQuantizer):
             raise LoweringError(
                 f"{edge.name} ({edge.path}): the integer backend multiplies the codes of "
                 f"uniform, twin and logarithmic quantizers, got {type(quantizer).__name__}; give "
@@ -63,7 +63,10 @@ def make_product(
 def _linear(gm: fx.GraphModule, x: Edge, weight: Edge) -> tuple[IntLinear, tuple[fx.Node, ...]]:
     quantizer = _weight_quantizer(gm, weight)
     # The product takes the transposed weight, whose output channels lie on the last axis.
-    sides = _side(gm, x, summed=-1), Side(quantizer, None if quantizer.axis is None else -1)
+    sides = (
+        _side(gm, x, summed=-1),
+        QuantizedOperand(quantizer, None if quantizer.axis is None else -1),
+    )
     bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
     return IntLinear(*sides, bias), rest
 
@@ -73,13 +76,13 @@ def _conv(gm: fx.GraphModule, x: Edge, weight: Edge) -> tuple[IntConv, tuple[fx.
     if isinstance(input_quantizer, UniformQuantizer) and input_quantizer.axis is not None:
         reason = "a convolution takes one scale for its input"
         raise _axis_error(x, input_quantizer.axis, reason)
-    sides = _side(gm, x, summed=1), Side(quantizer, quantizer.axis)
+    sides = _side(gm, x, summed=1), QuantizedOperand(quantizer, quantizer.axis)
     bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
     kernel = tuple(_constant_shape(gm, weight)[2:])
     return IntConv(*sides, bias, _geometry(arguments(x.node), kernel)), rest
 
 
-def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnySide:
+def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnyOperand:
     """An activation as operand of a product over its axis ``summed``.
 
     Raises:
@@ -87,15 +90,15 @@ def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnySide:
     """
     quantizer = submodule(gm, edge.source)
     if isinstance(quantizer, TwinUniformQuantizer):
-        return TwinSide(quantizer)
+        return TwinOperand(quantizer)
     if isinstance(quantizer, LogQuantizer):
-        return LogSide(quantizer)
+        return LogOperand(quantizer)
     assert isinstance(quantizer, UniformQuantizer)
     if quantizer.axis == summed:
         raise _axis_error(edge, quantizer.axis, "the sum runs over it, so no scale factors out")
     if quantizer.axis is not None and quantizer.axis >= 0:
         raise _axis_error(edge, quantizer.axis, "axes of activations are counted from the last")
-    return Side(quantizer, quantizer.axis)
+    return QuantizedOperand(quantizer, quantizer.axis)
 
 
 def _weight_quantizer(gm: fx.GraphModule, edge: Edge) -> UniformQuantizer:
@@ -125,7 +128,10 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
 
 
 def _split_bias(
-    gm: fx.GraphModule, weight: Edge, sides: tuple[AnySide, Side], bias: fx.Node | None
+    gm: fx.GraphModule,
+    weight: Edge,
+    sides: tuple[AnyOperand, QuantizedOperand],
+    bias: fx.Node | None,
 ) -> tuple[Tensor | None, tuple[fx.Node, ...]]:
     """The bias as integer codes, or else as the float argument that it is."""
     depth = _constant_shape(gm, weight)[1:].numel()

@@ -49,7 +49,7 @@ class TwinFromCodes(nn.Module):
         return twin_values(codes.to(self.scale.dtype), self.scale, *self.form)
 
 
-class TwinSide(nn.Module):
+class TwinOperand(nn.Module):
     """One operand of a product, given as code words.
 
     Args:

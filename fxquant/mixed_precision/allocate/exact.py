@@ -13,13 +13,13 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
 from fxquant.mixed_precision.allocate.greedy import greedy
-from fxquant.mixed_precision.allocate.problem import Floats, Ints, Meter, Problem, within
+from fxquant.mixed_precision.allocate.problem import CostFunction, Floats, Ints, Problem, within
 
 # The solver may leave a bound by its tolerance; the bound is then drawn in by what it took.
 _ATTEMPTS = 20
 
 
-def exact(problem: Problem, bounds: list[tuple[Meter, int]]) -> tuple[int, ...]:
+def exact(problem: Problem, bounds: list[tuple[CostFunction, int]]) -> tuple[int, ...]:
     """The widths of least predicted loss within the bounds, one a group.
 
     Args:
@@ -51,7 +51,9 @@ class _Program:
             that is there counts as twice that, or the solver's tolerances would hide all the rest.
     """
 
-    def __init__(self, problem: Problem, meters: list[Meter], known: tuple[int, ...]) -> None:
+    def __init__(
+        self, problem: Problem, meters: list[CostFunction], known: tuple[int, ...]
+    ) -> None:
         self._problem, self._meters = problem, meters
         self._widths = np.array(problem.widths, dtype=np.int64)
         self._groups, self._choices = len(problem.groups), len(problem.widths)
@@ -97,7 +99,7 @@ class _Program:
                     rows.append(self._row(places, np.append(np.ones(self._choices), -1.0)))
         return rows
 
-    def _cost(self, meter: Meter) -> csr_array:
+    def _cost(self, meter: CostFunction) -> csr_array:
         """The coefficients of a meter, its constant left out."""
         linear = meter.linear[:, None] * self._widths[None, :].astype(float)
         if meter.pairs is not None:

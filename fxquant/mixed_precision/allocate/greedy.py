@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fxquant.mixed_precision.allocate.problem import Floats, Ints, Meter, Problem, within
+from fxquant.mixed_precision.allocate.problem import CostFunction, Floats, Ints, Problem, within
 
 # Widths, one a group, to the loss of the network at them.
 MeasureLoss: TypeAlias = Callable[[tuple[int, ...]], float]
@@ -26,7 +26,7 @@ _TRUSTED = 2.0
 
 def greedy(
     problem: Problem,
-    bounds: list[tuple[Meter, int]],
+    bounds: list[tuple[CostFunction, int]],
     measure: MeasureLoss | None = None,
     recheck: int = 0,
 ) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ def greedy(
 class _Descent:
     """One run of the algorithm."""
 
-    def __init__(self, problem: Problem, bounds: list[tuple[Meter, int]]) -> None:
+    def __init__(self, problem: Problem, bounds: list[tuple[CostFunction, int]]) -> None:
         self._problem, self._bounds = problem, bounds
         self._widths = np.array(problem.widths, dtype=np.int64)
         self._bits: Ints = np.full(len(problem.groups), self._widths[-1])
@@ -116,7 +116,7 @@ class _Measured(_Descent):
     def __init__(
         self,
         problem: Problem,
-        bounds: list[tuple[Meter, int]],
+        bounds: list[tuple[CostFunction, int]],
         measure: MeasureLoss,
         recheck: int,
         negligible: float,

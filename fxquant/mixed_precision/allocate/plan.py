@@ -64,7 +64,7 @@ def allocate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class SweepPoint:
     """A plan of a sweep.
 
     Attributes:
@@ -76,7 +76,7 @@ class Point:
     plan: Plan
 
 
-def sweep(problem: Problem, cost: Cost, count: int = 25) -> list[Point]:
+def sweep(problem: Problem, cost: Cost, count: int = 25) -> list[SweepPoint]:
     """Plans from the cheapest to the dearest, all from one set of sensitivities.
 
     Uniform ones at every width; greedy and exact ones at the cost of each of these and at
@@ -95,15 +95,15 @@ def sweep(problem: Problem, cost: Cost, count: int = 25) -> list[Point]:
     problem.meter(cost)
     limits = [plan.costs[cost] for plan in uniform]
     limits += np.linspace(limits[0], limits[-1], count).tolist()
-    points = [Point(method="uniform", plan=plan) for plan in uniform]
+    points = [SweepPoint(method="uniform", plan=plan) for plan in uniform]
     for limit in sorted(set(limits)):
         budget = Budget(**{cost: limit})
         for method in (Method.GREEDY, Method.EXACT):
-            points.append(Point(method=method, plan=allocate(problem, budget, method)))
+            points.append(SweepPoint(method=method, plan=allocate(problem, budget, method)))
     return points
 
 
-def sweep_csv(points: Iterable[Point]) -> str:
+def sweep_csv(points: Iterable[SweepPoint]) -> str:
     """A row a plan: method, predicted loss, every cost, and the widths of the groups in order."""
     text = io.StringIO()
     writer = csv.writer(text)

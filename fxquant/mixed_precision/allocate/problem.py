@@ -39,7 +39,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fixed:
+class FixedWidth:
     """A quantizer whose width is not to be chosen.
 
     Attributes:
@@ -71,7 +71,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Meter:
+class CostFunction:
     """One cost as ``constant + linear @ bits + bits @ pairs @ bits``, in whole numbers.
 
     Attributes:
@@ -124,7 +124,7 @@ class Problem:
 
     widths: tuple[int, ...]
     groups: tuple[Group, ...]
-    fixed: tuple[Fixed, ...] = ()
+    fixed: tuple[FixedWidth, ...] = ()
     products: tuple[Product, ...] = ()
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class Problem:
         return np.array([group.losses for group in self.groups], dtype=np.float64)
 
     @cached_property
-    def meters(self) -> dict[Cost, Meter]:
+    def meters(self) -> dict[Cost, CostFunction]:
         """Every cost that this problem has; a mean over no values is none."""
         size = len(self.groups)
         found = {Cost.BITOPS: self._bitops()}
@@ -158,12 +158,12 @@ class Problem:
             total = sum(values) + sum(f.values for f in fixed)
             linear = np.array(values, dtype=np.int64).reshape(size)
             if total:
-                found[cost] = Meter(constant, linear, None, total)
+                found[cost] = CostFunction(constant, linear, None, total)
             if cost is Cost.MEAN_WEIGHT_BITS:
-                found[Cost.WEIGHT_BYTES] = Meter(constant, linear, None, 8)
+                found[Cost.WEIGHT_BYTES] = CostFunction(constant, linear, None, 8)
         return found
 
-    def _bitops(self) -> Meter:
+    def _bitops(self) -> CostFunction:
         place = {group.name: i for i, group in enumerate(self.groups)}
         constant, size = 0, len(self.groups)
         linear = np.zeros(size, dtype=np.int64)
@@ -179,7 +179,7 @@ class Problem:
             else:
                 one, two = sorted((place[left], place[right]))
                 pairs[one, two] += product.macs
-        return Meter(constant, linear, pairs, 1)
+        return CostFunction(constant, linear, pairs, 1)
 
     def costs(self, bits: Sequence[int] | Ints) -> dict[Cost, float]:
         """What widths, one a group, cost in each way."""
@@ -191,7 +191,7 @@ class Problem:
         place = np.searchsorted(self.widths, bits)
         return math.fsum(self.losses[np.arange(len(place)), place])
 
-    def meter(self, cost: Cost) -> Meter:
+    def meter(self, cost: Cost) -> CostFunction:
         """The meter of a cost.
 
         Raises:
@@ -201,7 +201,7 @@ class Problem:
             raise PolicyError(f"{cost} cannot be bounded: the model has no such quantized edge")
         return self.meters[cost]
 
-    def bounds(self, budget: Budget) -> list[tuple[Meter, int]]:
+    def bounds(self, budget: Budget) -> list[tuple[CostFunction, int]]:
         """Each meter of the budget and the largest total that it allows.
 
         Raises:
@@ -237,11 +237,11 @@ class Problem:
         return cls(
             widths=tuple(values["widths"]),
             groups=tuple(groups),
-            fixed=tuple(Fixed(**item) for item in values["fixed"]),
+            fixed=tuple(FixedWidth(**item) for item in values["fixed"]),
             products=tuple(Product(**item) for item in values["products"]),
         )
 
 
-def within(bounds: Sequence[tuple[Meter, int]], bits: Ints) -> bool:
+def within(bounds: Sequence[tuple[CostFunction, int]], bits: Ints) -> bool:
     """Whether widths keep all bounds."""
     return all(meter.total(bits) <= allowed for meter, allowed in bounds)

@@ -18,7 +18,7 @@ from fxquant.graph.edges import Edge
 from fxquant.graph.nodes import get_parameter
 from fxquant.graph.shapes import example_batch, example_shape
 from fxquant.mixed_precision.sensitivity.groups import EdgeGroup
-from fxquant.mixed_precision.sensitivity.trial_quantizers import Trials
+from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
 from fxquant.quantizers import UniformQuantizer
 from fxquant.search.metrics import Unit, losses
 from fxquant.search.product_loss import ProductSample
@@ -38,7 +38,7 @@ class Estimates:
     def __init__(
         self,
         gm: fx.GraphModule,
-        trials: Trials,
+        trials: TrialQuantizers,
         samples: dict[str, ProductSample],
         metric: Metric,
         images: int,

@@ -10,9 +10,9 @@ from torch import fx
 from fxquant.config.vocabulary import Arg
 from fxquant.graph.edges import Edge
 from fxquant.graph.edges import quantized_edges as annotated_edges
-from fxquant.graph.macs import Work
+from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter
-from fxquant.mixed_precision.allocate.problem import Fixed, Product
+from fxquant.mixed_precision.allocate.problem import FixedWidth, Product
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EdgeGroup:
         return list(dict.fromkeys(edge.source for edge in self.edges))
 
 
-class Layout:
+class WidthGroups:
     """Groups and costs of an observed graph.
 
     Args:
@@ -49,7 +49,7 @@ class Layout:
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm, self._work = gm, Work(gm)
+        self._gm, self._work = gm, MacCounter(gm)
         found: dict[tuple[str, ...], list[Edge]] = {}
         operands = list(_operands(gm))
         pinned = {e.source for e in operands if _pinned(e) and e.arg is not Arg.WEIGHT}
@@ -71,10 +71,10 @@ class Layout:
         return sum(self._work.values(node) for node in group.sources)
 
     @property
-    def fixed(self) -> tuple[Fixed, ...]:
+    def fixed(self) -> tuple[FixedWidth, ...]:
         """What keeps its width."""
         return tuple(
-            Fixed(
+            FixedWidth(
                 name=group.name,
                 is_weight=group.is_weight,
                 values=self.values(group),
@@ -96,10 +96,10 @@ class Layout:
             if len(both) == 2
         )
 
-    def behind(self) -> int:
+    def macs_after_groups(self) -> int:
         """Multiplications for one image of running what lies behind each group."""
         order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
-        return self._work.behind(
+        return self._work.macs_after(
             min((edge.node for edge in group.edges), key=order.__getitem__) for group in self.groups
         )
 

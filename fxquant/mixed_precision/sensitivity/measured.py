@@ -12,10 +12,10 @@ from fxquant.calibration.network_loss import NetworkLoss, Override
 from fxquant.config.scale_search import GradientLoss
 from fxquant.errors import NonFiniteError
 from fxquant.mixed_precision.sensitivity.groups import EdgeGroup
-from fxquant.mixed_precision.sensitivity.trial_quantizers import Trials
+from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
 
 
-class Network:
+class MeasuredSensitivity:
     """An observed graph run with groups quantized.
 
     Args:
@@ -26,7 +26,7 @@ class Network:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, trials: Trials, images: Tensor, loss: GradientLoss
+        self, gm: fx.GraphModule, trials: TrialQuantizers, images: Tensor, loss: GradientLoss
     ) -> None:
         self._network, self._trials = NetworkLoss(gm, images, loss), trials
 
@@ -39,12 +39,12 @@ class Network:
 
         return sorted(groups, key=first)
 
-    def alone(self, group: EdgeGroup, bits: int) -> float:
+    def of_group(self, group: EdgeGroup, bits: int) -> float:
         """The loss with one group quantized; groups are to come in the order of the graph."""
         loss = self._network.changed(self._overrides(group, bits))
         return _checked(loss, f"{group.name} at {bits} bits")
 
-    def together(self, groups: Sequence[EdgeGroup], bits: Sequence[int]) -> float:
+    def of_all(self, groups: Sequence[EdgeGroup], bits: Sequence[int]) -> float:
         """The loss with all groups quantized, each at its width."""
         overrides: dict[fx.Node, Override] = {}
         for group, width in zip(groups, bits, strict=True):

@@ -16,7 +16,7 @@ from fxquant.observers.ranges import value_range
 from fxquant.quantizers import Quantizer, UniformQuantizer
 
 
-class Trials:
+class TrialQuantizers:
     """Trial quantizers, each fitted once.
 
     Args:

@@ -12,6 +12,7 @@ from fxquant.graph.capture import device_of
 from fxquant.graph.outputs import float_outputs
 from fxquant.graph.parameter_bytes import float_bytes
 from fxquant.passes import (
+    CanonicalizeDataMovement,
     DropNoOps,
     FoldBatchNorm,
     FoldConstants,
@@ -24,7 +25,6 @@ from fxquant.passes import (
     SplitAttention,
     SplitProjections,
     ToLinear,
-    UnifyMoves,
     run_passes,
 )
 
@@ -32,7 +32,7 @@ from fxquant.passes import (
 # before products are sorted, a transposed weight folded before a product is seen to be a linear,
 # and batch norm folded before a projection's weight is cut in parts.
 CANONICAL: tuple[Pass, ...] = (
-    UnifyMoves(),
+    CanonicalizeDataMovement(),
     DropNoOps(),
     SplitAttention(),
     OpenEinsum(),

@@ -19,7 +19,7 @@ import torch
 from torch import SymInt, Tensor, fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.dialect import MOVES, aten
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
 from fxquant.graph.nodes import operand
 from fxquant.graph.rewrite import emit
 from fxquant.passes.base import PassResult
@@ -71,7 +71,7 @@ def _layout_matters(node: fx.Node) -> bool:
     """Whether a user, behind moves or not, may depend on the strides of a node's value."""
     for user in node.users:
         target = user.target
-        if target in MOVES or target in _NOOPS or target in _LIKE:
+        if target in DATA_MOVEMENT_OPS or target in _NOOPS or target in _LIKE:
             if _layout_matters(user):
                 return True
         elif target in _STRIDED or (

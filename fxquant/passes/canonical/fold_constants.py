@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.dialect import MOVES, aten
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
 from fxquant.graph.nodes import get_parameter
 from fxquant.graph.rewrite import add_constant
 from fxquant.passes.base import PassResult
@@ -33,7 +33,7 @@ def _foldable(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
         return False
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return target in MOVES
+        return target in DATA_MOVEMENT_OPS
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.dialect import MOVES, aten
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
 from fxquant.graph.nodes import constant
 from fxquant.graph.rewrite import emit
 from fxquant.passes.base import PassResult
@@ -58,7 +58,7 @@ def _scaling(gm: fx.GraphModule, node: object) -> _Scaling | None:
         found = _as_scaling(gm, node)
         if found is not None:
             return found
-        if node.target not in MOVES or node.target is aten.pad.default:
+        if node.target not in DATA_MOVEMENT_OPS or node.target is aten.pad.default:
             return None  # what is padded with need not be zero
         node = node.args[0]
     return None

@@ -18,7 +18,7 @@ import torch
 from torch import SymInt, fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.dialect import MOVES, aten
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
 from fxquant.graph.nodes import get_parameter
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.passes.base import PassResult
@@ -117,7 +117,7 @@ def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
 def _pure(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return target in MOVES
+        return target in DATA_MOVEMENT_OPS
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.dialect import MOVES, aten
-from fxquant.graph.nodes import constant, data_users, get_parameter, replay
+from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
+from fxquant.graph.nodes import constant, data_users, evaluate_moves, get_parameter
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.graph.shapes import example_shape
 from fxquant.passes.base import PassResult, Skip
@@ -61,7 +61,7 @@ def _leaves(linear: fx.Node) -> list[fx.Node]:
         users = data_users(node)
         if len(users) > 1 and all(u.target in _SELECTS for u in users):
             return users
-        if len(users) != 1 or users[0].target not in MOVES:
+        if len(users) != 1 or users[0].target not in DATA_MOVEMENT_OPS:
             return []
         node = users[0]
     if node.target in (aten.select.int, aten.slice.Tensor):
@@ -86,7 +86,9 @@ def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
     for axis, size in enumerate(shape):
         view = [1] * len(shape)
         view[axis] = size
-        indices.append(replay(node, linear, torch.arange(size).view(view).expand(shape), {}))
+        indices.append(
+            evaluate_moves(node, linear, torch.arange(size).view(view).expand(shape), {})
+        )
     *leading, channels = indices
     of_channels = _varies(channels)
     for axis, index in enumerate(leading):

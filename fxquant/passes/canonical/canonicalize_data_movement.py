@@ -69,7 +69,7 @@ def _rename(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class UnifyMoves:
+class CanonicalizeDataMovement:
     """See the module's text."""
 
     requires: ClassVar[Stage] = Stage.FLOAT

@@ -23,7 +23,7 @@ def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class AllocationResult:
     """The widths chosen and why.
 
     Attributes:
@@ -52,7 +52,7 @@ class Outcome:
     rank_correlation: float | None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Outcome:
+    def from_dict(cls, values: dict[str, Any]) -> AllocationResult:
         """The inverse of ``dataclasses.asdict``, also of what JSON makes of it."""
         problem = Problem.from_dict(values["problem"])
         return cls(**{**values, "problem": problem, "bits": tuple(values["bits"])})
