@@ -12,7 +12,7 @@ from fxquant.config.spec import Scheme
 from fxquant.quantizers import DynamicFocusingQuantizer, LogQuantizer, Quantizer
 from fxquant.testing import DIM, Block, seeded, tokens
 
-SCHEMES = [scheme for scheme in Scheme if scheme.from_zero]
+SCHEMES = [scheme for scheme in Scheme if scheme.limits.is_one_sided]
 
 
 class Sharp(nn.Module):

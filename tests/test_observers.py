@@ -74,7 +74,7 @@ def test_one_histogram_fits_every_spec(
     kind: ObserverKind, scheme: Scheme, stream: list[Tensor], bits: int
 ) -> None:
     """Data seen at one width are fitted at another as if they had been seen at that."""
-    if scheme.from_zero:
+    if scheme.limits.is_one_sided:
         stream = [batch.abs() for batch in stream]
     kept = make_observer(TensorSpec(), axis=None, where="an_edge__input", histogram=True)
     for batch in stream:

@@ -49,13 +49,13 @@ twin = st.builds(
     observer=st.sampled_from(ObserverKind),
     max_shift=st.none() | st.integers(1, 11),
 )
-from_zero = st.builds(
+one_sided = st.builds(
     TensorSpec,
     bits=st.integers(2, 8),
-    scheme=st.sampled_from([scheme for scheme in Scheme if scheme.from_zero]),
+    scheme=st.sampled_from([scheme for scheme in Scheme if scheme.limits.is_one_sided]),
     observer=st.sampled_from(ObserverKind),
 )
-specs = uniform | clipped | twin | from_zero
+specs = uniform | clipped | twin | one_sided
 searches = st.builds(
     ScaleSearch,
     metric=st.sampled_from(Metric),

@@ -16,7 +16,7 @@ from fxquant.config.scale_search import GRADIENT_METRICS, Metric
 from fxquant.search import product_loss as output
 from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit, losses, unit_shape
-from fxquant.search.product_loss import Operand, ProductSample, along_units, candidate_losses
+from fxquant.search.product_loss import Consumer, ProductSample, along_units, candidate_losses
 
 METRICS, UNITS = list(Metric), list(Unit)
 SIZES = st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 4), st.integers(1, 4))
@@ -114,7 +114,7 @@ def rounding(unit: Unit) -> Callable[[Tensor, Tensor, int], Tensor]:
     return quantize
 
 
-def one_by_one(operand: Operand, candidates: Tensor, metric: Metric, unit: Unit) -> Tensor:
+def one_by_one(operand: Consumer, candidates: Tensor, metric: Metric, unit: Unit) -> Tensor:
     """The losses with a plain product for each candidate."""
     given_sample, found = operand.sample, []
     target = given_sample.lhs @ given_sample.rhs
@@ -142,7 +142,7 @@ def test_candidates_together_are_candidates_one_by_one(
     monkeypatch.setattr(output, "_CHUNK", chunk)
     rows = sample()
     other = (rows.rhs if left else rows.lhs).round()
-    operand = Operand(rows, left, other)
+    operand = Consumer(rows, left, other)
     candidates = torch.stack(
         [torch.randint(0, 9, unit_shape(unit, rows.heads, rows.columns)) for _ in range(7)]
     )
@@ -153,7 +153,7 @@ def test_candidates_together_are_candidates_one_by_one(
 
 def test_a_linear_has_one_weight_for_all_its_rows() -> None:
     rows = sample(samples=1, heads=1)
-    operand = Operand(rows, False, rows.lhs)
+    operand = Consumer(rows, False, rows.lhs)
     candidates = torch.randint(0, 9, (4, 1, 3))
     found = candidate_losses([operand], candidates, rounding(Unit.COLUMN), Metric.MSE, Unit.COLUMN)
     torch.testing.assert_close(found, one_by_one(operand, candidates, Metric.MSE, Unit.COLUMN))
@@ -162,7 +162,7 @@ def test_a_linear_has_one_weight_for_all_its_rows() -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_products_that_read_an_operand_sum(metric: Metric) -> None:
     candidates, quantize = torch.arange(5), rounding(Unit.TENSOR)
-    readers = [Operand(rows, True, rows.rhs) for rows in (sample(), sample(columns=6))]
+    readers = [Consumer(rows, True, rows.rhs) for rows in (sample(), sample(columns=6))]
     both = candidate_losses(readers, candidates, quantize, metric, Unit.TENSOR)
     each = [candidate_losses([r], candidates, quantize, metric, Unit.TENSOR) for r in readers]
     torch.testing.assert_close(both, each[0] + each[1])
@@ -174,7 +174,7 @@ def test_a_product_that_the_loss_does_not_reach_weighs_nothing() -> None:
     unreached = ProductSample(rows.lhs * 1e3, rows.rhs, None)
 
     def found(*samples: ProductSample, metric: Metric = Metric.HESSIAN) -> Tensor:
-        readers = [Operand(s, True, s.rhs) for s in samples]
+        readers = [Consumer(s, True, s.rhs) for s in samples]
         return candidate_losses(readers, candidates, quantize, metric, Unit.TENSOR)
 
     assert torch.equal(found(reached, unreached), found(reached))

@@ -14,11 +14,10 @@ from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, ObserverKind, Scheme
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
 from fxquant.observers.observer import make_observer
-from fxquant.quantizers import DynamicFocusingQuantizer, Quantizer
-from fxquant.quantizers.candidates import one_sided_candidates, one_sided_quantizer
+from fxquant.quantizers import FAMILIES, DynamicFocusingQuantizer, Quantizer
 from fxquant.search.metrics import Unit
 from fxquant.search.one_sided import SearchedOneSided
-from fxquant.search.product_loss import Operand, ProductSample, candidate_losses
+from fxquant.search.product_loss import Consumer, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.testing import Block, seeded, tokens
 from tests.graphs import EIGHT, annotated
@@ -109,13 +108,17 @@ def test_least_squares_is_no_worse_than_the_whole_range(
 # Search
 
 
-def consumer(values: Tensor) -> Operand:
+def consumer(values: Tensor) -> Consumer:
     generator = torch.Generator().manual_seed(7)
     other = torch.randn(1, 1, values.shape[-1], 6, generator=generator)
-    return Operand(ProductSample(values.view(1, 1, *values.shape), other, None), True, other)
+    return Consumer(ProductSample(values.view(1, 1, *values.shape), other, None), True, other)
 
 
-def loss(quantizers: list[Quantizer], reader: Operand) -> list[float]:
+def covering(top: float, spec: TensorSpec) -> Quantizer:
+    return FAMILIES[spec.scheme].fit(torch.tensor(0.0), torch.tensor(top), spec, None)
+
+
+def loss(quantizers: list[Quantizer], reader: Consumer) -> list[float]:
     which = torch.arange(len(quantizers))
     return candidate_losses([reader], which, stacked(quantizers), Metric.MSE, Unit.TENSOR).tolist()
 
@@ -129,8 +132,10 @@ def test_the_search_finds_the_best_start_or_base_and_share(
     values, spec = softmax_like(3, sharpness), TensorSpec(bits=bits, scheme=scheme)
     reader, top = consumer(values), float(values.max())
     shares = torch.logspace(-2, torch.tensor(1.2).log10().item(), 20).tolist()
-    rows = one_sided_candidates(top, spec, shares)
-    fitted = one_sided_quantizer(top, spec)
+    candidates = FAMILIES[scheme].candidates
+    assert candidates is not None
+    rows = candidates(0.0, top, spec, shares)
+    fitted = covering(top, spec)
     best = min(loss([fitted, *(q for row in rows for q in row)], reader))
     searched = SearchedOneSided(fitted, spec, SEARCH, top)
     for turn in range(3):
@@ -148,7 +153,7 @@ def test_a_base_of_its_own_and_an_interval_are_worth_their_search() -> None:
 
     def searched(scheme: Scheme, values: Tensor) -> float:
         spec, top = TensorSpec(bits=3, scheme=scheme), float(values.max())
-        search = SearchedOneSided(one_sided_quantizer(top, spec), spec, SEARCH, top)
+        search = SearchedOneSided(covering(top, spec), spec, SEARCH, top)
         search.improve([consumer(values)], SEARCH, 0)
         return loss([search.quantizer()], consumer(values))[0]
 

@@ -17,12 +17,18 @@ from fxquant.quantizers import (
     Quantizer,
     TwinUniformQuantizer,
     UniformQuantizer,
+    family_of,
 )
 from fxquant.quantizers.ops import broadcast
-from fxquant.reconstruction.activations import draw_mask, trained
+from fxquant.quantizers.trained import TrainedQuantizer, draw_mask
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.weights import AdaRound, LowRankWeight, StraightThrough
 from tests.test_reconstruct import THREE
+
+
+def trained_form(quantizer: Quantizer, drop: float) -> TrainedQuantizer | None:
+    form = family_of(quantizer).trained
+    return None if form is None else form(quantizer, drop)
 
 
 def quantizers() -> list[Quantizer]:
@@ -46,7 +52,7 @@ def quantizers() -> list[Quantizer]:
 
 @pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
 def test_what_is_trained_starts_where_the_quantizer_is(start: Quantizer) -> None:
-    form = trained(start, 0.5)
+    form = trained_form(start, 0.5)
     assert form is not None
     x = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(0))
     form.eval()
@@ -59,7 +65,7 @@ def test_what_is_trained_starts_where_the_quantizer_is(start: Quantizer) -> None
 
 @pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
 def test_the_fitted_quantizer_is_the_trained_one(start: Quantizer) -> None:
-    form = trained(start, 0.0)
+    form = trained_form(start, 0.0)
     assert form is not None
     with torch.no_grad():
         for parameter in form.parameters():
@@ -72,7 +78,7 @@ def test_the_fitted_quantizer_is_the_trained_one(start: Quantizer) -> None:
 def test_scale_and_zero_point_have_their_gradients() -> None:
     """Where nothing is rounded to another code, differences of the loss are the gradient's."""
     start = UniformQuantizer(torch.tensor(0.25), torch.tensor(3.0), bits=3, signed=False, axis=None)
-    form = trained(start, 0.0)
+    form = trained_form(start, 0.0)
     assert form is not None
     x = torch.tensor([-5.0, -2.0, 4.0, 9.0])  # all beyond the range
     (form(x) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
@@ -109,7 +115,7 @@ def reference(form: Any, x: Tensor, dropped: Tensor) -> Tensor:
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 @pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
 def test_gradients_are_those_of_plain_operators(start: Quantizer, drop: float) -> None:
-    form = trained(start, drop)
+    form = trained_form(start, drop)
     assert form is not None
     with torch.no_grad():
         for parameter in form.parameters():
@@ -178,7 +184,7 @@ def test_a_mask_drops_its_share(count: int, part: int) -> None:
 
 
 def test_what_is_dropped_passes_with_its_gradient() -> None:
-    form = trained(quantizers()[0], 0.5)
+    form = trained_form(quantizers()[0], 0.5)
     assert form is not None
     x = torch.linspace(-9, 9, 999, requires_grad=True)  # most of it beyond the range
     form.train()
@@ -192,7 +198,7 @@ def test_what_is_dropped_passes_with_its_gradient() -> None:
 
 @pytest.mark.parametrize("start", quantizers(), ids=lambda q: type(q).__name__)
 def test_bfloat16_goes_through_with_drops(start: Quantizer) -> None:
-    form = trained(start, 0.5)
+    form = trained_form(start, 0.5)
     assert form is not None
     x = torch.randn(4, 3, 50).bfloat16().requires_grad_()
     form.train()
@@ -205,7 +211,7 @@ def test_bfloat16_goes_through_with_drops(start: Quantizer) -> None:
 @pytest.mark.parametrize("move", [-0.4, -0.1, 0.1, 0.7])
 @pytest.mark.parametrize("start", quantizers()[:3], ids=lambda q: type(q).__name__)
 def test_zero_points_stay_among_the_codes_and_come_back(start: Quantizer, move: float) -> None:
-    form = trained(start, 0.0)
+    form = trained_form(start, 0.0)
     assert form is not None
     with torch.no_grad():
         form.offset.add_(move)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import fxquant
 from fxquant import CompiledModel, Rule
 from fxquant.backends.onnx_qdq import TARGETS, OnnxExport, doctor, make_session
-from fxquant.backends.onnx_qdq.twin import rewrite_twins
+from fxquant.backends.onnx_qdq.lowerings import rewrite_quantizers
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
 from fxquant.quantizers import TwinUniformQuantizer
@@ -160,7 +160,7 @@ def test_every_form_gives_the_same_value_to_the_last_bit(
         borders = torch.cat([borders, (twin.scale * twin_threshold(shift, bits)).view(1)])
     x = beside(borders)
     expected = gm(x)
-    (form,) = rewrite_twins(gm)
+    (form,) = rewrite_quantizers(gm)
     gm.recompile()
     assert form.products == (1 if twin.grid_size <= 256 else 2 if weight_bits else 0)
     assert torch.equal(gm(x), expected)

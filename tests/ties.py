@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import AffineQuantizer, LogQuantizer, TwinUniformQuantizer
 
-IntegerQuantizer = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
+IntegerQuantizer = AffineQuantizer | TwinUniformQuantizer | LogQuantizer
 
 
 def places(quantizer: IntegerQuantizer, codes: Tensor) -> Tensor:
     """The place of each code's value among all values of the quantizer in ascending order."""
-    if isinstance(quantizer, UniformQuantizer):
+    if isinstance(quantizer, AffineQuantizer):
         return codes
     if isinstance(quantizer, LogQuantizer):
         return quantizer.zero_code - codes

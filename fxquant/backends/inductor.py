@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from fxquant.backends.integer import lower_to_integer
 from fxquant.errors import LoweringError
 
 
@@ -39,6 +40,18 @@ class CompiledInteger(nn.Module):
                 f"inductor could not build the integer form: {reason}. Its whole report is "
                 "chained to this error; lower('integer') runs without a compiler"
             ) from error
+
+
+def lower_to_inductor(gm: fx.GraphModule) -> nn.Module:
+    """``torch.compile`` of the integer form of a graph.
+
+    Args:
+        gm: in stage FROZEN; not changed.
+
+    Raises:
+        LoweringError: the graph has no integer form, or inductor finds no C++ compiler.
+    """
+    return compile_integer(lower_to_integer(gm, integer_only=False))
 
 
 def compile_integer(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, fx
 
 from fxquant.errors import FileFormatError
-from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.quantizers import Quantizer
 
 _ADVICE = "the file is damaged or was changed: compile and save the model again"
 _CONFIG_KEY = "config_sha256"
@@ -81,22 +81,9 @@ def check_quantizer(name: str, quantizer: Quantizer) -> None:
     Raises:
         FileFormatError: a scale is not positive and finite, or a zero point is no code.
     """
-    scale = dict(quantizer.named_buffers()).get("scale")
-    if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
-        raise FileFormatError(
-            f"quantizer {name}: its scale is {_outlier(scale)}, not positive and finite; {_ADVICE}"
-        )
-    if isinstance(quantizer, UniformQuantizer):
-        zero, low, high = quantizer.zero_point, *quantizer.zero_range
-        if not bool(((zero == zero.round()) & (zero >= low) & (zero <= high)).all()):
-            raise FileFormatError(
-                f"quantizer {name}: a zero point is no whole number in {low}..{high}; {_ADVICE}"
-            )
-
-
-def _outlier(scale: Tensor) -> float:
-    """A value of a scale that is not positive and finite."""
-    return float(scale[~(scale.isfinite() & (scale > 0))][0])
+    fault = quantizer.fault()
+    if fault is not None:
+        raise FileFormatError(f"quantizer {name}: {fault}; {_ADVICE}")
 
 
 def check_codes(name: str, codes: Tensor, bits: int) -> None:

@@ -15,12 +15,9 @@ from fxquant.compiled.input_checks import InputCheck, check_images, input_error
 from fxquant.compiled.report import PlanEntry, Report
 from fxquant.compiled.storage import Stored, read, write
 from fxquant.errors import LoweringError
-from fxquant.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
-
-BACKENDS = ("integer", "inductor")
 
 
 class CompiledModel(nn.Module):
@@ -97,49 +94,32 @@ class CompiledModel(nn.Module):
                 raise
             raise explanation from error
 
-    def lower(
-        self, backend: str, *, integer_only: bool | None = None, float_products: bool = False
-    ) -> nn.Module:
+    def lower(self, backend: str, **flags: Any) -> nn.Module:
         """This model for a backend that runs in this process.
 
         Args:
-            backend: ``integer`` (reference kernels on integer codes) or ``inductor``
+            backend: ``integer`` (reference kernels on integer codes;
+                :func:`fxquant.backends.integer.lower_to_integer`) or ``inductor``
                 (``torch.compile`` of the integer form).
-            integer_only: of ``integer``: compute nothing in float between the first and the last
-                code. None does so where the policy quantizes what is between products
-                (``policies.w8a8(full=True)``) and all of the graph has an integer form; else
-                ``meta["float_because"]`` of the result says why not.
-            float_products: of the integer-only form: multiply whole numbers held as floats, with
-                the same results, faster; on a GPU torch has no other product.
+            **flags: of the backend. ``integer`` takes ``integer_only`` (compute nothing in float
+                between the first and the last code; by default where the policy quantizes
+                everything in between and all of the graph has an integer form) and
+                ``float_products`` (multiply whole numbers held as floats, with the same results,
+                faster).
 
         Returns:
-            A module that takes images as this does, of the shape that it was compiled for alone;
-            it raises BatchError for others, and NonFiniteError for NaN and infinity.
+            A module that takes images as this model does, of the shape that it was compiled for
+            alone; it raises BatchError for others, and NonFiniteError for NaN and infinity.
 
         Raises:
-            LoweringError: unknown backend, or it cannot express the graph as asked.
+            LoweringError: the backend or a flag is unknown, or the backend cannot express the
+                graph as asked.
         """
-        if backend not in BACKENDS:
-            raise LoweringError(
-                f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}; there are "
-                f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime"
-            )
-        lowered = self._lowered(backend, integer_only, float_products)
+        from fxquant.backends.base import load_backend
+
+        lowered = load_backend(backend, flags)(self.graph_module, **flags)
         lowered.register_forward_pre_hook(InputCheck(self.image_shape), with_kwargs=True)
         return lowered
-
-    def _lowered(self, backend: str, integer_only: bool | None, float_products: bool) -> nn.Module:
-        from fxquant.backends.integer import lower_to_integer
-
-        if backend == "integer":
-            return lower_to_integer(
-                self.graph_module, integer_only=integer_only, float_products=float_products
-            )
-        if integer_only or float_products:
-            raise LoweringError("integer_only and float_products belong to backend 'integer' alone")
-        from fxquant.backends.inductor import compile_integer
-
-        return compile_integer(lower_to_integer(self.graph_module, integer_only=False))
 
     def export_onnx(self, path: str | Path, *, target: str = "auto") -> OnnxExport:
         """Writes an ONNX QDQ file for onnxruntime (opset 21, IR 10, dynamic batch).

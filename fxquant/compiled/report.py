@@ -18,7 +18,7 @@ from fxquant.graph.edges import edges, fed_by
 from fxquant.graph.nodes import submodule
 from fxquant.graph.outputs import float_outputs
 from fxquant.mixed_precision.allocate.result import AllocationResult
-from fxquant.quantizers import Quantizer
+from fxquant.quantizers import FAMILIES, Quantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ class Report:
             if spec is None or entry.quantizer is None:
                 table.add_row(entry.edge, entry.fed_by, "float", "", "", "")
                 continue
-            kind = f"{spec.bits} {_kind(spec)}"
+            kind = f"{spec.bits} {FAMILIES[spec.scheme].label(spec)}"
             decibel = f"{self.sqnr.get(entry.quantizer, float('nan')):.1f}"
             table.add_row(entry.edge, entry.fed_by, kind, spec.granularity, spec.observer, decibel)
         console = Console(file=io.StringIO(), width=120)
@@ -244,18 +244,6 @@ class Report:
 
 def _to_json(decibels: float) -> float | str:
     return decibels if math.isfinite(decibels) else str(decibels)
-
-
-def _kind(spec: TensorSpec) -> str:
-    match spec.scheme:
-        case Scheme.UNIFORM:
-            return "sym" if spec.symmetric else "asym"
-        case Scheme.TWIN_UNIFORM:
-            return "twin"
-        case Scheme.DYNAMIC_FOCUSING:
-            return "focus"
-        case _:
-            return str(spec.scheme)
 
 
 def spec_from_dict(values: dict[str, Any]) -> TensorSpec:

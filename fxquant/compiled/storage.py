@@ -146,9 +146,8 @@ def _pack(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _code_shift(quantizer: Quantizer) -> int:
-    # The code words of a twin quantizer are unsigned.
-    signed = bool(quantizer.config().get("signed", False))
-    return 0 if signed else 1 << (quantizer.bits - 1)
+    """Difference between a code and the form it is stored in, which is signed."""
+    return quantizer.code_range[0] + (1 << (quantizer.bits - 1))
 
 
 def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:

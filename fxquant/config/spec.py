@@ -22,9 +22,10 @@ MAX_SHIFT = 11
 
 
 class Scheme(StrEnum):
-    """Families of quantizers.
+    """Families of quantizers; :mod:`fxquant.quantizers.families` has a row for each.
 
-    The last three are for values from zero up that a linear or matmul reads, such as softmax gives.
+    ``dynamic_focusing``, ``log2`` and ``adalog`` are for values from zero up that a linear or
+    matmul reads, such as softmax outputs.
     """
 
     UNIFORM = "uniform"
@@ -34,9 +35,38 @@ class Scheme(StrEnum):
     ADALOG = "adalog"
 
     @property
-    def from_zero(self) -> bool:
-        """Whether it has no codes for values below zero."""
-        return self not in (Scheme.UNIFORM, Scheme.TWIN_UNIFORM)
+    def limits(self) -> SchemeLimits:
+        """The specs and edges that the scheme is for."""
+        return _LIMITS[self]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeLimits:
+    """The specs and edges that a scheme is for.
+
+    Attributes:
+        is_general: for every edge, weights and inputs of norms or additions among them, symmetric
+            or not, per tensor, channel or head; other schemes are asymmetric, per tensor, and for
+            the activations that a product reads.
+        is_one_sided: without codes for values below zero.
+        has_regions: of two regions of different step, so that ``max_shift`` bounds their ratio and
+            OPT-m searches it.
+        max_bits: largest bit-width.
+    """
+
+    is_general: bool = False
+    is_one_sided: bool = False
+    has_regions: bool = False
+    max_bits: int = MAX_KERNEL_BITS
+
+
+_LIMITS = {
+    Scheme.UNIFORM: SchemeLimits(is_general=True, max_bits=MAX_BITS),
+    Scheme.TWIN_UNIFORM: SchemeLimits(has_regions=True),
+    Scheme.DYNAMIC_FOCUSING: SchemeLimits(is_one_sided=True),
+    Scheme.LOG2: SchemeLimits(is_one_sided=True),
+    Scheme.ADALOG: SchemeLimits(is_one_sided=True),
+}
 
 
 class Granularity(StrEnum):
@@ -111,8 +141,8 @@ class TensorSpec:
             )
         self._check_percentile()
         self._check_shift()
-        if self.scheme is not Scheme.UNIFORM:
-            self._check_byte_scheme()
+        if not self.scheme.limits.is_general:
+            self._check_special_scheme()
 
     def _check_percentile(self) -> None:
         if self.percentile is None:
@@ -132,15 +162,16 @@ class TensorSpec:
             return
         if not is_whole(shift):
             raise PolicyError(f"max_shift must be a whole number or null, got {shift!r}")
-        if self.scheme is not Scheme.TWIN_UNIFORM:
+        if not self.scheme.limits.has_regions:
             raise PolicyError("max_shift belongs to scheme twin_uniform alone")
         if not 1 <= shift <= MAX_SHIFT:
             raise PolicyError(f"max_shift must be in 1..{MAX_SHIFT}, got {shift}")
 
-    def _check_byte_scheme(self) -> None:
-        if self.bits > MAX_KERNEL_BITS:
+    def _check_special_scheme(self) -> None:
+        if self.bits > self.scheme.limits.max_bits:
             raise BitWidthError(
-                f"scheme {self.scheme} takes {MIN_BITS} to {MAX_KERNEL_BITS} bits, got {self.bits}"
+                f"scheme {self.scheme} takes {MIN_BITS} to {self.scheme.limits.max_bits} bits, got "
+                f"{self.bits}"
             )
         if self.symmetric or self.granularity is not Granularity.TENSOR:
             raise PolicyError(

@@ -11,20 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fxquant.config.spec import ObserverKind, Scheme, TensorSpec
+from fxquant.config.spec import ObserverKind, TensorSpec
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.observers.ranges import GRID, bin_centres, mse_range, percentile_range
-from fxquant.quantizers import (
-    Quantizer,
-    TwinUniformQuantizer,
-    UniformQuantizer,
-)
-from fxquant.quantizers.candidates import (
-    Q,
-    one_sided_candidates,
-    one_sided_quantizer,
-    twin_candidates,
-)
+from fxquant.quantizers import FAMILIES, Quantizer
 
 # Power of two, so that a doubled range merges whole pairs of bins.
 BINS = 4096
@@ -83,20 +73,15 @@ class Observer(nn.Module, ABC):
         """
         spec = spec or self.spec
         lo, hi = self._fit_range(spec)
-        if spec.scheme is Scheme.TWIN_UNIFORM:
-            return self._fit_twin(lo.reshape(()), hi.reshape(()), spec)
-        if spec.scheme.from_zero:
-            self._check_one_sided(spec)
-            return self._fit_one_sided(hi.reshape(()), spec)
         if self.axis is None:
             lo, hi = lo.reshape(()), hi.reshape(())
-        return UniformQuantizer.from_range(lo, hi, spec, self.axis)
+        if spec.scheme.limits.is_one_sided:
+            self._check_one_sided(spec)
+        return self._fit(lo, hi, spec)
 
-    def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
-        return TwinUniformQuantizer.from_range(lo, hi, spec)
-
-    def _fit_one_sided(self, top: Tensor, spec: TensorSpec) -> Quantizer:
-        return one_sided_quantizer(float(top), spec).to(top.device)
+    def _fit(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> Quantizer:
+        """The quantizer that covers ``[lo, hi]``."""
+        return FAMILIES[spec.scheme].fit(lo, hi, spec, self.axis)
 
     def _check_one_sided(self, spec: TensorSpec) -> None:
         least = float(self.range()[0].min())
@@ -206,28 +191,19 @@ class HistogramObserver(Observer):
         if spec.observer is ObserverKind.PERCENTILE:
             share = _PERCENTILE if spec.percentile is None else spec.percentile
             return percentile_range(self.counts, self.limit, lo, hi, share)
-        if spec.observer is ObserverKind.MINMAX or spec.scheme is not Scheme.UNIFORM:
+        if spec.observer is ObserverKind.MINMAX or not spec.scheme.limits.is_general:
             return lo, hi
         return mse_range(self.counts, self.limit, lo, hi, spec)
 
-    def _fit_twin(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
-        if spec.observer is not ObserverKind.MSE:
-            return super()._fit_twin(lo, hi, spec)
-        candidates = twin_candidates(float(lo), float(hi), spec, GRID)
-        return self.best([candidate.to(lo.device) for candidate in candidates])
+    def _fit(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> Quantizer:
+        """The candidate of least squared error; the range alone where the spec asks for that."""
+        candidates = FAMILIES[spec.scheme].candidates
+        if candidates is None or spec.observer is not ObserverKind.MSE:
+            return super()._fit(lo, hi, spec)
+        rows = candidates(float(lo), float(hi), spec, GRID)
+        return self.best([quantizer.to(lo.device) for row in rows for quantizer in row])
 
-    def _fit_one_sided(self, top: Tensor, spec: TensorSpec) -> Quantizer:
-        if spec.observer is not ObserverKind.MSE:
-            return super()._fit_one_sided(top, spec)
-        return self.best(
-            [
-                candidate.to(top.device)
-                for row in one_sided_candidates(float(top), spec, GRID)
-                for candidate in row
-            ]
-        )
-
-    def best(self, candidates: Sequence[Q]) -> Q:
+    def best(self, candidates: Sequence[Quantizer]) -> Quantizer:
         """The quantizer, for the whole tensor, of least squared error on the histogram."""
         assert self.counts is not None and self.limit is not None
         lo, hi = (end.reshape(1) for end in self.range())
@@ -271,7 +247,7 @@ def make_observer(
     return HistogramObserver(spec, axis=axis, where=where)
 
 
-def least_error(values: Tensor, counts: Tensor, candidates: Sequence[Q]) -> Q:
+def least_error(values: Tensor, counts: Tensor, candidates: Sequence[Quantizer]) -> Quantizer:
     """The candidate of least squared error on a histogram.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxquant.config.spec import TensorSpec
-from fxquant.quantizers import affine_parameters
+from fxquant.quantizers import uniform_class
 
 # Share of the full range kept, tried for each end of an asymmetric range.
 GRID = tuple(0.02 * i for i in range(10, 51))
@@ -124,7 +124,7 @@ def _error(centres: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, spec: Tenso
 
     Centres and weights are ``(C, bins)``; lo, hi and the result ``(G, C)``.
     """
-    scale, zero_point = affine_parameters(lo, hi, spec)
+    scale, zero_point = uniform_class(spec).affine_parameters(lo, hi, spec)
     qmin, qmax = spec.code_range
     step, zero = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
     codes = (centres / step).round_().add_(zero).clamp_(qmin, qmax)

@@ -49,7 +49,7 @@ def _per_tensor_reason(edge: Edge, granularity: Granularity, value: Tensor) -> s
 
 def _check_scheme(edge: Edge, scheme: Scheme, hit: int) -> None:
     """Checks that the scheme that a rule gives an edge has codes for what stands there."""
-    if scheme is Scheme.UNIFORM:
+    if scheme.limits.is_general:
         return
     if edge.arg is Arg.WEIGHT:
         raise PolicyError(
@@ -61,7 +61,7 @@ def _check_scheme(edge: Edge, scheme: Scheme, hit: int) -> None:
             f"{edge.name}: rule {hit + 1} gives what {edge.kind} reads scheme {scheme}, "
             "which is for products; use scheme uniform"
         )
-    if scheme.from_zero and edge.kind is OpKind.CONV:
+    if scheme.limits.is_one_sided and edge.kind is OpKind.CONV:
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives the input of a convolution scheme {scheme}, "
             "which is for what linear and matmul read; add `fed_by: softmax` to the rule, or use "

@@ -34,7 +34,7 @@ from fxquant.graph.rewrite import add_constant, emit, set_bias
 from fxquant.graph.shapes import example_batch, example_shape
 from fxquant.observers.observer import make_observer
 from fxquant.passes.base import BIAS_CORRECTED, Gain, PassResult, Skip
-from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.quantizers import Quantizer
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.product_loss import ProductSample
 
@@ -185,7 +185,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _S
         return "the weight is float"
     if not isinstance(x, Quantizer):
         return "the input is float, and so is the product"
-    if isinstance(x, UniformQuantizer) and x.axis is not None:
+    if x.scale_axis is not None:
         return "the input has a scale per channel"
     if sample is None:
         return "no rows of the product were sampled"

@@ -21,7 +21,7 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.nodes import constant, get_parameter, operand, submodule
 from fxquant.graph.rewrite import set_bias
 from fxquant.passes.base import BIAS_CORRECTED, PassResult, Skip
-from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.quantizers import Quantizer
 from fxquant.search.product_loss import ProductSample
 
 
@@ -76,8 +76,7 @@ class CorrectBias:
     @staticmethod
     def _quantized_input(gm: fx.GraphModule, node: fx.Node, sample: ProductSample) -> Tensor:
         quantizer = submodule(gm, operand(node, 0))
-        per_channel = isinstance(quantizer, UniformQuantizer) and quantizer.axis not in (None, -1)
-        if not isinstance(quantizer, Quantizer) or per_channel:
+        if not isinstance(quantizer, Quantizer) or quantizer.scale_axis not in (None, -1):
             return sample.lhs
         quantized: Tensor = quantizer(sample.lhs)
         return quantized

@@ -22,38 +22,40 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.nodes import constant, get_parameter, operand, submodule
 from fxquant.graph.rewrite import set_bias
 from fxquant.passes.base import PassResult, Skip
-from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer, accumulator_scale
+from fxquant.quantizers import Quantizer, UniformQuantizer, accumulator_scale
 from fxquant.quantizers.ops import broadcast
 
-_Input = UniformQuantizer | TwinUniformQuantizer
-_Site = tuple[fx.Node, Tensor, _Input, UniformQuantizer]
+_Site = tuple[fx.Node, Tensor, Quantizer, UniformQuantizer]
 # Largest bias code: float32 sums of the accumulator's products fit beside it in int32.
 _LARGEST = 2**30
 
 
-def _pair(gm: fx.GraphModule, node: fx.Node) -> tuple[_Input, UniformQuantizer] | str:
+def _pair(gm: fx.GraphModule, node: fx.Node) -> tuple[Quantizer, UniformQuantizer] | str:
     """Quantizers of input and weight, or the reason why there is no integer accumulator."""
     x, w = (submodule(gm, s) if isinstance(s, fx.Node) else None for s in node.args[:2])
-    if not isinstance(x, _Input) or not isinstance(w, UniformQuantizer):
+    if not isinstance(x, Quantizer) or not isinstance(w, UniformQuantizer):
         return "the bias stays float: input or weight is not quantized uniformly"
-    if isinstance(x, UniformQuantizer) and x.axis is not None:
+    if x.accumulator_unit is None:
+        return "the bias stays float: input or weight is not quantized uniformly"
+    if x.scale_axis is not None:
         return "the bias stays float: the input has a scale per channel"
     return x, w
 
 
-def _make_room(bias: Tensor, x: _Input, w: UniformQuantizer, weight: Tensor) -> None:
+def _make_room(bias: Tensor, x: Quantizer, w: UniformQuantizer, weight: Tensor) -> None:
     """Chooses the scale of channels whose weights are so small that their bias does not fit.
 
     Half a step of the wider scale moves the output by at most ``K 2^-23`` of the bias, which is
     float32's own rounding. Training leaves such channels behind where a batch norm's gamma decayed
     to almost zero. A channel of zeros has any scale, and takes the one that its bias wants.
     """
-    least = bias.abs() / (x.scale * _LARGEST)
+    assert x.accumulator_unit is not None
+    least = bias.abs() / (x.accumulator_unit * _LARGEST)
     empty = (w.quantize(weight) == broadcast(w.zero_point, weight.ndim, w.axis)).flatten(1).all(1)
     if w.axis is None:
         least, empty = least.max(), empty.all()
     scale = torch.where(empty & (least > 0), least, torch.maximum(w.scale, least))
-    w.scale.copy_(scale)
+    w.scale.copy_(w.least_scale(scale))
 
 
 @dataclass(frozen=True)

@@ -20,23 +20,15 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.config.scale_search import GRADIENT_METRICS, ScaleSearch
-from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.spec import TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.graph.edges import Edge, quantized_edges
 from fxquant.graph.nodes import submodule
 from fxquant.passes.base import Gain, PassResult, Skip
-from fxquant.quantizers import (
-    DynamicFocusingQuantizer,
-    LogQuantizer,
-    Quantizer,
-    TwinUniformQuantizer,
-    UniformQuantizer,
-)
-from fxquant.search.metrics import Unit, unit_shape
-from fxquant.search.one_sided import SearchedOneSided
-from fxquant.search.product_loss import Operand, ProductSample
-from fxquant.search.region_ratio import SearchedRegionRatio
-from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
+from fxquant.quantizers import Quantizer
+from fxquant.search.product_loss import Consumer, ProductSample
+from fxquant.search.scales import Searched
+from fxquant.search.start import SearchSite, start_search
 from fxquant.utils.progress import track
 
 _LEFT = (Arg.INPUT, Arg.LHS)
@@ -74,8 +66,8 @@ class SearchScales:
             new, old = searched.quantizer(), gm.get_submodule(name)
             changed += not _equal(new, old)
             gm.set_submodule(name, new)
-            if isinstance(old, TwinUniformQuantizer) and isinstance(new, UniformQuantizer):
-                work.respecify(name, TensorSpec(bits=new.bits))
+            if searched.spec is not None:
+                work.respecify(name, searched.spec)
         return PassResult(changed, tuple(skips), work.gains())
 
 
@@ -109,33 +101,24 @@ class _Work:
         samples = [self._options.samples[name] for name in names if name in self._options.samples]
         if len(samples) < len(readers):
             return "its scale was not searched: no rows of the product were sampled"
-        edge, sample, spec = readers[0], samples[0], readers[0].spec
-        quantizer = self._gm.get_submodule(name)
-        assert spec is not None
-        if isinstance(quantizer, TwinUniformQuantizer):
-            values = sample.lhs if edge.arg in _LEFT else sample.rhs
-            kind = SearchedRegionRatio if self._options.search.opt_m else SearchedTwin
-            return kind(quantizer, spec, self._options.search, values)
-        if isinstance(quantizer, DynamicFocusingQuantizer | LogQuantizer):
-            values = sample.lhs if edge.arg in _LEFT else sample.rhs
-            return SearchedOneSided(quantizer, spec, self._options.search, float(values.max()))
-        if not isinstance(quantizer, UniformQuantizer):
-            return f"its scale was not searched: no search for {type(quantizer).__name__}"
-        unit = _unit(edge, quantizer)
-        if isinstance(unit, str):
-            return unit
-        shape = unit_shape(unit, sample.heads, sample.columns)
-        shapes = {shape, *(unit_shape(unit, s.heads, s.columns) for s in samples)}
-        if len(shapes) > 1 or quantizer.scale.numel() != torch.Size(shape).numel():
-            return "its scale was not searched: its scales lie along no axis of the product"
-        return SearchedUniform(quantizer, spec, unit, shape, self._options.search)
+        edge = readers[0]
+        quantizer, spec = self._gm.get_submodule(name), edge.spec
+        assert isinstance(quantizer, Quantizer) and spec is not None
+        site = SearchSite(
+            spec=spec,
+            samples=samples,
+            left=edge.arg in _LEFT,
+            is_weight=edge.arg is Arg.WEIGHT,
+            search=self._options.search,
+        )
+        return start_search(quantizer, site)
 
     def gains(self) -> tuple[Gain, ...]:
         """Of each searched region ratio."""
         return tuple(
-            Gain(self._readers[name][0].name, searched.choice, _MEASURE, searched.gain)
+            Gain(self._readers[name][0].name, comparison[0], _MEASURE, comparison[1])
             for name, searched in self.searched.items()
-            if isinstance(searched, SearchedRegionRatio)
+            if (comparison := searched.comparison) is not None
         )
 
     def respecify(self, name: str, spec: TensorSpec) -> None:
@@ -147,12 +130,12 @@ class _Work:
         consumers = [self._consumer(edge) for edge in self._readers[name]]
         self.searched[name].improve(consumers, self._options.search, turn)
 
-    def _consumer(self, edge: Edge) -> Operand:
+    def _consumer(self, edge: Edge) -> Consumer:
         sample, left = self._options.samples[edge.node.name], edge.arg in _LEFT
         # The weights' rows are views of their transpose; passes over a copy are faster.
         sample = replace(sample, rhs=sample.rhs.contiguous())
         values = sample.rhs if left else sample.lhs
-        return Operand(sample, left, self._quantized(self._at.get((edge.node, not left)), values))
+        return Consumer(sample, left, self._quantized(self._at.get((edge.node, not left)), values))
 
     def _quantized(self, edge: Edge | None, values: Tensor) -> Tensor:
         """An operand as it is quantized now."""
@@ -166,19 +149,6 @@ class _Work:
             quantized: Tensor = quantizer(values)
             return quantized
         return values  # samples have no axis for the scales of these
-
-
-def _unit(edge: Edge, quantizer: UniformQuantizer) -> Unit | str:
-    if quantizer.axis is None:
-        return Unit.TENSOR
-    if edge.arg is Arg.WEIGHT:
-        return Unit.COLUMN
-    assert edge.spec is not None
-    if edge.spec.granularity is Granularity.HEAD:
-        return Unit.HEAD
-    return (
-        "its scale was not searched: a scale per channel of an activation has no output of its own"
-    )
 
 
 def _equal(new: Quantizer, old: torch.nn.Module) -> bool:

@@ -1,19 +1,25 @@
-"""What every quantizer is: a module from floats to floats on a finite grid."""
+"""The base class of all quantizers: a module from floats to floats on a finite grid."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
 class Quantizer(nn.Module, ABC):
     """A fitted quantizer of one edge.
 
-    Laws, tested for every subclass and every bit-width: codes lie in ``code_range``;
+    Laws, tested for every family and every bit-width: codes lie in ``code_range``;
     ``forward(x) == dequantize(quantize(x))``; ``forward`` is idempotent and monotone; the state
     is complete in the buffers and ``config()``.
     """
+
+    # Name of the class in saved models.
+    type_name: ClassVar[str]
+    scale: Tensor
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
@@ -25,9 +31,45 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def config(self) -> dict[str, object]:
-        """What, beside the buffers, rebuilds this quantizer; plain JSON values."""
+        """Plain JSON values that rebuild this quantizer together with the buffers."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, object]) -> Quantizer:
+        """Rebuilds the module; the buffers are then loaded from the state dict."""
 
     @property
     @abstractmethod
     def bits(self) -> int:
         """Bit-width of the codes."""
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code, both included."""
+        return 0, (1 << self.bits) - 1
+
+    @property
+    def scale_axis(self) -> int | None:
+        """Axis that has a scale for each entry; None with one scale for the tensor."""
+        return None
+
+    @property
+    def zero_codes(self) -> Tensor:
+        """The code that stands for zero, for each scale; of the shape of ``scale``."""
+        return torch.zeros_like(self.scale)
+
+    @property
+    def accumulator_unit(self) -> Tensor | None:
+        """Value of one unit of an integer accumulator per unit of the other operand.
+
+        Biases are rounded to this unit times the scale of the weight. None where codes are no
+        whole multiples of one unit on which biases are held.
+        """
+        return None
+
+    def fault(self) -> str | None:
+        """A clause that names what is wrong with loaded numbers; None where nothing is."""
+        broken = ~(self.scale.isfinite() & (self.scale > 0))
+        if bool(broken.any()):
+            return f"its scale is {float(self.scale[broken][0])}, not positive and finite"
+        return None

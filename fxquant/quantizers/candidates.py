@@ -1,25 +1,32 @@
-"""Candidates of the twin uniform quantizer, and the choice among them on a histogram."""
+"""Candidate quantizers for a range of values, by family, for fits on histograms and scale searches.
+
+Candidates come in rows: a row for each choice of a discrete parameter, in it one for each share of
+the range.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from fractions import Fraction
 
 import torch
 
-from fxquant.config.spec import MAX_SHIFT, Scheme, TensorSpec
-from fxquant.quantizers import (
-    DynamicFocusingQuantizer,
-    LogQuantizer,
-    Quantizer,
-    TwinUniformQuantizer,
-    covering_shift,
-    largest_start,
-)
+from fxquant.config.spec import MAX_SHIFT, TensorSpec
+from fxquant.quantizers.dynamic_focusing import DynamicFocusingQuantizer, largest_start
+from fxquant.quantizers.log import LogQuantizer
+from fxquant.quantizers.twin_uniform import TwinUniformQuantizer, covering_shift
 
-Q = TypeVar("Q", bound=Quantizer)
 # Shifts beyond the one that just covers the negative values: each halves what is covered of them.
 _BEYOND = 2
+# Octaves from one code of AdaLog to the next, n / d. From 16 to 2 codes for each halving, and half
+# a code: with fewer bits codes must reach further. Tables have 16 entries at most.
+ADALOG_OCTAVES = tuple(
+    Fraction(n, d)
+    for n, d in [
+        *((1, 16), (1, 8), (1, 6), (1, 4), (1, 3), (1, 2)),
+        *((2, 3), (3, 4), (1, 1), (3, 2), (2, 1)),
+    ]
+)
 
 
 def twin_candidates(
@@ -95,50 +102,51 @@ def _twin(coarse: float, shift: int, spec: TensorSpec, *, two_sided: bool) -> Tw
     return TwinUniformQuantizer(scale, shift=shift, bits=spec.bits, two_sided=two_sided)
 
 
-# Octaves from one code of AdaLog to the next, n / d. From 16 to 2 codes for each halving, and half
-# a code: with fewer bits codes must reach further. Tables have 16 entries at most.
-_OCTAVES = ((1, 16), (1, 8), (1, 6), (1, 4), (1, 3), (1, 2), (2, 3), (3, 4), (1, 1), (3, 2), (2, 1))
-
-
-def one_sided_quantizer(top: float, spec: TensorSpec) -> Quantizer:
-    """The quantizer of a scheme from zero to ``top``: where its search begins.
-
-    Args:
-        top: largest value wanted.
-        spec: bit-width and scheme. AdaLog begins with powers of two.
-    """
-    if spec.scheme is Scheme.DYNAMIC_FOCUSING:
-        return DynamicFocusingQuantizer.reaching(top, 0, spec.bits)
-    return LogQuantizer.reaching(top, spec.bits, 1, 1)
-
-
-def one_sided_candidates(
+def focusing_candidates(
     top: float, spec: TensorSpec, shares: Sequence[float]
-) -> list[list[Quantizer]]:
-    """Candidates for values in ``[0, top]``.
+) -> list[list[DynamicFocusingQuantizer]]:
+    """Dynamic focusing quantizers for values in ``[0, top]``.
 
     Args:
         top: largest value.
-        spec: bit-width and scheme.
-        shares: of ``top`` that the largest value of the quantizer is.
+        spec: bit-width.
+        shares: upper ends of the interval, as shares of ``top``.
 
     Returns:
-        A row for each start of the interval, or base of the powers; in it one for each share.
+        A row for each start of the interval.
     """
     ends = [top * share for share in shares]
-    if spec.scheme is Scheme.DYNAMIC_FOCUSING:
-        return [
-            [DynamicFocusingQuantizer.reaching(end, start, spec.bits) for end in ends]
-            for start in _starts(spec.bits)
-        ]
-    octaves = _OCTAVES if spec.scheme is Scheme.ADALOG else ((1, 1),)
-    return [[LogQuantizer.reaching(end, spec.bits, n, d) for end in ends] for n, d in octaves]
+    return [
+        [DynamicFocusingQuantizer.reaching(end, start, spec.bits) for end in ends]
+        for start in _starts(spec.bits)
+    ]
+
+
+def log_candidates(
+    top: float, spec: TensorSpec, shares: Sequence[float], octaves: Iterable[Fraction]
+) -> list[list[LogQuantizer]]:
+    """Logarithmic quantizers for values in ``[0, top]``.
+
+    Args:
+        top: largest value.
+        spec: bit-width.
+        shares: largest values of the quantizer, as shares of ``top``.
+        octaves: from one code to the next.
+
+    Returns:
+        A row for each of the octaves.
+    """
+    ends = [top * share for share in shares]
+    return [
+        [LogQuantizer.reaching(end, spec.bits, step.numerator, step.denominator) for end in ends]
+        for step in octaves
+    ]
 
 
 def _starts(bits: int) -> list[int]:
     """Starts of the interval in steps, each half more than the last, as far as they go."""
-    found, start = [0], 1
+    starts, start = [0], 1
     while start <= largest_start(bits):
-        found.append(start)
+        starts.append(start)
         start = max(start + 1, start * 3 // 2)
-    return found
+    return starts

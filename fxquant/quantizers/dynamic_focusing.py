@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from fxquant.config.spec import TensorSpec
 from fxquant.errors import CalibrationError
-from fxquant.quantizers.uniform import LEAST_SCALE, UniformQuantizer
+from fxquant.quantizers.affine import LEAST_SCALE, AffineQuantizer
 
 _BYTE_MAX = 255
 
 
-class DynamicFocusingQuantizer(UniformQuantizer):
+class DynamicFocusingQuantizer(AffineQuantizer):
     """A uniform grid over the interval ``[b1, b2]`` where most of the values lie.
 
     Values below ``b1`` take code 0, values above ``b2`` the last one, and between them codes are
@@ -24,9 +26,11 @@ class DynamicFocusingQuantizer(UniformQuantizer):
     What is below ``b1`` reads as ``b1``, which is the nearest value of the grid. Read as 0 it would
     be one more value off the uniform grid, which no clip and no single QDQ pair can express.
 
-    Unlike in the parent class zero need not be a value: ``zero_point`` is ``-start``, in
-    ``[2^bits - 256, 0]``. ``scale`` and ``zero_point`` have shape ``()``, codes are unsigned.
+    Zero need not be a value: ``zero_point`` is ``-start``, in ``[2^bits - 256, 0]``. ``scale`` and
+    ``zero_point`` have shape ``()``, codes are unsigned.
     """
+
+    type_name: ClassVar[str] = "dynamic_focusing"
 
     def __init__(self, scale: Tensor, *, start: int, bits: int) -> None:
         """Makes the quantizer.
@@ -65,7 +69,7 @@ class DynamicFocusingQuantizer(UniformQuantizer):
 
     @property
     def zero_range(self) -> tuple[int, int]:
-        """As in the parent class: an interval begins at zero or above it."""
+        """Smallest and largest ``zero_point``: an interval begins at zero or above it."""
         return -largest_start(self.bits), 0
 
     @property
@@ -76,7 +80,7 @@ class DynamicFocusingQuantizer(UniformQuantizer):
 
     def config(self) -> dict[str, object]:
         """Bit-width; the start is in the buffers."""
-        return {"type": "dynamic_focusing", "bits": self.bits}
+        return {"type": self.type_name, "bits": self.bits}
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> DynamicFocusingQuantizer:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
 from fxquant.quantizers import log_ops as ops
+from fxquant.quantizers.affine import LEAST_SCALE
 from fxquant.quantizers.base import Quantizer
-from fxquant.quantizers.uniform import LEAST_SCALE
 
 # Entries of the largest table.
 _LARGEST_ROOT = 16
@@ -31,7 +32,7 @@ class LogQuantizer(Quantizer):
     have no common divisor, ``d`` is 16 at most.
     """
 
-    scale: Tensor
+    type_name: ClassVar[str] = "log"
 
     def __init__(self, scale: Tensor, *, bits: int, n: int, d: int) -> None:
         """Makes the quantizer.
@@ -72,6 +73,11 @@ class LogQuantizer(Quantizer):
         return ops.log_powers(*self.form)
 
     @property
+    def zero_codes(self) -> Tensor:
+        """The code of zero, ``()``."""
+        return torch.full_like(self.scale, self.zero_code)
+
+    @property
     def magnitudes(self) -> list[int]:
         """The value of each code up to zero's, in units of :attr:`unit`."""
         return ops.log_magnitudes(*self.form)
@@ -98,7 +104,7 @@ class LogQuantizer(Quantizer):
 
     def config(self) -> dict[str, object]:
         """Bit-width and the octaves between codes."""
-        return {"type": "log", "bits": self._bits, "n": self.n, "d": self.d}
+        return {"type": self.type_name, "bits": self._bits, "n": self.n, "d": self.d}
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> LogQuantizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class TwinUniformQuantizer(Quantizer):
     a whole number, at least 1 if one-sided, at least 0 otherwise.
     """
 
-    scale: Tensor
+    type_name: ClassVar[str] = "twin_uniform"
 
     def __init__(self, scale: Tensor, *, shift: int, bits: int, two_sided: bool) -> None:
         """Makes the quantizer.
@@ -75,6 +76,11 @@ class TwinUniformQuantizer(Quantizer):
     def bits(self) -> int:
         """Bit-width of the codes, the region bit included."""
         return self._bits
+
+    @property
+    def accumulator_unit(self) -> Tensor:
+        """``D_R1``, of which every value is a whole multiple."""
+        return self.scale
 
     @property
     def levels(self) -> int:
@@ -124,7 +130,7 @@ class TwinUniformQuantizer(Quantizer):
     def config(self) -> dict[str, object]:
         """Bit-width, shift and sidedness."""
         return {
-            "type": "twin_uniform",
+            "type": self.type_name,
             "bits": self._bits,
             "shift": self.shift,
             "two_sided": self.two_sided,

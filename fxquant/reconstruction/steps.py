@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.config.recovery import Reconstruction
-from fxquant.reconstruction.activations import draw_mask
+from fxquant.quantizers.trained import draw_mask
 from fxquant.reconstruction.augment import augmented, float_targets
 from fxquant.reconstruction.blockwise import BlockContext, Values
 from fxquant.reconstruction.losses import Criterion

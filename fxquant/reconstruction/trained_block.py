@@ -16,8 +16,8 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.edges import Edge, quantized_edges
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand, submodule
-from fxquant.quantizers import Quantizer, UniformQuantizer
-from fxquant.reconstruction.activations import TrainedQuantizer, trained
+from fxquant.quantizers import Quantizer, UniformQuantizer, family_of
+from fxquant.quantizers.trained import TrainedQuantizer
 from fxquant.reconstruction.blockwise import BlockContext, Values, tensors_of
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch, candidate_ranks
 from fxquant.reconstruction.weights import (
@@ -106,13 +106,14 @@ class TrainedBlock(nn.Module):
         if edge.arg is Arg.WEIGHT:
             assert isinstance(quantizer, UniformQuantizer)
             weight = get_parameter(gm, operand(call, 0)).detach()
-            form = _weight_form(weight, quantizer, options, generator)
-            if form is not None:
-                self.weights[key] = form
+            trained_weight = _weight_form(weight, quantizer, options, generator)
+            if trained_weight is not None:
+                self.weights[key] = trained_weight
             return
         assert isinstance(quantizer, Quantizer)
-        coder = trained(quantizer, options.drop)
-        if coder is not None and key not in self.quantizers:
+        form = family_of(quantizer).trained
+        if form is not None and key not in self.quantizers:
+            coder = form(quantizer, options.drop)
             if not options.scales:  # else each form knows: a symmetric one has no zero point
                 coder.requires_grad_(False)
             self.quantizers[key] = coder
@@ -189,7 +190,7 @@ def refusal(gm: fx.GraphModule, edge: Edge, options: Reconstruction) -> str | No
         return "weight not trained: several products share it" if shared else None
     quantizer = submodule(gm, edge.source)
     assert isinstance(quantizer, Quantizer)
-    if options.scales and trained(quantizer, 0.0) is None:
+    if options.scales and family_of(quantizer).trained is None:
         return f"scale of {edge.arg} not trained: {type(quantizer).__name__} has no such form"
     return None
 

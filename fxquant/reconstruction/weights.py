@@ -37,7 +37,11 @@ class TrainedWeight(nn.Module, ABC):
         self._first = weight.detach() / broadcast(quantizer.scale, weight.ndim, quantizer.axis)
 
     def _scale(self) -> Tensor:
-        return broadcast(self._start.scale * self.log_scale.exp(), self._ndim, self._axis)
+        return broadcast(self._unit(), self._ndim, self._axis)
+
+    def _unit(self) -> Tensor:
+        """The scale as it is trained now, of the shape of the quantizer's."""
+        return self._start.trained_scale(self._start.scale * self.log_scale.exp())
 
     def forward(self) -> Tensor:
         """The quantized weight, with gradients."""
@@ -64,14 +68,7 @@ class TrainedWeight(nn.Module, ABC):
     @torch.no_grad()
     def fitted(self) -> tuple[Tensor, UniformQuantizer]:
         """The weight before rounding and its quantizer, as trained by now."""
-        start = self._start
-        quantizer = UniformQuantizer(
-            start.scale * self.log_scale.exp(),
-            start.zero_point,
-            bits=start.bits,
-            signed=start.signed,
-            axis=start.axis,
-        )
+        quantizer = self._start.with_parameters(self._unit(), self._start.zero_point)
         return self._steps().round() * self._scale(), quantizer
 
 

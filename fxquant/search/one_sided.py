@@ -1,4 +1,4 @@
-"""Candidates of the schemes for values from zero up, such as softmax gives, and their search."""
+"""Search of the schemes for values from zero up, such as softmax outputs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from torch import Tensor
 
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.spec import TensorSpec
-from fxquant.quantizers import Quantizer
-from fxquant.quantizers.candidates import one_sided_candidates
-from fxquant.search.product_loss import Operand
+from fxquant.quantizers import FAMILIES, Quantizer
+from fxquant.search.product_loss import Consumer
 from fxquant.search.scales import Searched, best_of
 
 
@@ -31,12 +30,14 @@ class SearchedOneSided(Searched):
     ) -> None:
         steps = torch.linspace(0, 1, search.candidates).tolist()
         shares = [search.low * (search.high / search.low) ** step for step in steps]
-        rows = one_sided_candidates(top, spec, shares)
+        candidates = FAMILIES[spec.scheme].candidates
+        assert candidates is not None, f"{spec.scheme} has no candidates to search"
+        rows = candidates(0.0, top, spec, shares)
         self._chosen, self._device = fitted, next(fitted.buffers()).device
         self._rows = [[candidate.to(self._device) for candidate in row] for row in rows]
         self._at: tuple[int, int] | None = None
 
-    def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
+    def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
         """See the base class."""
         if self._at is None:
             places = [(i, j) for i, row in enumerate(self._rows) for j in range(len(row))]
@@ -51,7 +52,7 @@ class SearchedOneSided(Searched):
     def _move(
         self,
         places: list[tuple[int, int]],
-        consumers: list[Operand],
+        consumers: list[Consumer],
         search: ScaleSearch,
         stride: int,
     ) -> None:

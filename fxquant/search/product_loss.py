@@ -64,12 +64,12 @@ class ProductSample:
 
 
 @dataclass(frozen=True)
-class Operand:
-    """One consumer of the quantizer that is searched.
+class Consumer:
+    """A product that reads the quantizer under search.
 
     Attributes:
-        sample: the product.
-        left: the quantizer stands on the left operand.
+        sample: rows of the product.
+        left: the quantizer is on the left operand.
         other: the other operand as it is quantized now, shaped as in the sample.
     """
 
@@ -94,7 +94,7 @@ Quantize = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def candidate_losses(
-    consumers: list[Operand], candidates: Tensor, quantize: Quantize, metric: Metric, unit: Unit
+    consumers: list[Consumer], candidates: Tensor, quantize: Quantize, metric: Metric, unit: Unit
 ) -> Tensor:
     """Loss of each candidate, summed over the products that read the operand.
 
@@ -126,14 +126,14 @@ def candidate_losses(
     return total
 
 
-def _weighing(consumers: list[Operand], metric: Metric) -> list[Operand]:
+def _weighing(consumers: list[Consumer], metric: Metric) -> list[Consumer]:
     """Without those that the loss does not depend on, unless that is all."""
     if metric not in GRADIENT_METRICS:
         return consumers
     return [c for c in consumers if c.sample.gradient is not None] or consumers
 
 
-def _products(tried: Tensor, consumer: Operand, count: int) -> Tensor:
+def _products(tried: Tensor, consumer: Consumer, count: int) -> Tensor:
     """``(S, H, G, n, N)``: the candidates are more rows on the left, more columns on the right."""
     if consumer.left:
         out = tried.flatten(2, 3) @ consumer.other

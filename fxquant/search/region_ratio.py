@@ -16,7 +16,7 @@ from fxquant.config.spec import TensorSpec
 from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.quantizers.candidates import ratio_candidates
 from fxquant.search.metrics import Unit
-from fxquant.search.product_loss import Operand, candidate_losses
+from fxquant.search.product_loss import Consumer, candidate_losses
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform, best_of, stacked
 
 
@@ -30,9 +30,6 @@ class SearchedRegionRatio(Searched):
         spec: bit-width and bound of the shift.
         search: the grid.
         values: the operand, any shape.
-
-    Attributes:
-        gain: error of the choice over that of the best quantizer of the hand-set rule.
     """
 
     def __init__(
@@ -53,9 +50,9 @@ class SearchedRegionRatio(Searched):
         uniform = UniformQuantizer.from_range(lo, hi, plain, None)
         self._uniform = SearchedUniform(uniform, plain, Unit.TENSOR, (), search)
         self._chosen: Quantizer = fitted
-        self.gain = 1.0
+        self._error_ratio = 1.0
 
-    def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
+    def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
         """See the base class."""
         self._rule.improve(consumers, search, turn)
         self._uniform.improve(consumers, search, turn)
@@ -76,14 +73,21 @@ class SearchedRegionRatio(Searched):
             Unit.TENSOR,
         ).tolist()
         self._chosen = found[losses.index(min(losses))]
-        self.gain = min(losses) / losses[0] if losses[0] else 1.0
+        self._error_ratio = min(losses) / losses[0] if losses[0] else 1.0
 
     @property
-    def choice(self) -> str:
-        """What is chosen, in words."""
+    def spec(self) -> TensorSpec | None:
+        """The annotation where a uniform quantizer is chosen, else None."""
         if isinstance(self._chosen, TwinUniformQuantizer):
-            return f"twin, m = {self._chosen.shift}"
-        return "uniform"
+            return None
+        return TensorSpec(bits=self._chosen.bits)
+
+    @property
+    def comparison(self) -> tuple[str, float]:
+        """The choice in words, and its error over that of the hand-set rule's best quantizer."""
+        if isinstance(self._chosen, TwinUniformQuantizer):
+            return f"twin, m = {self._chosen.shift}", self._error_ratio
+        return "uniform", self._error_ratio
 
     def apply(self, values: Tensor, *, left: bool) -> Tensor:
         """See the base class."""

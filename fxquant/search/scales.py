@@ -14,18 +14,18 @@ from torch import Tensor
 
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import TensorSpec
-from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer, affine_parameters
+from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.quantizers.candidates import twin_candidates
 from fxquant.search.grid import best_index
 from fxquant.search.metrics import Unit
-from fxquant.search.product_loss import Operand, Quantize, along_units, candidate_losses
+from fxquant.search.product_loss import Consumer, Quantize, along_units, candidate_losses
 
 
 class Searched(ABC):
     """A quantizer under search."""
 
     @abstractmethod
-    def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
+    def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
         """Moves to the candidate of least loss, the other operands as they are.
 
         Args:
@@ -41,6 +41,16 @@ class Searched(ABC):
     @abstractmethod
     def quantizer(self) -> Quantizer:
         """The quantizer as chosen now."""
+
+    @property
+    def spec(self) -> TensorSpec | None:
+        """The annotation of a choice of another scheme; None where the scheme stays."""
+        return None
+
+    @property
+    def comparison(self) -> tuple[str, float] | None:
+        """The choice in words, and its error over that of the hand-set rule; None without one."""
+        return None
 
 
 class SearchedUniform(Searched):
@@ -65,7 +75,7 @@ class SearchedUniform(Searched):
         shape: tuple[int, ...],
         search: ScaleSearch,
     ) -> None:
-        self._axis, self._spec, self._unit = fitted.axis, spec, unit
+        self._fitted, self._spec, self._unit = fitted, spec, unit
         scale, zero = fitted.scale.reshape(shape), fitted.zero_point.reshape(shape)
         self._lo, self._hi = (fitted.qmin - zero) * scale, (fitted.qmax - zero) * scale
         self._shares = torch.linspace(
@@ -76,7 +86,7 @@ class SearchedUniform(Searched):
         self._low = torch.full(shape, start, device=scale.device)
         self._high = self._low.clone()
 
-    def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
+    def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
         """See the base class."""
         together = self._spec.symmetric or turn == 0
         low, high = together or turn % 2 == 0, together or turn % 2 == 1
@@ -94,7 +104,7 @@ class SearchedUniform(Searched):
         self._low, self._high = best if low else self._low, best if high else self._high
 
     def _parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return affine_parameters(
+        return self._fitted.affine_parameters(
             self._lo * self._shares[low], self._hi * self._shares[high], self._spec
         )
 
@@ -118,14 +128,8 @@ class SearchedUniform(Searched):
     def quantizer(self) -> UniformQuantizer:
         """See the base class."""
         scale, zero_point = self._parameters(self._low, self._high)
-        count = () if self._axis is None else (-1,)
-        return UniformQuantizer(
-            scale.reshape(count),
-            zero_point.reshape(count),
-            bits=self._spec.bits,
-            signed=self._spec.symmetric,
-            axis=self._axis,
-        )
+        count = () if self._fitted.axis is None else (-1,)
+        return self._fitted.with_parameters(scale.reshape(count), zero_point.reshape(count))
 
 
 class SearchedTwin(Searched):
@@ -163,7 +167,7 @@ class SearchedTwin(Searched):
         self._candidates = [q.to(values.device) for q in found]
         self._chosen = torch.tensor(start, device=values.device)
 
-    def improve(self, consumers: list[Operand], search: ScaleSearch, turn: int) -> None:
+    def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
         """See the base class."""
         found = self._candidates
         self._chosen = best_of(found, consumers, search.metric, self._chosen, self._stride)
@@ -180,7 +184,7 @@ class SearchedTwin(Searched):
 
 def best_of(
     quantizers: Sequence[Quantizer],
-    consumers: list[Operand],
+    consumers: list[Consumer],
     metric: Metric,
     current: Tensor,
     stride: int,

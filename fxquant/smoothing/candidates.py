@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from fxquant.config.scale_search import Metric
 from fxquant.config.spec import TensorSpec
-from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.quantizers import Quantizer, uniform_class
 from fxquant.search.metrics import Unit
-from fxquant.search.product_loss import Operand, ProductSample, candidate_losses
+from fxquant.search.product_loss import Consumer, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 
 # Exponents in twentieths: every other one, then the two beside the best.
@@ -189,7 +189,7 @@ def _quantized_weight(reading: ConsumerSample) -> Tensor:
     best, least = rows, torch.full((len(rows),), torch.inf, device=rows.device)
     for share in _SHARES:
         lo, hi = rows.amin(1) * share, rows.amax(1) * share
-        tried = UniformQuantizer.from_range(lo, hi, spec, 0)(rows)
+        tried = uniform_class(spec).from_range(lo, hi, spec, 0)(rows)
         error = ((tried - rows).square() * energy).sum(1)
         best = torch.where((error < least).unsqueeze(1), tried, best)
         least = torch.minimum(error, least)
@@ -202,8 +202,9 @@ def _input_quantizer(
     """One quantizer for what all linears read, and their error with it."""
     ends = [reading.sample.lhs.aminmax() for reading in linears]
     lo, hi = torch.stack([e.min for e in ends]).min(), torch.stack([e.max for e in ends]).max()
-    tried = [UniformQuantizer.from_range(lo * s, hi * s, linears[0].spec, None) for s in _SHARES]
-    operands = [Operand(r.sample, True, w) for r, w in zip(linears, weights, strict=True)]
+    spec = linears[0].spec
+    tried = [uniform_class(spec).from_range(lo * s, hi * s, spec, None) for s in _SHARES]
+    operands = [Consumer(r.sample, True, w) for r, w in zip(linears, weights, strict=True)]
     index = torch.arange(len(tried), device=lo.device)
     error = candidate_losses(operands, index, stacked(tried), metric, Unit.TENSOR)
     return tried[int(error.argmin())], float(error.min())
@@ -213,16 +214,17 @@ def _value_quantizer(reading: ConsumerSample, metric: Metric) -> tuple[Quantizer
     """The quantizer of attention values, a scale a head, and the error of the product with it."""
     values = reading.sample.rhs
     lo, hi = values.amin((0, 2, 3)), values.amax((0, 2, 3))
-    tried = [UniformQuantizer.from_range(lo * s, hi * s, reading.spec, -3) for s in _SHARES]
+    kind = uniform_class(reading.spec)
+    tried = [kind.from_range(lo * s, hi * s, reading.spec, -3) for s in _SHARES]
     index = torch.arange(len(tried), device=lo.device).unsqueeze(1).expand(-1, len(lo))
-    operand = Operand(reading.sample, False, reading.sample.lhs)
+    operand = Consumer(reading.sample, False, reading.sample.lhs)
 
     def quantize(values: Tensor, candidates: Tensor, axis: int) -> Tensor:
         return stacked(tried)(values, candidates[:, 0], axis)
 
     error = candidate_losses([operand], index, quantize, metric, Unit.HEAD)
     share = torch.tensor(_SHARES, device=lo.device)[error.argmin(0)]
-    best = UniformQuantizer.from_range(lo * share, hi * share, reading.spec, -3)
+    best = kind.from_range(lo * share, hi * share, reading.spec, -3)
     return best, float(error.min(0).values.sum())
 
 

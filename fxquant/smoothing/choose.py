@@ -13,7 +13,7 @@ from fxquant.calibration.reservoir import ReservoirSampler, images_for
 from fxquant.calibration.sample_products import sample_products
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import Metric, ScaleSearch
-from fxquant.config.spec import Granularity, Scheme, TensorSpec
+from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg
 from fxquant.graph.capture import device_of
 from fxquant.graph.dialect import aten
@@ -158,7 +158,7 @@ def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[Consumer
         if spec is None:
             return f"the input of {node} stays float"
         wanted = Granularity.TENSOR if left else Granularity.HEAD
-        if spec.scheme is not Scheme.UNIFORM or spec.granularity is not wanted:
+        if not spec.scheme.limits.is_general or spec.granularity is not wanted:
             return f"the quantizer of what {node} reads is not uniform with a scale a {wanted}"
         if sample is None or (not left and sample.heads * sample.columns != channels):
             return f"no rows of {node} were sampled in a form that shows its channels"

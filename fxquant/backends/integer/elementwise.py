@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fxquant.backends.integer.kernels import accumulator_dtype
 from fxquant.backends.integer.modules import QuantizedOperand
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import AffineQuantizer
 from fxquant.quantizers.ops import broadcast
 
 # Bits of a multiplier beyond those of the codes, so that its rounding is 2^-13 of a step at most.
@@ -18,7 +18,7 @@ _SPARE_BITS = 12
 FUNCTION_BITS = 24
 
 
-def table_of(quantizer: UniformQuantizer, function: Callable[[Tensor], Tensor]) -> Tensor:
+def table_of(quantizer: AffineQuantizer, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Values of a function at all codes of a quantizer, from the smallest code on, float32."""
     codes = torch.arange(quantizer.qmin, quantizer.qmax + 1, device=quantizer.scale.device)
     return function(quantizer.dequantize(codes.to(torch.float32)))
@@ -54,7 +54,7 @@ class IntAdd(nn.Module):
         rhs: quantizer of ``b``, per tensor.
     """
 
-    def __init__(self, lhs: UniformQuantizer, rhs: UniformQuantizer) -> None:
+    def __init__(self, lhs: AffineQuantizer, rhs: AffineQuantizer) -> None:
         super().__init__()
         self.lhs, self.rhs = QuantizedOperand(lhs, None), QuantizedOperand(rhs, None)
         scales = [float(quantizer.scale) for quantizer in (lhs, rhs)]

@@ -26,6 +26,7 @@ from fxquant.backends.integer.lowered_values import (
     scaling,
     sums_of_product,
 )
+from fxquant.backends.integer.lowerings import has_codes, integer_form
 from fxquant.backends.integer.operations import (
     MEANS,
     curve_module,
@@ -34,14 +35,13 @@ from fxquant.backends.integer.operations import (
     mean_module,
 )
 from fxquant.backends.integer.partition import fed_by_image, feeding_quantizers, is_size
-from fxquant.backends.integer.products import IntegerQuantizer, Product, make_product
-from fxquant.backends.integer.quantize_modules import to_codes
+from fxquant.backends.integer.products import Product, make_product
 from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten, op_kind
 from fxquant.graph.edges import Edge, possible_edges
 from fxquant.graph.nodes import arguments, constant, submodule
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import AffineQuantizer, Quantizer
 
 
 class Accumulate(nn.Module):
@@ -102,7 +102,7 @@ class _Builder:
             self._float(node)
         for node in self._image:
             for user in node.users:
-                if isinstance(submodule(self._gm, user), IntegerQuantizer):
+                if has_codes(submodule(self._gm, user)):
                     self._code(user)
         needed = feeding_quantizers(nodes)
         for node in nodes:
@@ -129,7 +129,7 @@ class _Builder:
             LoweringError: some are and some are not.
         """
         edges = self._edges.get(node, [])
-        coded = [isinstance(submodule(self._gm, edge.source), IntegerQuantizer) for edge in edges]
+        coded = [has_codes(submodule(self._gm, edge.source)) for edge in edges]
         if any(coded) and not all(coded):
             raise LoweringError(f"{node.name} has an operand that is not quantized")
         return any(coded)
@@ -166,9 +166,9 @@ class _Builder:
             call, torch.tensor(module.scale, dtype=torch.float64), None, module.bound
         )
 
-    def _uniform(self, edge: Edge) -> UniformQuantizer:
+    def _uniform(self, edge: Edge) -> AffineQuantizer:
         quantizer = submodule(self._gm, edge.source)
-        if not isinstance(quantizer, UniformQuantizer) or quantizer.axis is not None:
+        if not isinstance(quantizer, AffineQuantizer) or quantizer.axis is not None:
             raise LoweringError(f"{edge.name} needs one scale and one zero point")
         return quantizer
 
@@ -206,7 +206,7 @@ class _Builder:
     def _code(self, call: fx.Node) -> fx.Node:
         """The codes that a quantizer call yields."""
         quantizer = submodule(self._gm, call)
-        assert isinstance(quantizer, IntegerQuantizer)
+        assert isinstance(quantizer, Quantizer)
         made = self._wanted(call.all_input_nodes[0], CodeRequest.of(quantizer))
         self._coded[str(call.target)] = made.name
         return made
@@ -229,7 +229,8 @@ class _Builder:
         if node in self._image:
             if self._sums:  # a quantizer of its own would have been met at the start
                 raise LoweringError(f"{node.name} is float and joins integer values")
-            return self._new.call(name, to_codes(wanted.quantizer), self._float(node))
+            to_codes = integer_form(wanted.quantizer).to_codes(wanted.quantizer)
+            return self._new.call(name, to_codes, self._float(node))
         found = self._sum(node) if node.target in MEANS else self._sums.get(node)
         if isinstance(found, CodeFunction):
             table = wanted.table(table_of(found.quantizer, found.function))

@@ -10,15 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.backends.integer.log import LogRequantize
+from fxquant.backends.integer.lowerings import integer_form
 from fxquant.backends.integer.modules import AnyOperand, IntMatmul, QuantizedOperand, storage_dtype
-from fxquant.backends.integer.products import IntegerQuantizer, Product
-from fxquant.backends.integer.requantize import Requantize, TwinRequantize
+from fxquant.backends.integer.products import Product
 from fxquant.errors import LoweringError
 from fxquant.graph.dialect import aten
 from fxquant.graph.nodes import constant, evaluate_moves, operand
 from fxquant.graph.shapes import example_shape
-from fxquant.quantizers import LogQuantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import AffineQuantizer, Quantizer
 from fxquant.quantizers.ops import broadcast
 
 
@@ -48,7 +47,7 @@ class CodeFunction(NamedTuple):
     """
 
     node: fx.Node
-    quantizer: UniformQuantizer
+    quantizer: AffineQuantizer
     function: Callable[[Tensor], Tensor]
 
 
@@ -80,26 +79,21 @@ class CodeRequest:
     """
 
     key: tuple[object, ...]
-    quantizer: IntegerQuantizer = field(compare=False)
+    quantizer: Quantizer = field(compare=False)
     scale: Tensor = field(compare=False)
     zero_point: Tensor = field(compare=False)
     axis: int | None = field(compare=False)
 
     @classmethod
-    def of(cls, quantizer: IntegerQuantizer) -> CodeRequest:
+    def of(cls, quantizer: Quantizer) -> CodeRequest:
         """The codes that a quantizer gives."""
         buffers = (tuple(buffer.flatten().tolist()) for buffer in quantizer.buffers())
-        zero_point, axis = torch.zeros_like(quantizer.scale), None
-        if isinstance(quantizer, UniformQuantizer):
-            zero_point, axis = quantizer.zero_point, quantizer.axis
-        if isinstance(quantizer, LogQuantizer):
-            zero_point = torch.full_like(quantizer.scale, quantizer.zero_code)
         return cls(
             key=(json.dumps(quantizer.config()), *buffers),
             quantizer=quantizer,
             scale=quantizer.scale.double(),
-            zero_point=zero_point,
-            axis=axis,
+            zero_point=quantizer.zero_codes,
+            axis=quantizer.scale_axis,
         )
 
     def times(self, factor: Factor) -> CodeRequest:
@@ -134,7 +128,7 @@ class CodeRequest:
         if len(codes) > 1:
             raise LoweringError("padding needs one zero point, the codes there have several")
         code = int(codes.pop())
-        if isinstance(self.quantizer, UniformQuantizer) and code < self.quantizer.qmin:
+        if code < self.quantizer.code_range[0]:
             raise LoweringError("padding needs a code for zero, and the interval begins above it")
         return code
 
@@ -165,13 +159,8 @@ class CodeRequest:
         """The module from sums that fit to these codes."""
         axis = self.axis if sums.axis is None else sums.axis
         ratio = sums.scale / self.scale
-        if isinstance(self.quantizer, TwinUniformQuantizer):
-            return TwinRequantize(self.quantizer, ratio, axis=axis, bound=sums.bound)
-        if isinstance(self.quantizer, LogQuantizer):
-            return LogRequantize(self.quantizer, ratio)
-        ends = self.quantizer.qmin, self.quantizer.qmax
-        return Requantize(
-            ratio, self.zero_point, axis=axis, bound=sums.bound, ends=ends, dtype=self.dtype
+        return integer_form(self.quantizer).requantize(
+            self.quantizer, ratio, self.zero_point, axis=axis, bound=sums.bound, dtype=self.dtype
         )
 
 

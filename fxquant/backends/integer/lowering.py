@@ -21,9 +21,9 @@ from torch import fx, nn
 
 from fxquant.backends.integer.integer_only import build_integer_only
 from fxquant.backends.integer.kernels import affine_matmul, affine_whole
+from fxquant.backends.integer.lowerings import has_codes, integer_form
 from fxquant.backends.integer.modules import storage_dtype
-from fxquant.backends.integer.products import IntegerQuantizer, make_product
-from fxquant.backends.integer.quantize_modules import from_codes, to_codes
+from fxquant.backends.integer.products import make_product
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import LoweringError
 from fxquant.graph.edges import Edge, edges, quantized_edges
@@ -112,7 +112,7 @@ def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[
     made: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
         quantizer = submodule(gm, node)
-        if isinstance(quantizer, IntegerQuantizer):
+        if isinstance(quantizer, Quantizer) and has_codes(quantizer):
             key = _identity(node, quantizer)
             if key not in made:
                 made[key] = _emit_codes(gm, node, quantizer)
@@ -120,7 +120,7 @@ def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[
     return codes, {str(node.target): str(code.target) for node, code in codes.items()}
 
 
-def _identity(node: fx.Node, quantizer: IntegerQuantizer) -> tuple[Any, ...]:
+def _identity(node: fx.Node, quantizer: Quantizer) -> tuple[Any, ...]:
     """Equal for quantizer calls that yield equal codes."""
     source = node.all_input_nodes[0]
     value = source.target if source.op == "get_attr" else source
@@ -128,11 +128,13 @@ def _identity(node: fx.Node, quantizer: IntegerQuantizer) -> tuple[Any, ...]:
     return (value, json.dumps(quantizer.config()), *parameters)
 
 
-def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: IntegerQuantizer) -> fx.Node:
+def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: Quantizer) -> fx.Node:
     source = node.all_input_nodes[0]
     value = constant(gm, source)
     if value is None:
-        return _emit(gm, node, f"codes.{_leaf(node)}", to_codes(quantizer), source)
+        return _emit(
+            gm, node, f"codes.{_leaf(node)}", integer_form(quantizer).to_codes(quantizer), source
+        )
     name = f"{_leaf(node)}_codes"
     gm.register_buffer(name, quantizer.quantize(value).to(storage_dtype(quantizer)).contiguous())
     with gm.graph.inserting_before(node):
@@ -159,9 +161,11 @@ def _dequantize_rest(gm: fx.GraphModule, node: fx.Node, code: fx.Node) -> None:
     """Gives the products that stay float the values of the codes; removes the quantizer."""
     if node.users:
         quantizer = submodule(gm, node)
-        assert isinstance(quantizer, IntegerQuantizer)
+        assert isinstance(quantizer, Quantizer)
         name = f"values.{_leaf(node)}"
-        node.replace_all_uses_with(_emit(gm, node, name, from_codes(quantizer), code))
+        node.replace_all_uses_with(
+            _emit(gm, node, name, integer_form(quantizer).from_codes(quantizer), code)
+        )
     gm.graph.erase_node(node)
 
 

@@ -22,20 +22,19 @@ from fxquant.backends.integer.kernels import (
 )
 from fxquant.backends.integer.log import LogOperand
 from fxquant.backends.integer.twin import TwinOperand
-from fxquant.quantizers import INT32_MAX, LogQuantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import INT32_MAX, AffineQuantizer, Quantizer
 from fxquant.quantizers.ops import broadcast
 
 
-def storage_dtype(quantizer: UniformQuantizer | TwinUniformQuantizer | LogQuantizer) -> torch.dtype:
+def storage_dtype(quantizer: Quantizer) -> torch.dtype:
     """The narrowest integer type that holds every code.
 
     int8 or uint8 up to 8 bits, else int16, and int32 for the unsigned codes of 16 bits.
     """
-    if not isinstance(quantizer, UniformQuantizer):
-        return torch.uint8
+    least, largest = quantizer.code_range
     if quantizer.bits <= 8:
-        return torch.int8 if quantizer.qmin < 0 else torch.uint8
-    return torch.int16 if quantizer.qmax < 2**15 else torch.int32
+        return torch.int8 if least < 0 else torch.uint8
+    return torch.int16 if largest < 2**15 else torch.int32
 
 
 class ToCodes(nn.Module):
@@ -48,7 +47,7 @@ class ToCodes(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: UniformQuantizer) -> None:
+    def __init__(self, quantizer: AffineQuantizer) -> None:
         super().__init__()
         self.qmin, self.qmax, self.axis = quantizer.qmin, quantizer.qmax, quantizer.axis
         self.dtype = storage_dtype(quantizer)
@@ -72,7 +71,7 @@ class FromCodes(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: UniformQuantizer) -> None:
+    def __init__(self, quantizer: AffineQuantizer) -> None:
         super().__init__()
         self.axis = quantizer.axis
         self.register_buffer("scale", quantizer.scale.clone())
@@ -96,7 +95,7 @@ class QuantizedOperand(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, quantizer: UniformQuantizer, axis: int | None) -> None:
+    def __init__(self, quantizer: AffineQuantizer, axis: int | None) -> None:
         super().__init__()
         self.axis = axis
         centred = not bool(quantizer.zero_point.any())

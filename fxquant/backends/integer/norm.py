@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fxquant.backends.integer.requantize import WORD_BITS
 from fxquant.errors import LoweringError
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import AffineQuantizer
 
 # Fraction bits of a normalised value, and bits of the largest gamma.
 _FRACTION_BITS, _GAMMA_BITS = 16, 20
@@ -54,7 +54,7 @@ class IntNorm(nn.Module):
 
     def __init__(
         self,
-        quantizer: UniformQuantizer,
+        quantizer: AffineQuantizer,
         shape: tuple[int, ...],
         weight: Tensor | None,
         bias: Tensor | None,

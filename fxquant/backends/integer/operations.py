@@ -16,14 +16,14 @@ from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
 from fxquant.graph.dialect import aten, elementwise_kind
 from fxquant.graph.nodes import arguments, constant, operand
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import AffineQuantizer
 
 _POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default)
 MEANS = (aten.mean.dim, *_POOLS)
 
 
 def elementwise_module(
-    gm: fx.GraphModule, node: fx.Node, quantizers: list[UniformQuantizer]
+    gm: fx.GraphModule, node: fx.Node, quantizers: list[AffineQuantizer]
 ) -> IntAdd | IntSoftmax | IntNorm:
     """The module from the codes of an addition, softmax or norm to its sums.
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.backends.base import lowering_of
 from fxquant.backends.integer.convolve import Geometry
-from fxquant.backends.integer.log import LogOperand
+from fxquant.backends.integer.lowerings import LOWERINGS
 from fxquant.backends.integer.modules import (
     AnyOperand,
     IntConv,
@@ -17,15 +18,12 @@ from fxquant.backends.integer.modules import (
     QuantizedOperand,
     bias_codes,
 )
-from fxquant.backends.integer.twin import TwinOperand
 from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
 from fxquant.graph.edges import Edge
 from fxquant.graph.nodes import arguments, constant, submodule
-from fxquant.quantizers import LogQuantizer, Quantizer, TwinUniformQuantizer, UniformQuantizer
+from fxquant.quantizers import AffineQuantizer, Quantizer
 
-# The quantizers whose codes this backend multiplies.
-IntegerQuantizer = UniformQuantizer | TwinUniformQuantizer | LogQuantizer
 Product = IntLinear | IntConv | IntMatmul
 
 
@@ -47,14 +45,6 @@ def make_product(
         LoweringError: a quantizer has codes that this backend does not multiply, or a scale along
             the summed axis.
     """
-    for edge in (left, right):
-        quantizer = submodule(gm, edge.source)
-        if isinstance(quantizer, Quantizer) and not isinstance(quantizer, IntegerQuantizer):
-            raise LoweringError(
-                f"{edge.name} ({edge.path}): the integer backend multiplies the codes of "
-                f"uniform, twin and logarithmic quantizers, got {type(quantizer).__name__}; give "
-                "the edge scheme uniform or keep one operand float (spec: null)"
-            )
     if left.kind is OpKind.MATMUL:
         return IntMatmul(_side(gm, left, summed=-1), _side(gm, right, summed=-2)), ()
     return _linear(gm, left, right) if left.kind is OpKind.LINEAR else _conv(gm, left, right)
@@ -73,9 +63,10 @@ def _linear(gm: fx.GraphModule, x: Edge, weight: Edge) -> tuple[IntLinear, tuple
 
 def _conv(gm: fx.GraphModule, x: Edge, weight: Edge) -> tuple[IntConv, tuple[fx.Node, ...]]:
     quantizer, input_quantizer = _weight_quantizer(gm, weight), submodule(gm, x.source)
-    if isinstance(input_quantizer, UniformQuantizer) and input_quantizer.axis is not None:
+    assert isinstance(input_quantizer, Quantizer)
+    if input_quantizer.scale_axis is not None:
         reason = "a convolution takes one scale for its input"
-        raise _axis_error(x, input_quantizer.axis, reason)
+        raise _axis_error(x, input_quantizer.scale_axis, reason)
     sides = _side(gm, x, summed=1), QuantizedOperand(quantizer, quantizer.axis)
     bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
     kernel = tuple(_constant_shape(gm, weight)[2:])
@@ -89,21 +80,18 @@ def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnyOperand:
         LoweringError: the scale runs along that axis, or may do so.
     """
     quantizer = submodule(gm, edge.source)
-    if isinstance(quantizer, TwinUniformQuantizer):
-        return TwinOperand(quantizer)
-    if isinstance(quantizer, LogQuantizer):
-        return LogOperand(quantizer)
-    assert isinstance(quantizer, UniformQuantizer)
-    if quantizer.axis == summed:
-        raise _axis_error(edge, quantizer.axis, "the sum runs over it, so no scale factors out")
-    if quantizer.axis is not None and quantizer.axis >= 0:
-        raise _axis_error(edge, quantizer.axis, "axes of activations are counted from the last")
-    return QuantizedOperand(quantizer, quantizer.axis)
+    assert isinstance(quantizer, Quantizer)
+    axis = quantizer.scale_axis
+    if axis == summed:
+        raise _axis_error(edge, axis, "the sum runs over it, so no scale factors out")
+    if axis is not None and axis >= 0:
+        raise _axis_error(edge, axis, "axes of activations are counted from the last")
+    return lowering_of(LOWERINGS, quantizer, edge, "the integer backend").operand(quantizer, axis)
 
 
-def _weight_quantizer(gm: fx.GraphModule, edge: Edge) -> UniformQuantizer:
+def _weight_quantizer(gm: fx.GraphModule, edge: Edge) -> AffineQuantizer:
     quantizer = submodule(gm, edge.source)
-    assert isinstance(quantizer, UniformQuantizer)  # AssignSpecs gives weights no other
+    assert isinstance(quantizer, AffineQuantizer)  # AssignSpecs gives weights no other
     if quantizer.axis not in (None, 0):
         raise _axis_error(edge, quantizer.axis, "a weight has one scale or one a row (axis 0)")
     return quantizer

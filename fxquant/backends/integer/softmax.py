@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import AffineQuantizer
 
 TABLE_BITS, SHARE_BITS = 30, 24
 
@@ -49,7 +49,7 @@ class IntSoftmax(nn.Module):
 
     table: Tensor
 
-    def __init__(self, quantizer: UniformQuantizer, axis: int) -> None:
+    def __init__(self, quantizer: AffineQuantizer, axis: int) -> None:
         super().__init__()
         self.axis = axis
         size = quantizer.qmax - quantizer.qmin + 1

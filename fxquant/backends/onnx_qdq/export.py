@@ -19,14 +19,14 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 from fxquant.backends.onnx_qdq.compact import compact
 from fxquant.backends.onnx_qdq.difference import Difference, Outputs, compare
 from fxquant.backends.onnx_qdq.doctor import optimization_difference
-from fxquant.backends.onnx_qdq.focusing import rewrite_focusing
 from fxquant.backends.onnx_qdq.legalize import Legalizer
+from fxquant.backends.onnx_qdq.lowerings import rewrite_quantizers
 from fxquant.backends.onnx_qdq.packing import pack_weights
 from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session
 from fxquant.backends.onnx_qdq.target import Target, resolve_target, u8s8_saturates
 from fxquant.backends.onnx_qdq.torch_ops import TRANSLATIONS
-from fxquant.backends.onnx_qdq.twin import TwinForm, rewrite_twins
+from fxquant.backends.onnx_qdq.twin import TwinForm
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import LoweringError
 from fxquant.graph.nodes import stage
@@ -183,8 +183,7 @@ def _translate(
 ) -> tuple[ir.Model, dict[str, int], tuple[TwinForm, ...]]:
     """The model, the widths of its weights' codes by name, and what twin quantizers became."""
     own = copy.deepcopy(gm).to("cpu")
-    twins = rewrite_twins(own)
-    rewrite_focusing(own)
+    twins = rewrite_quantizers(own)
     widths = Legalizer(own, target).run()
     images = torch.zeros(2, *image_shape)
     try:

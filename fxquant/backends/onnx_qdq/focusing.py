@@ -8,29 +8,27 @@ uniform quantizer's codes are those of the interval plus its start (arXiv 2502.0
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from fxquant.backends.onnx_qdq.twin import unsigned
 from fxquant.graph.dialect import aten
-from fxquant.graph.nodes import operand, submodule
+from fxquant.graph.nodes import operand
 from fxquant.graph.rewrite import emit
 from fxquant.quantizers import DynamicFocusingQuantizer
 
 
-@torch.no_grad()
-def rewrite_focusing(gm: fx.GraphModule) -> None:
-    """Rewrites every dynamic focusing quantizer in place.
+def rewrite_focusing(
+    gm: fx.GraphModule, node: fx.Node, quantizer: DynamicFocusingQuantizer
+) -> None:
+    """Rewrites one dynamic focusing quantizer in place.
 
     Args:
         gm: a copy of a FROZEN graph whose nodes carry shapes.
+        node: calls the quantizer.
+        quantizer: the module.
     """
-    for node in list(gm.graph.nodes):
-        quantizer = submodule(gm, node)
-        if not isinstance(quantizer, DynamicFocusingQuantizer):
-            continue
-        with gm.graph.inserting_before(node):
-            ends = quantizer.interval
-            clipped = emit(gm, aten.clamp.default, operand(node, 0), *ends, like=node)
-        node.update_arg(0, clipped)
-        gm.set_submodule(str(node.target), unsigned(quantizer.scale, 0, bits=8))
+    with gm.graph.inserting_before(node):
+        ends = quantizer.interval
+        clipped = emit(gm, aten.clamp.default, operand(node, 0), *ends, like=node)
+    node.update_arg(0, clipped)
+    gm.set_submodule(str(node.target), unsigned(quantizer.scale, 0, bits=8))

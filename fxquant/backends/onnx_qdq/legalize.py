@@ -26,7 +26,7 @@ from fxquant.graph.dialect import aten, elementwise_kind, op_kind
 from fxquant.graph.edges import Edge, edges
 from fxquant.graph.nodes import data_users, operand, rank, submodule
 from fxquant.graph.rewrite import add_constant, emit
-from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.quantizers import UniformQuantizer
 
 _Operand = tuple[Edge, UniformQuantizer]
 
@@ -35,7 +35,8 @@ class Legalizer:
     """Rewrites one graph in place for one target.
 
     Args:
-        gm: a copy of a FROZEN graph whose nodes carry shapes.
+        gm: a copy of a FROZEN graph whose nodes carry shapes, its quantizers uniform
+            (:func:`fxquant.backends.onnx_qdq.lowerings.rewrite_quantizers`).
         target: chooses the storage types.
     """
 
@@ -52,7 +53,7 @@ class Legalizer:
             Name of the tensor of a weight's codes -> their bit-width.
 
         Raises:
-            LoweringError: onnxruntime has no form of an edge's quantizer.
+            LoweringError: onnxruntime has no form of a scale for each channel of an activation.
         """
         for node in list(self.gm.graph.nodes):
             kind = op_kind(node)
@@ -73,12 +74,6 @@ class Legalizer:
         """The edge and its quantizer, None where it is float."""
         edge = self._edges[node, arg]
         module = submodule(self.gm, edge.source)
-        if isinstance(module, Quantizer) and not isinstance(module, UniformQuantizer):
-            raise LoweringError(
-                f"{edge.name}: ONNX has no form of {type(module).__name__}: its QuantizeLinear is "
-                "uniform; use scheme uniform, twin_uniform or dynamic_focusing for this edge, or "
-                'the integer backend, lower("integer")'
-            )
         return edge, module if isinstance(module, UniformQuantizer) else None
 
     def _call(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:

@@ -64,30 +64,21 @@ class TwinForm:
         return f"{text}two products ({advice} would make it one)"
 
 
-@torch.no_grad()
-def rewrite_twins(gm: fx.GraphModule) -> tuple[TwinForm, ...]:
-    """Rewrites every twin quantizer in place.
+def rewrite_twin(gm: fx.GraphModule, node: fx.Node, quantizer: TwinUniformQuantizer) -> TwinForm:
+    """Rewrites one twin quantizer in place.
 
     Args:
         gm: a copy of a FROZEN graph whose nodes carry shapes.
-
-    Returns:
-        What each became, in graph order.
+        node: calls the quantizer.
+        quantizer: the module.
     """
-    forms = []
-    for node in list(gm.graph.nodes):
-        quantizer = submodule(gm, node)
-        if isinstance(quantizer, TwinUniformQuantizer):
-            products = _Twin(gm, node, quantizer).rewrite()
-            forms.append(
-                TwinForm(
-                    edge=_leaf(node),
-                    levels=quantizer.grid_size,
-                    products=products,
-                    max_shift=_largest_shift(quantizer),
-                )
-            )
-    return tuple(forms)
+    products = _Twin(gm, node, quantizer).rewrite()
+    return TwinForm(
+        edge=_leaf(node),
+        levels=quantizer.grid_size,
+        products=products,
+        max_shift=_largest_shift(quantizer),
+    )
 
 
 class _Twin:

@@ -13,7 +13,7 @@ from fxquant.graph.nodes import get_parameter, submodule
 from fxquant.mixed_precision.sensitivity.groups import EdgeGroup
 from fxquant.observers.observer import HistogramObserver, Observer, make_observer
 from fxquant.observers.ranges import value_range
-from fxquant.quantizers import Quantizer, UniformQuantizer
+from fxquant.quantizers import FAMILIES, Quantizer
 
 
 class TrialQuantizers:
@@ -54,8 +54,8 @@ class TrialQuantizers:
         if self._least_squares:
             spec = replace(spec, observer=ObserverKind.MSE, percentile=None)
         observer = submodule(self._gm, edge.source)
-        twin = spec.scheme is Scheme.TWIN_UNIFORM
-        if self._opt_m and twin and isinstance(observer, HistogramObserver):
+        ratio = self._opt_m and spec.scheme.limits.has_regions
+        if ratio and isinstance(observer, HistogramObserver):
             uniform = replace(spec, scheme=Scheme.UNIFORM, max_shift=None)
             return observer.best([observer.fit(spec), observer.fit(uniform)])
         if isinstance(observer, Observer):
@@ -68,4 +68,4 @@ class TrialQuantizers:
         low, high = value_range(weight.flatten(1) if axis == 0 else weight.reshape(1, -1), spec)
         if axis is None:
             low, high = low.reshape(()), high.reshape(())
-        return UniformQuantizer.from_range(low, high, spec, axis)
+        return FAMILIES[spec.scheme].fit(low, high, spec, axis)

@@ -1,4 +1,4 @@
-"""Quantizers of activations whose scale and zero point are trained."""
+"""Forms of quantizers under training: scale and zero_point as parameters, with gradients."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.quantizers import (
-    DynamicFocusingQuantizer,
-    Quantizer,
-    TwinUniformQuantizer,
-    UniformQuantizer,
-)
-from fxquant.quantizers.dynamic_focusing import largest_start
+from fxquant.quantizers.affine import AffineQuantizer
+from fxquant.quantizers.base import Quantizer
+from fxquant.quantizers.dynamic_focusing import DynamicFocusingQuantizer
 from fxquant.quantizers.ops import broadcast, twin_fake_quantize
+from fxquant.quantizers.twin_uniform import TwinUniformQuantizer
+from fxquant.quantizers.uniform import UniformQuantizer
 
 
 class _OnGrid(torch.autograd.Function):
-    """Values of a grid in the place of ``x``, with gradients for x, scale s and zero point (LSQ+).
+    """Replaces ``x`` by values of a grid, with gradients for x, scale s and zero point z (LSQ+).
 
-    Those of arXiv 1902.08153 and 2004.09576, not divided by the root of the number of values, which
-    Adam makes up for: inside the range rounding counts as the identity. What is dropped passes
-    unquantized. Products with masks of the values' own type, since choosing is far slower, and so
-    is a product of two types.
+    Gradients are those of arXiv 1902.08153 and 2004.09576, without the division by the root of the
+    number of values, which Adam makes up for: inside the range rounding counts as the identity.
+    Dropped values pass unquantized. Masks are multiplied and have the type of the values, since
+    ``torch.where`` and products of two types are far slower.
     """
 
     @staticmethod
@@ -37,9 +35,10 @@ class _OnGrid(torch.autograd.Function):
         inside: Tensor,
         dropped: Tensor | None,
     ) -> Tensor:
-        """Scale and zero point broadcast against x; ``dropped`` is 1 where x passes, else 0.
+        """Values of the grid; x where it is dropped.
 
-        ``inside`` likewise is 1 within the range of the grid.
+        Scale and zero point broadcast against x; ``dropped`` is 1 where x passes, else 0, and
+        ``inside`` is 1 within the range of the grid, else 0.
         """
         slope = torch.addcmul(values, x, inside, value=-1)  # s dy/ds
         gate, out = inside, values
@@ -51,7 +50,7 @@ class _OnGrid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Of x, and of those of s and z that are trained."""
+        """Gradients of x, and of s and z where these are trained."""
         (grad,) = grads
         gate, slope, scale = ctx.saved_tensors
         wants = ctx.needs_input_grad
@@ -62,7 +61,7 @@ class _OnGrid(torch.autograd.Function):
 
 
 def _summed_product(one: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
-    """The product, summed to a shape that broadcasts to that of both."""
+    """The product summed to ``shape``, which broadcasts to the shape of both."""
     if shape.numel() == 1:
         return torch.dot(one.reshape(-1), other.reshape(-1)).view(shape)
     return (one * other).sum_to_size(shape)
@@ -82,12 +81,12 @@ class TrainedQuantizer(nn.Module, ABC):
     """A quantizer of an activation while it is trained: its scale by the logarithm.
 
     Args:
-        start: as it is before.
-        drop: share of the values left as they are, drawn anew at each call in training mode
+        start: the quantizer before training.
+        drop: share of the values left unquantized, drawn again at each call in training mode
             (QDrop, arXiv 2203.05740).
     """
 
-    def __init__(self, start: UniformQuantizer | TwinUniformQuantizer, drop: float) -> None:
+    def __init__(self, start: Quantizer, drop: float) -> None:
         super().__init__()
         self._first, self._drop = start.scale, drop
         self.log_scale = nn.Parameter(torch.zeros_like(start.scale))
@@ -115,59 +114,58 @@ class TrainedQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def fitted(self) -> Quantizer:
-        """The quantizer as trained by now."""
+        """The quantizer with the parameters trained so far."""
 
 
-class TrainedUniform(TrainedQuantizer):
-    """A uniform quantizer: its zero point as a share of the code range."""
+class TrainedAffine(TrainedQuantizer):
+    """A quantizer with a zero_point, which is trained as a share of the code range."""
 
-    def __init__(self, start: UniformQuantizer, drop: float) -> None:
+    def __init__(self, start: AffineQuantizer, drop: float) -> None:
         super().__init__(start, drop)
-        self._start, self._ends = start, (start.qmin, start.qmax)
+        self._affine = start
         self.offset = nn.Parameter(torch.zeros_like(start.zero_point), not start.signed)
 
     def _zero(self) -> Tensor:
-        """Within the codes, the gradient passing the ends, so that it comes back from there."""
-        start = self._start
+        """Zero_point within its range; the gradient passes the ends, so that it comes back."""
+        start = self._affine
         free = start.zero_point + self.offset * (start.qmax - start.qmin)
-        return free + (free.clamp(*self._ends) - free).detach()
+        return free + (free.clamp(*start.zero_range) - free).detach()
 
     def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
-        axis = self._start.axis
+        axis = self._affine.axis
         return broadcast(self._scale(), ndim, axis), broadcast(self._zero(), ndim, axis)
 
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         zero = zero.round()
         codes = (x / scale).round_().add_(zero)
-        kept = codes.clamp(self._start.qmin, self._start.qmax)
-        return kept.sub(zero).mul_(scale), codes.eq_(kept)
+        clamped = codes.clamp(self._affine.qmin, self._affine.qmax)
+        return clamped.sub(zero).mul_(scale), codes.eq_(clamped)
+
+
+class TrainedUniform(TrainedAffine):
+    """A uniform quantizer, or one whose scales are restricted; zero stays on the grid."""
+
+    def __init__(self, start: UniformQuantizer, drop: float) -> None:
+        super().__init__(start, drop)
+        self._start = start
+
+    def _scale(self) -> Tensor:
+        return self._start.trained_scale(super()._scale())
 
     @torch.no_grad()
     def fitted(self) -> UniformQuantizer:
-        """See the base class; zero stays on the grid."""
-        start = self._start
-        return UniformQuantizer(
-            self._scale(),
-            self._zero().round(),
-            bits=start.bits,
-            signed=start.signed,
-            axis=start.axis,
-        )
+        """The quantizer with the parameters trained so far."""
+        return self._start.with_parameters(self._scale(), self._zero().round())
 
 
-class TrainedFocusing(TrainedUniform):
+class TrainedFocusing(TrainedAffine):
     """A dynamic focusing quantizer: both ends of its interval (AIQViT, section 3.4)."""
-
-    def __init__(self, start: DynamicFocusingQuantizer, drop: float) -> None:
-        super().__init__(start, drop)
-        self._ends = -largest_start(start.bits), 0
 
     @torch.no_grad()
     def fitted(self) -> DynamicFocusingQuantizer:
-        """See the base class."""
-        start = self._start
+        """The quantizer with the interval trained so far."""
         steps = -int(self._zero().round())
-        return DynamicFocusingQuantizer(self._scale(), start=steps, bits=start.bits)
+        return DynamicFocusingQuantizer(self._scale(), start=steps, bits=self._affine.bits)
 
 
 class TrainedTwin(TrainedQuantizer):
@@ -191,7 +189,7 @@ class TrainedTwin(TrainedQuantizer):
 
     @torch.no_grad()
     def fitted(self) -> TwinUniformQuantizer:
-        """See the base class."""
+        """The quantizer with the fine scale trained so far."""
         start = self._start
         return TwinUniformQuantizer(
             self._scale(),
@@ -199,14 +197,3 @@ class TrainedTwin(TrainedQuantizer):
             bits=start.bits,
             two_sided=start.two_sided,
         )
-
-
-def trained(quantizer: Quantizer, drop: float) -> TrainedQuantizer | None:
-    """The form of a quantizer that is trained; None where there is none, as of the log codes."""
-    if isinstance(quantizer, DynamicFocusingQuantizer):
-        return TrainedFocusing(quantizer, drop)
-    if isinstance(quantizer, UniformQuantizer):
-        return TrainedUniform(quantizer, drop)
-    if isinstance(quantizer, TwinUniformQuantizer):
-        return TrainedTwin(quantizer, drop)
-    return None

@@ -1,0 +1,109 @@
+"""The protocol of a backend that runs in this process, and the table of backends.
+
+A backend has a table of lowerings, one row for each class of quantizers that it runs:
+``LOWERINGS: dict[type[Quantizer], ...]``. :func:`lowering_of` looks a quantizer up in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar, cast
+
+from torch import fx, nn
+
+from fxquant.errors import LoweringError
+from fxquant.graph.edges import Edge
+from fxquant.quantizers import FAMILIES, Quantizer, entry_for
+from fxquant.utils.suggest import did_you_mean
+
+Lowering = TypeVar("Lowering")
+
+
+class Backend(Protocol):
+    """Lowers a graph to a module; keyword-only parameters are the backend's own flags."""
+
+    def __call__(self, gm: fx.GraphModule, /, **flags: Any) -> nn.Module:
+        """The module that runs the graph.
+
+        Args:
+            gm: in stage FROZEN; not changed.
+            **flags: of the backend.
+
+        Raises:
+            LoweringError: the backend cannot express the graph.
+        """
+
+
+# Name -> module, imported on use, and the backend in it. ONNX files are written by
+# CompiledModel.export_onnx, since they run in another process.
+BACKENDS = {
+    "integer": ("fxquant.backends.integer", "lower_to_integer"),
+    "inductor": ("fxquant.backends.inductor", "lower_to_inductor"),
+}
+
+
+def load_backend(name: str, flags: Mapping[str, Any]) -> Backend:
+    """The backend of that name, imported.
+
+    Args:
+        name: a key of ``BACKENDS``.
+        flags: that it is to be called with.
+
+    Raises:
+        LoweringError: no backend has that name, or the backend does not have a flag.
+    """
+    if name not in BACKENDS:
+        raise LoweringError(
+            f"no backend {name!r}{did_you_mean(name, BACKENDS)}; there are "
+            f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime"
+        )
+    for flag in flags:
+        owners = [other for other in BACKENDS if flag in _flags(_load(other))]
+        if name not in owners:
+            verb = f"belongs to backend {' and '.join(owners)}" if owners else "is unknown"
+            raise LoweringError(
+                f"backend {name!r} has no flag {flag!r}, which {verb}; backend {name} has "
+                f"{', '.join(_flags(_load(name))) or 'none'}"
+            )
+    return _load(name)
+
+
+def _load(name: str) -> Backend:
+    module, function = BACKENDS[name]
+    return cast(Backend, getattr(importlib.import_module(module), function))
+
+
+def _flags(backend: Backend) -> list[str]:
+    parameters = inspect.signature(backend).parameters.values()
+    return [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
+
+
+def lowering_of(
+    lowerings: Mapping[type[Quantizer], Lowering], quantizer: Quantizer, edge: Edge, backend: str
+) -> Lowering:
+    """The entry of a backend's table for a quantizer.
+
+    Args:
+        lowerings: the table.
+        quantizer: on the edge.
+        edge: for the message.
+        backend: for the message.
+
+    Raises:
+        LoweringError: the backend has no form of the quantizer.
+    """
+    lowering = entry_for(lowerings, quantizer)
+    if lowering is None:
+        schemes = [
+            scheme
+            for scheme, family in FAMILIES.items()
+            if not lowerings.keys().isdisjoint(family.quantizer.__mro__)
+        ]
+        raise LoweringError(
+            f"{edge.name} ({edge.path}): {backend} has no form of {type(quantizer).__name__}; it "
+            f"has one of schemes {', '.join(schemes)}: give the edge one of these, keep it float "
+            "(spec: null), or lower the model to another backend"
+        )
+    return lowering

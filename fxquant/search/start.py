@@ -1,0 +1,98 @@
+"""Which search each kind of quantizer gets: the table of searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.quantizers import (
+    DynamicFocusingQuantizer,
+    LogQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+    entry_for,
+)
+from fxquant.search.metrics import Unit, unit_shape
+from fxquant.search.one_sided import SearchedOneSided
+from fxquant.search.product_loss import ProductSample
+from fxquant.search.region_ratio import SearchedRegionRatio
+from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
+
+_REFUSED = "its scale was not searched: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSite:
+    """A quantizer's place in the network, as far as a search needs it.
+
+    Attributes:
+        spec: the annotation.
+        samples: rows of the products that read the quantizer, at least one.
+        left: the quantizer is on the left operand of these products.
+        is_weight: the quantizer is on a weight.
+        search: the grid and the metric.
+    """
+
+    spec: TensorSpec
+    samples: Sequence[ProductSample]
+    left: bool
+    is_weight: bool
+    search: ScaleSearch
+
+    @property
+    def values(self) -> Tensor:
+        """The operand, as the first product reads it."""
+        return self.samples[0].lhs if self.left else self.samples[0].rhs
+
+
+def start_search(quantizer: Quantizer, site: SearchSite) -> Searched | str:
+    """The search of a quantizer, or a sentence why there is none."""
+    start = entry_for(SEARCHES, quantizer)
+    if start is None:
+        return f"{_REFUSED}no search for {type(quantizer).__name__}"
+    return start(quantizer, site)
+
+
+def _uniform(quantizer: UniformQuantizer, site: SearchSite) -> SearchedUniform | str:
+    unit = _unit(quantizer, site)
+    if unit is None:
+        return f"{_REFUSED}a scale per channel of an activation has no output of its own"
+    shape, *others = (unit_shape(unit, s.heads, s.columns) for s in site.samples)
+    if any(other != shape for other in others) or (
+        quantizer.scale.numel() != torch.Size(shape).numel()
+    ):
+        return f"{_REFUSED}its scales lie along no axis of the product"
+    return SearchedUniform(quantizer, site.spec, unit, shape, site.search)
+
+
+def _unit(quantizer: UniformQuantizer, site: SearchSite) -> Unit | None:
+    """The part of the operand that each scale acts on; None where no output depends on it alone."""
+    if quantizer.axis is None:
+        return Unit.TENSOR
+    if site.is_weight:
+        return Unit.COLUMN
+    return Unit.HEAD if site.spec.granularity is Granularity.HEAD else None
+
+
+def _twin(quantizer: TwinUniformQuantizer, site: SearchSite) -> Searched:
+    kind = SearchedRegionRatio if site.search.opt_m else SearchedTwin
+    return kind(quantizer, site.spec, site.search, site.values)
+
+
+def _one_sided(quantizer: Quantizer, site: SearchSite) -> SearchedOneSided:
+    return SearchedOneSided(quantizer, site.spec, site.search, float(site.values.max()))
+
+
+SEARCHES: dict[type[Quantizer], Callable[[Any, SearchSite], Searched | str]] = {
+    UniformQuantizer: _uniform,
+    TwinUniformQuantizer: _twin,
+    DynamicFocusingQuantizer: _one_sided,
+    LogQuantizer: _one_sided,
+}
