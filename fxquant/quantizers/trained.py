@@ -122,32 +122,30 @@ class TrainedAffine(TrainedQuantizer):
 
     def __init__(self, start: AffineQuantizer, drop: float) -> None:
         super().__init__(start, drop)
-        self._affine = start
+        self._start = start
         self.offset = nn.Parameter(torch.zeros_like(start.zero_point), not start.signed)
 
     def _zero(self) -> Tensor:
         """Zero_point within its range; the gradient passes the ends, so that it comes back."""
-        start = self._affine
+        start = self._start
         free = start.zero_point + self.offset * (start.qmax - start.qmin)
         return free + (free.clamp(*start.zero_range) - free).detach()
 
     def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
-        axis = self._affine.axis
+        axis = self._start.axis
         return broadcast(self._scale(), ndim, axis), broadcast(self._zero(), ndim, axis)
 
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         zero = zero.round()
         codes = (x / scale).round_().add_(zero)
-        clamped = codes.clamp(self._affine.qmin, self._affine.qmax)
+        clamped = codes.clamp(self._start.qmin, self._start.qmax)
         return clamped.sub(zero).mul_(scale), codes.eq_(clamped)
 
 
 class TrainedUniform(TrainedAffine):
     """A uniform quantizer, or one whose scales are restricted; zero stays on the grid."""
 
-    def __init__(self, start: UniformQuantizer, drop: float) -> None:
-        super().__init__(start, drop)
-        self._start = start
+    _start: UniformQuantizer
 
     def _scale(self) -> Tensor:
         return self._start.trained_scale(super()._scale())
@@ -165,7 +163,7 @@ class TrainedFocusing(TrainedAffine):
     def fitted(self) -> DynamicFocusingQuantizer:
         """The quantizer with the interval trained so far."""
         steps = -int(self._zero().round())
-        return DynamicFocusingQuantizer(self._scale(), start=steps, bits=self._affine.bits)
+        return DynamicFocusingQuantizer(self._scale(), start=steps, bits=self._start.bits)
 
 
 class TrainedTwin(TrainedQuantizer):
