@@ -23,6 +23,7 @@ from fxquant.errors import (
     NonFiniteError,
     TrainingModeError,
 )
+from fxquant.graph.meta import CODE_NAMES, HOOKED_MODULES, STAGE
 from fxquant.graph.nodes import module_path, source_line
 from fxquant.quantizers import Quantizer
 from fxquant.utils.quiet import quiet
@@ -66,7 +67,7 @@ def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
             _check_images(own, images)
             raise _explain(error, own, tuple(example.shape)) from error
     gm = _plain_graph(program)
-    gm.meta["hooked"] = tuple(_hooked(model))
+    HOOKED_MODULES.set(gm, tuple(_hooked(model)))
     return gm
 
 
@@ -206,8 +207,8 @@ def check_model(model: nn.Module) -> None:
 
 def _quantized(module: nn.Module) -> bool:
     """Whether a module is a quantizer, or a graph that a backend lowered to integer codes."""
-    meta = module.meta if isinstance(module, fx.GraphModule) else {}
-    return isinstance(module, Quantizer) or "codes" in meta
+    lowered = isinstance(module, fx.GraphModule) and CODE_NAMES.get(module) is not None
+    return lowered or isinstance(module, Quantizer)
 
 
 @contextmanager
@@ -255,7 +256,7 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
         output.args = (tuple(leaves),)
     graph._tracer_cls = None  # export's could not be made anew, as unpickling does
     gm = fx.GraphModule(module, graph)
-    gm.meta["stage"] = Stage.FLOAT
+    STAGE.set(gm, Stage.FLOAT)
     return gm
 
 

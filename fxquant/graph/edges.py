@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.graph.dialect import OPERANDS, PRODUCERS, aten, elementwise_kind, op_kind
+from fxquant.graph.meta import QUANT_SPECS
 from fxquant.graph.nodes import module_path, operand, skip_data_movement
 
 
@@ -54,9 +55,7 @@ class Edge:
     @property
     def spec(self) -> TensorSpec | None:
         """The annotation, None where the edge stays float."""
-        spec = self.node.meta.get("quant", {}).get(self.arg)
-        assert spec is None or isinstance(spec, TensorSpec)
-        return spec
+        return (QUANT_SPECS.get(self.node) or {}).get(self.arg)
 
     @property
     def scale_axis(self) -> int | None:
@@ -76,6 +75,10 @@ class Edge:
         if self.arg is Arg.WEIGHT:
             return 0
         return 1 if self.kind is OpKind.CONV else -1
+
+    def annotate(self, spec: TensorSpec) -> None:
+        """Sets the annotation, in a new mapping: copies of a graph share the old one."""
+        QUANT_SPECS.set(self.node, {**(QUANT_SPECS.get(self.node) or {}), self.arg: spec})
 
     def replace_source(self, new: fx.Node) -> None:
         """Feeds this edge, and no other, from ``new``."""

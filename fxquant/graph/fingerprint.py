@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxquant._version import __version__
 from fxquant.graph.edges import quantized_edges
+from fxquant.graph.meta import PACKED_WEIGHT, PINNED_ARGS
 from fxquant.observers.observer import HistogramObserver, Observer
 
 
@@ -25,8 +26,7 @@ def fingerprint(gm: fx.GraphModule, images: Tensor, *settings: object) -> str:
     for node in gm.graph.nodes:
         digest.update(f"{node.name} {node.target} {node.args} {node.kwargs}\n".encode())
     for edge in quantized_edges(gm):
-        meta = edge.node.meta
-        groups = sorted(meta.get("pinned", ())), meta.get("packed")
+        groups = sorted(PINNED_ARGS.get(edge.node) or ()), PACKED_WEIGHT.get(edge.node)
         digest.update(f"{edge.name} {edge.spec} {groups}\n".encode())
     for name, tensor in _tensors(gm):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

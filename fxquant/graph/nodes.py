@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
+from fxquant.graph.meta import MODULE_PATH, STAGE
 from fxquant.graph.shapes import example_size
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -71,8 +72,9 @@ def evaluate_moves(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.N
 
 def module_path(node: fx.Node) -> str:
     """Path of the user's module that a node came from; empty for the model itself."""
-    if "path" in node.meta:
-        return str(node.meta["path"])
+    saved = MODULE_PATH.get(node)
+    if saved is not None:
+        return saved
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
     return re.sub(r"^L\['self'\]\.?", "", str(path))
@@ -87,8 +89,15 @@ def source_line(node: fx.Node) -> str:
 
 
 def stage(gm: fx.GraphModule) -> Stage:
-    """The stage the graph is in."""
-    return Stage(gm.meta["stage"])
+    """Stage of the graph.
+
+    Raises:
+        PassError: the graph has none.
+    """
+    value = STAGE.get(gm)
+    if value is None:
+        raise PassError("the graph has no stage: get one with fxquant.graph.capture.capture")
+    return value
 
 
 def get_parameter(gm: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
@@ -17,7 +17,10 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from fxquant.config.vocabulary import Arg
 from fxquant.errors import PassError
+from fxquant.graph.edges import Edge
+from fxquant.graph.meta import origin
 from fxquant.graph.nodes import get_parameter
 
 
@@ -37,7 +40,7 @@ def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) ->
         unique = f"{stem}_{i}"
     gm.register_buffer(unique, value.detach().contiguous())
     node = gm.graph.get_attr(unique)
-    _copy_origin(node, like)
+    node.meta.update(origin(like))
     node.meta["val"] = _fake_mode(like).from_tensor(get_parameter(gm, node), static_shapes=True)
     return node
 
@@ -77,6 +80,29 @@ def set_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
         gm.graph.erase_node(old)
 
 
+def insert_on_edge(gm: fx.GraphModule, edge: Edge, name: str, module: nn.Module) -> fx.Node:
+    """Puts a module on an edge: the operation reads the module's output, other readers do not.
+
+    Args:
+        gm: the graph.
+        edge: the edge; the call of the module keeps the ``val`` of the edge's source.
+        name: where the module is registered, such as ``quant.<edge name>``.
+        module: an observer or quantizer.
+
+    Returns:
+        The call: next to the parameter at a weight, which products may share; else right before
+        the operation.
+    """
+    gm.add_submodule(name, module)
+    source = edge.source
+    at_weight = edge.arg is Arg.WEIGHT
+    with gm.graph.inserting_after(source) if at_weight else gm.graph.inserting_before(edge.node):
+        call = gm.graph.call_module(name, (source,))
+    call.meta["val"] = source.meta.get("val")
+    edge.replace_source(call)
+    return call
+
+
 def emit(
     gm: fx.GraphModule, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any
 ) -> fx.Node:
@@ -90,7 +116,7 @@ def emit(
         **kwargs: its keyword arguments.
     """
     node = gm.graph.call_function(target, args, kwargs)
-    _copy_origin(node, like)
+    node.meta.update(origin(like))
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: fake_value(gm, n))
     # Keeps batch sizes symbolic where torch 2.11's composite kernels would ask for numbers.
     with _fake_mode(like), enable_python_dispatcher():
@@ -122,12 +148,6 @@ def propagate_shapes(gm: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
     )
     with enable_python_dispatcher():
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(images)
-
-
-def _copy_origin(node: fx.Node, like: fx.Node) -> None:
-    for key in ("nn_module_stack", "stack_trace", "path"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
 
 
 def _fake_mode(node: fx.Node) -> FakeTensorMode:

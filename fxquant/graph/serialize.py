@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import FileFormatError, FxQuantError
+from fxquant.graph.meta import MODULE_PATH
 
 _FUNCTION_NAMES = {
     operator: "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_",
@@ -41,7 +42,7 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             "target": _target_name(node),
             "args": _encode(node.args),
             "kwargs": {key: _encode(value) for key, value in node.kwargs.items()},
-            **({"path": node.meta["path"]} if "path" in node.meta else {}),
+            **({"path": path} if (path := MODULE_PATH.get(node)) is not None else {}),
         }
         for node in graph.nodes
     ]
@@ -64,7 +65,7 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
                 name=entry["name"],
             )
             if "path" in entry:
-                node.meta["path"] = entry["path"]
+                MODULE_PATH.set(node, str(entry["path"]))
             made[entry["name"]] = node
         except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             raise FileFormatError(

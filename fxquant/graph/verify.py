@@ -12,6 +12,7 @@ from fxquant.config.vocabulary import Arg, Stage
 from fxquant.errors import VerifyError
 from fxquant.graph.dialect import elementwise_kind, op_kind
 from fxquant.graph.edges import possible_edges, quantized_edges
+from fxquant.graph.meta import QUANT_SPECS
 from fxquant.graph.nodes import stage, submodule
 from fxquant.observers.observer import Observer
 from fxquant.quantizers import Quantizer
@@ -24,7 +25,7 @@ def _one_input(gm: fx.GraphModule) -> str | None:
 
 def _no_annotation(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
-        if "quant" in node.meta:
+        if QUANT_SPECS.get(node) is not None:
             return f"{node.name} is annotated"
     return None
 
@@ -32,7 +33,7 @@ def _no_annotation(gm: fx.GraphModule) -> str | None:
 def _annotations_fit(gm: fx.GraphModule) -> str | None:
     valid = {(edge.node, edge.arg) for edge in possible_edges(gm)}
     for node in gm.graph.nodes:
-        for arg in node.meta.get("quant", {}):
+        for arg in QUANT_SPECS.get(node) or ():
             if (node, arg) not in valid:
                 return f"{node.name} has no quantizable argument {arg}"
     return None

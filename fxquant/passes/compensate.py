@@ -28,6 +28,7 @@ from fxquant.graph.blocks import find_blocks, waves
 from fxquant.graph.conv_patches import patches
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.macs import MacCounter
+from fxquant.graph.meta import COMPENSATED
 from fxquant.graph.nodes import arguments, get_parameter, operand, submodule
 from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Gain, PassResult, Skip
@@ -36,7 +37,6 @@ from fxquant.reconstruction.augment import made_in_folds
 from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner, chunks
 from fxquant.search.gptq import Moments, ridge_update, round_weight
 
-_DONE = "compensated"
 _MEASURE = "squared output error of the weights rounded to nearest"
 _ONE_IMAGE = "no ridge: it is chosen by images left out, so it takes two calibration images or more"
 _OVERFLOW = "not compensated: squares of what it reads or gives are beyond float32"
@@ -70,7 +70,7 @@ class Compensate:
         skips: list[Skip] = []
         wanted: dict[fx.Node, UniformQuantizer] = {}
         for node in gm.graph.nodes:
-            if op_kind(node) in (OpKind.LINEAR, OpKind.CONV) and _DONE not in node.meta:
+            if op_kind(node) in (OpKind.LINEAR, OpKind.CONV) and not COMPENSATED.get(node):
                 found = _coder(gm, node)
                 if isinstance(found, str):
                     skips.append(Skip(node.name, found))
@@ -223,6 +223,6 @@ def _improve(
     replace_constant(gm, operand(node, 1), source, latent, f"{node.name}_weight")
     bias = whole.mean_y - values.double() @ whole.mean_x
     set_bias(gm, node, bias.to(weight.dtype))
-    node.meta[_DONE] = True
+    COMPENSATED.set(node, True)
     ratio = after / before if before > 0 else 1.0
     return Gain(node.name, ", ".join(choice) or "bias", _MEASURE, ratio)

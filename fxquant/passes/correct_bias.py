@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from fxquant.config.vocabulary import OpKind, Stage
 from fxquant.graph.dialect import op_kind
+from fxquant.graph.meta import BIAS_CORRECTED
 from fxquant.graph.nodes import constant, get_parameter, operand, submodule
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import BIAS_CORRECTED, PassResult, Skip
+from fxquant.passes.base import PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.search.product_loss import ProductSample
 
@@ -42,7 +43,7 @@ class CorrectBias:
         """Corrects every bias behind a quantized weight."""
         changed, skips = 0, []
         for node in list(gm.graph.nodes):
-            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or BIAS_CORRECTED in node.meta:
+            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or BIAS_CORRECTED.get(node):
                 continue
             error = self._mean_error(gm, node)
             if isinstance(error, str):
@@ -50,7 +51,7 @@ class CorrectBias:
             elif bool(error.any()):
                 bias = constant(gm, node.args[2]) if len(node.args) > 2 else None
                 set_bias(gm, node, -error if bias is None else bias - error)
-                node.meta[BIAS_CORRECTED] = True
+                BIAS_CORRECTED.set(node, True)
                 changed += 1
         return PassResult(changed, tuple(skips))
 

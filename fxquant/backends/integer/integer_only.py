@@ -40,6 +40,7 @@ from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten, op_kind
 from fxquant.graph.edges import Edge, possible_edges
+from fxquant.graph.meta import CODE_NAMES
 from fxquant.graph.nodes import arguments, constant, submodule
 from fxquant.quantizers import UniformQuantizer
 
@@ -110,7 +111,7 @@ class _Builder:
                 self._visit(node, needed=node in needed)
         (returned,) = self._gm.graph.output_node().args
         lowered = self._new.finish(fx.map_arg(returned, self._float))
-        lowered.meta["codes"] = self._coded
+        CODE_NAMES.set(lowered, self._coded)
         return lowered
 
     def _visit(self, node: fx.Node, *, needed: bool) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor, fx
 
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
-from fxquant.graph.nodes import constant, data_users, evaluate_moves, get_parameter
+from fxquant.graph.meta import PACKED_WEIGHT
+from fxquant.graph.nodes import constant, data_users, evaluate_moves, get_parameter, operand
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.graph.shapes import example_shape
 from fxquant.passes.base import PassResult, Skip
@@ -136,7 +137,8 @@ def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
             parts.append(add_constant(gm, bias[rows], f"{linear.name}_bias", like=linear))
         product = call(aten.linear.default, source, *parts)
         # A projection packed in a part of another belongs to the whole.
-        product.meta["packed"] = linear.meta.get("packed", str(linear.args[1].target))  # type: ignore[union-attr]
+        packed = PACKED_WEIGHT.get(linear) or str(operand(linear, 1).target)
+        PACKED_WEIGHT.set(product, packed)
         lead = sorted(axis for axis in branch.axes if axis != -1)
         sizes: list[Any] = []
         for axis in lead:
