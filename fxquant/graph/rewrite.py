@@ -22,6 +22,7 @@ from fxquant.errors import PassError
 from fxquant.graph.edges import Edge
 from fxquant.graph.meta import origin
 from fxquant.graph.nodes import get_parameter
+from fxquant.graph.products import Product
 
 
 def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) -> fx.Node:
@@ -72,11 +73,11 @@ def set_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
         node: the product; one without a bias gets one.
         value: the bias, ``(N,)``.
     """
-    old = node.args[2] if len(node.args) > 2 else None
+    old = Product(gm, node).bias_node
     with gm.graph.inserting_before(node):
         new = add_constant(gm, value, f"{node.name}_bias", like=node)
     node.args = (*node.args[:2], new, *node.args[3:])
-    if isinstance(old, fx.Node) and old.op == "get_attr" and not old.users:
+    if old is not None and old.op == "get_attr" and not old.users:
         gm.graph.erase_node(old)
 
 

@@ -27,10 +27,10 @@ from torch import Tensor, fx
 from fxquant.config.low_rank import LowRank
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind, Stage
-from fxquant.graph.dialect import aten, op_kind
+from fxquant.graph.dialect import aten
 from fxquant.graph.edges import Edge
 from fxquant.graph.meta import BIAS_CORRECTED, LOW_RANK_DECIDED
-from fxquant.graph.nodes import get_parameter, operand, submodule
+from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import add_constant, emit, insert_on_edge, set_bias
 from fxquant.graph.shapes import example_batch, example_shape
 from fxquant.observers.observer import make_observer
@@ -64,13 +64,14 @@ class AttachLowRank:
         """Adds a branch wherever it pays."""
         sites: list[_Site] = []
         skips: list[Skip] = []
-        for node in list(gm.graph.nodes):
-            if op_kind(node) in (OpKind.LINEAR, OpKind.CONV) and not LOW_RANK_DECIDED.get(node):
-                site = _site(gm, node, self.samples.get(node.name))
+        for product in weighted_products(gm):
+            name = product.node.name
+            if not LOW_RANK_DECIDED.get(product.node):
+                site = _site(product, self.samples.get(name))
                 if isinstance(site, _Site):
                     sites.append(site)
                 else:
-                    skips.append(Skip(node.name, _LEFT_OUT + site))
+                    skips.append(Skip(name, _LEFT_OUT + site))
         gains = []
         for site, factors in self._factors(sites):
             name = site.node.name
@@ -175,25 +176,25 @@ class _Site:
         return rows / example_batch(self.node.graph)
 
 
-def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _Site | str:
+def _site(product: Product, sample: ProductSample | None) -> _Site | str:
     """A site, or why a product is none."""
-    if op_kind(node) is OpKind.CONV:
+    if product.kind is OpKind.CONV:
         return "it is a convolution"
-    x, coder = submodule(gm, operand(node, 0)), submodule(gm, operand(node, 1))
-    if not isinstance(coder, Quantizer):
+    x, coder = product.input_quantizer, product.weight_quantizer
+    if coder is None:
         return "the weight is float"
-    if not isinstance(x, Quantizer):
+    if x is None:
         return "the input is float, and so is the product"
     if isinstance(x, UniformQuantizer) and x.axis is not None:
         return "the input has a scale per channel"
     if sample is None:
         return "no rows of the product were sampled"
-    weight = get_parameter(gm, operand(operand(node, 1), 0))
+    weight = product.weight
     inputs = sample.lhs[0, 0]
     counts = inputs.new_ones(len(inputs)) if sample.counts is None else sample.counts
     gradient = sample.gradient
     return _Site(
-        node=node,
+        node=product.node,
         weight=weight,
         lost=weight - coder(weight),
         weight_bytes=weight.numel() * coder.bits / 8,
@@ -204,7 +205,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _S
         importance=None
         if gradient is None
         else (gradient[0, 0].square().sum(0) / counts.sum()).sqrt(),
-        centred=bool(BIAS_CORRECTED.get(node)),
+        centred=bool(BIAS_CORRECTED.get(product.node)),
     )
 
 
@@ -251,7 +252,9 @@ class _Branch:
             edge.annotate(spec)
         if self._site.centred:
             mean = self._site.shares @ self.outputs
-            set_bias(gm, node, get_parameter(gm, operand(node, 2)) - mean)
+            bias = Product(gm, node).bias
+            assert bias is not None  # CorrectBias gave the linear one
+            set_bias(gm, node, bias - mean)
 
     def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, part: str) -> fx.Node:
         node = self._site.node
