@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.graph.dialect import op_kind
+from fxquant.graph.liveness import last_readers
 from fxquant.graph.nodes import module_path
 from fxquant.graph.sizes import is_size
 
@@ -135,7 +136,7 @@ def _closed(stretch: _Stretch) -> bool:
 
 def _stretches(data: list[fx.Node]) -> Iterator[_Stretch]:
     """The graph cut wherever it can be."""
-    last = {used: node for node in data for used in node.all_input_nodes}
+    last = last_readers(data)
     place = {node: i for i, node in enumerate(data)}
     batch = _leading(data[0])
     live: dict[fx.Node, None] = {data[0]: None}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import SymInt, fx
+from torch import fx
 
 from fxquant.config.vocabulary import End
 from fxquant.graph.dialect import op_kind
+from fxquant.graph.sizes import is_number
 
 
 def is_first_or_last_product(node: fx.Node, end: End) -> bool:
@@ -26,11 +27,6 @@ def is_first_or_last_product(node: fx.Node, end: End) -> bool:
     return _reached(node, lambda n: n.users) is not None
 
 
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node yields a number, such as the size of a batch, and no values."""
-    return isinstance(node.meta.get("val"), SymInt | int)
-
-
 def _reached(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node] | None:
     """All that is reached from a node by steps; None where a product is among it."""
     found: set[fx.Node] = set()
@@ -39,7 +35,7 @@ def _reached(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> se
         node = left.pop()
         if op_kind(node) is not None:
             return None
-        if node not in found and not _is_size(node):
+        if node not in found and not is_number(node):
             found.add(node)
             left.extend(step(node))
     return found

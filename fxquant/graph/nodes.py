@@ -14,6 +14,7 @@ from fxquant.errors import PassError
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
 from fxquant.graph.meta import MODULE_PATH, STAGE
 from fxquant.graph.shapes import example_size
+from fxquant.graph.sizes import is_number
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 
@@ -62,7 +63,7 @@ def evaluate_moves(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.N
     if node is start:
         return value
     if node not in memo:
-        if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
+        if is_number(node):
             memo[node] = example_size(node.meta["val"])
         else:
             args = fx.map_arg(node.args, lambda n: evaluate_moves(n, start, value, memo))
