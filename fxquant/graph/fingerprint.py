@@ -15,11 +15,13 @@ from fxquant.observers.observer import HistogramObserver, Observer
 
 
 def fingerprint(gm: fx.GraphModule, images: Tensor, *settings: object) -> str:
-    """Hash of what losses depend on: versions, graph, weights, statistics, specs, images, options.
+    """Hash of all that losses depend on.
+
+    The hash covers versions, graph, weights, statistics, specs, images and options.
 
     Args:
-        gm: in stage OBSERVED, data seen.
-        images: that losses are measured on, ``(B, …)``.
+        gm: in stage OBSERVED, after calibration.
+        images: images on which losses are measured, ``(B, …)``.
         *settings: options that change a loss, as text.
     """
     digest = hashlib.sha256(repr((__version__, torch.__version__, settings)).encode())

@@ -1,4 +1,4 @@
-"""How passes add to a graph, the shapes of its values kept."""
+"""Edits of a graph that keep the shapes of its values."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) ->
     Args:
         gm: the graph; the new node goes to the current insertion point.
         value: the tensor; detached, made contiguous.
-        name: wanted name; made unique.
-        like: the node whose module path and source line the new one takes.
+        name: name of the buffer, numbered where the graph has one of that name.
+        like: the node whose module path and source line the new one gets.
     """
     stem = re.sub(r"\W", "_", name)
     unique, i = stem, 0
@@ -49,14 +49,14 @@ def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) ->
 def replace_constant(
     gm: fx.GraphModule, reader: fx.Node, old: fx.Node, value: Tensor, name: str
 ) -> None:
-    """Gives one reader of a constant another one; further readers keep theirs.
+    """Replaces a constant for one of its readers; other readers keep the old one.
 
     Args:
         gm: the graph.
-        reader: a node that takes ``old``.
-        old: a ``get_attr`` node; erased where nothing else reads it.
+        reader: a node that reads ``old``.
+        old: a ``get_attr`` node; erased where no other node reads it.
         value: the new constant.
-        name: wanted name of it; made unique.
+        name: name of the new constant, numbered where the graph has one of that name.
     """
     with gm.graph.inserting_before(reader):
         new = add_constant(gm, value, name, like=reader)
@@ -66,11 +66,11 @@ def replace_constant(
 
 
 def set_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    """Gives a linear or convolution a constant bias; further readers of the old one keep theirs.
+    """Sets the bias of a linear or convolution; other readers of the old bias keep it.
 
     Args:
         gm: the graph.
-        node: the product; one without a bias gets one.
+        node: the product, with or without a bias.
         value: the bias, ``(N,)``.
     """
     old = Product(gm, node).bias_node
@@ -112,9 +112,9 @@ def emit(
     Args:
         gm: the graph.
         target: an aten operator.
-        *args: its arguments; nodes or values.
-        like: the node whose module path and source line the new one takes.
-        **kwargs: its keyword arguments.
+        *args: arguments of the operator: nodes or values.
+        like: the node whose module path and source line the new one gets.
+        **kwargs: keyword arguments of the operator.
     """
     node = gm.graph.call_function(target, args, kwargs)
     node.meta.update(origin(like))
@@ -135,10 +135,10 @@ def fake_value(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 @torch.no_grad()
 def propagate_shapes(gm: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
-    """Gives every node its ``val`` anew, on fake tensors with a symbolic batch dimension.
+    """Computes ``val`` of every node, on fake tensors with a symbolic batch dimension.
 
     Args:
-        gm: a graph that was rebuilt from a file.
+        gm: a graph that was rebuilt from a file, and has no shapes yet.
         image_shape: shape of one input, without the batch.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -152,7 +152,7 @@ def propagate_shapes(gm: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
 
 
 def _fake_mode(node: fx.Node) -> FakeTensorMode:
-    """The fake mode that the graph was captured under, found from any node of it."""
+    """The fake mode that the graph was captured under, from the first node with a fake tensor."""
     for candidate in (node, *node.graph.nodes):
         value = candidate.meta.get("val")
         for item in value if isinstance(value, list | tuple) else (value,):
