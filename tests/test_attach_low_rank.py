@@ -17,9 +17,9 @@ from fxquant.calibration.sample_products import sample_products
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.errors import PassError
-from fxquant.graph.dialect import op_kind
 from fxquant.graph.edges import edges
 from fxquant.graph.nodes import submodule
+from fxquant.graph.products import weighted_products
 from fxquant.passes import (
     AssignSpecs,
     AttachLowRank,
@@ -243,7 +243,8 @@ class TokensAndMean(nn.Module):
 
 def test_an_error_counts_for_all_rows_of_an_image() -> None:
     gm, samples = frozen(TokensAndMean(), tokens(40))
-    sites = {n.name: _site(gm, n, samples.get(n.name)) for n in gm.graph.nodes if op_kind(n)}
+    names = {product.node.name: product for product in weighted_products(gm)}
+    sites = {name: _site(product, samples.get(name)) for name, product in names.items()}
     each, head = sites["each"], sites["head"]
     assert not isinstance(each, str) and not isinstance(head, str)
     assert (each.worth(by_loss=True), head.worth(by_loss=True)) == (TOKENS, 1)
@@ -257,8 +258,8 @@ def test_a_mean_error_counts_unless_the_bias_takes_it(corrected: bool) -> None:
     gm, samples = frozen(nn.Linear(DIM, 6), tokens(40))
     if corrected:
         run_passes(gm, [CorrectBias(samples)])
-    (node,) = (n for n in gm.graph.nodes if op_kind(n))
-    site = _site(gm, node, samples[node.name])
+    (product,) = weighted_products(gm)
+    site = _site(product, samples[product.node.name])
     assert not isinstance(site, str)
     nothing, shifted = torch.zeros(len(site.rows), 6), torch.ones(len(site.rows), 6)
     plain, moved = site.error(nothing), site.error(shifted)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fxquant
+from fxquant.graph.meta import KEYS
 
 PACKAGE = Path(fxquant.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -121,6 +122,53 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
     if room(path) not in ("cli", "cli_model", "demo"):
         assert not packages & MODEL_ZOOS
     assert not packages & {"passes", "backends", "tests"}
+
+
+def literal_meta_keys(tree: ast.AST) -> Iterator[str]:
+    """String literals by which code reads or writes an entry of something named ``meta``."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=holder, slice=key):
+                keys = [key]
+            case ast.Call(func=ast.Attribute(value=holder), args=keys):
+                pass
+            case ast.Compare(left=key, comparators=[holder]):
+                keys = [key]
+            case ast.AugAssign(target=holder, value=ast.Dict(keys=keys)):
+                pass
+            case _:
+                continue
+        if ast.unparse(holder).split(".")[-1] == "meta":
+            yield from (k.value for k in keys if isinstance(k, ast.Constant))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "meta.py"], ids=ids)
+def test_keys_in_meta_are_named_once(path: Path) -> None:
+    literals = set(literal_meta_keys(ast.parse(path.read_text(encoding="utf-8"))))
+    assert not literals & {key.name for key in KEYS}, "use the constant of fxquant/graph/meta.py"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'gm.meta["stage"] = 1',
+        'node.meta.get("quant", {})',
+        '"packed" in edge.node.meta',
+        'gm.meta |= {"codes": 1}',
+    ],
+)
+def test_literal_keys_in_meta_are_seen(line: str) -> None:
+    assert set(literal_meta_keys(ast.parse(line))) & {key.name for key in KEYS}
+
+
+def test_every_key_in_meta_is_listed() -> None:
+    tree = ast.parse((PACKAGE / "graph" / "meta.py").read_text(encoding="utf-8"))
+    names = [
+        node.value.args[0].value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)
+    ]
+    assert names == [key.name for key in KEYS] and len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=ids)

@@ -10,6 +10,8 @@ from torch import Tensor, fx
 
 from fxquant.config.scale_search import GradientLoss
 from fxquant.errors import CalibrationError
+from fxquant.graph.interpreter import GraphInterpreter
+from fxquant.graph.liveness import dead_after
 from fxquant.graph.outputs import float_outputs, is_logits
 
 # What a node computes instead, from the arguments of its call.
@@ -55,7 +57,7 @@ def _gap(one: Tensor, two: Tensor) -> Tensor:
     return torch.where(one == two, 0.0, one - two)
 
 
-class NetworkLoss(fx.Interpreter):
+class NetworkLoss(GraphInterpreter):
     """Runs a graph, its observers recording nothing, with other computations in some nodes.
 
     The float run advances through the graph once, holding only the values still to be read; a
@@ -68,15 +70,11 @@ class NetworkLoss(fx.Interpreter):
     """
 
     def __init__(self, gm: fx.GraphModule, images: Tensor, loss: GradientLoss) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.extra_traceback = False  # it would be added to our own messages
+        super().__init__(gm, keep_values=True)
         self._images = images
         self._nodes = list(gm.graph.nodes)
         self.place = {node: i for i, node in enumerate(self._nodes)}
-        last = {used: node for node in self._nodes for used in node.all_input_nodes}
-        self._dying: dict[fx.Node, list[fx.Node]] = {}
-        for used, node in last.items():
-            self._dying.setdefault(node, []).append(used)
+        self._dead_after = dead_after(self._nodes)
         self._overrides: Mapping[fx.Node, Override] = {}
         self._float: dict[fx.Node, Any] = {}
         self._reached = 0
@@ -113,8 +111,8 @@ class NetworkLoss(fx.Interpreter):
 
     def _step(self, node: fx.Node) -> None:
         self.env[node] = self.run_node(node)
-        for used in self._dying.get(node, ()):
-            del self.env[used]
+        for value in self._dead_after.get(node, ()):
+            del self.env[value]
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node, or what stands in its place."""

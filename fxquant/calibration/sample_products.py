@@ -22,6 +22,8 @@ from fxquant.config.scale_search import GRADIENT_METRICS, ScaleSearch
 from fxquant.errors import CalibrationError
 from fxquant.graph.capture import device_of
 from fxquant.graph.dialect import op_kind
+from fxquant.graph.interpreter import GraphInterpreter
+from fxquant.graph.meta import QUANT_SPECS
 from fxquant.graph.nodes import constant, operand
 from fxquant.search.product_loss import ProductSample
 
@@ -85,7 +87,7 @@ def _sites(
     """One collector for each product with a quantized operand, within the memory budget."""
     found = {}
     for node in gm.graph.nodes:
-        if op_kind(node) is None or not node.meta.get("quant"):
+        if op_kind(node) is None or not QUANT_SPECS.get(node):
             continue
         site = row_sampler(node, constant(gm, operand(node, 1)), generator, search.metric)
         if site is not None:
@@ -166,12 +168,11 @@ def _check_gradients(sites: dict[str, RowSampler]) -> None:
             )
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(GraphInterpreter):
     """Runs the graph and offers the operands and outputs of its products to the collectors."""
 
     def __init__(self, gm: fx.GraphModule, sites: dict[str, RowSampler]) -> None:
         super().__init__(gm)
-        self.extra_traceback = False  # it would be added to our own messages
         self._sites = sites
 
     def run_node(self, n: fx.Node) -> Any:

@@ -21,6 +21,7 @@ from fxquant.compiled.report import Report
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import FileFormatError, FxQuantError
 from fxquant.graph.edges import possible_edges
+from fxquant.graph.meta import STAGE
 from fxquant.graph.nodes import get_parameter, submodule
 from fxquant.graph.rewrite import propagate_shapes
 from fxquant.graph.serialize import graph_from_json, graph_to_json, set_tensor
@@ -174,16 +175,13 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
     graph = graph_from_json(config["graph"])
     saved_checks.check_all_read((name.removeprefix(_CODES) for name in tensors), graph)
     gm = fx.GraphModule(root, graph)
-    gm.meta["stage"] = Stage.FROZEN
+    STAGE.set(gm, Stage.FROZEN)
     report = Report.from_dict(config["report"])
     propagate_shapes(gm, tuple(config["image_shape"]))
     specs = {entry.edge: entry.spec for entry in report.plan if entry.spec is not None}
     for edge in list(possible_edges(gm)):
         if edge.name in specs:
-            edge.node.meta["quant"] = {
-                **edge.node.meta.get("quant", {}),
-                edge.arg: specs[edge.name],
-            }
+            edge.annotate(specs[edge.name])
     gm.graph.lint()
     verify(gm)
     return gm

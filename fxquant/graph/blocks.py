@@ -1,21 +1,22 @@
-"""The blocks of a graph: stretches between which one activation alone carries all the data.
+"""The blocks of a graph: stretches between which a single activation carries all the data.
 
-A graph may be cut where a single activation is still to be read, and nothing else that depends on
-the image. Between two such cuts lies a chain, or a branch around which the activation is carried
-(a residual connection). An attention and the residual part behind it make a transformer block. So
-blocks are found by structure, not by name; a graph without cuts is one block.
+A graph can be cut where later nodes read a single activation and nothing else that depends on the
+image. Between two such cuts lies a chain, or a branch with a residual connection around it. An
+attention and the residual branch behind it make one transformer block. Blocks are found in this way
+by structure, not by name; a graph without cuts is one block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import takewhile
 
 import torch
 from torch import Tensor, fx
 
 from fxquant.graph.dialect import op_kind
+from fxquant.graph.liveness import last_readers
 from fxquant.graph.nodes import module_path
 from fxquant.graph.sizes import is_size
 
@@ -25,10 +26,11 @@ class Block:
     """A stretch of the graph.
 
     Attributes:
-        name: the module path that its nodes share, made unique.
-        nodes: all that depends on the image, in the order of the graph.
-        inputs: the values it reads from before.
-        outputs: those that are read behind it; of the last block the ``output`` node itself.
+        name: module path that the block's products share, made unique.
+        nodes: nodes that depend on the image, in the order of the graph.
+        inputs: nodes in front of the block whose values the block reads.
+        outputs: nodes of the block whose values later blocks read; for the last block the
+            ``output`` node itself.
     """
 
     name: str
@@ -38,18 +40,18 @@ class Block:
 
     @property
     def products(self) -> tuple[fx.Node, ...]:
-        """Its linears, convolutions and matmuls."""
+        """Linears, convolutions and matmuls of the block."""
         return tuple(node for node in self.nodes if op_kind(node) is not None)
 
 
 def find_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
     """The blocks of a graph in order, each with a product; the placeholder belongs to none."""
     data = data_nodes(gm)
-    # What holds no product goes with what comes behind it; at the end, with what comes before.
-    whole = _joined(_stretches(data), lambda one, two: not one.has_product)
-    if len(whole) > 1 and not whole[-1].has_product:
-        whole[-2:] = [whole[-2].followed_by(whole[-1])]
-    merged = _joined(whole, _make_transformer_block)
+    # A stretch without a product joins the next one; the last stretch joins the one before.
+    stretches = _joined(_stretches(data), lambda one, two: not one.has_product)
+    if len(stretches) > 1 and not stretches[-1].has_product:
+        stretches[-2:] = [stretches[-2].followed_by(stretches[-1])]
+    merged = _joined(stretches, _make_transformer_block)
     names: dict[str, int] = {}
     return tuple(_block(stretch.nodes, data, names) for stretch in merged)
 
@@ -62,35 +64,43 @@ def whole_network(gm: fx.GraphModule) -> Block:
 
 
 def data_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that depend on the image, sizes left out."""
-    found: dict[fx.Node, None] = {}
+    """The nodes that depend on the image, without sizes, in the order of the graph."""
+    data: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
         if is_size(node):
             continue
-        if node.op == "placeholder" or any(used in found for used in node.all_input_nodes):
-            found[node] = None
-    return list(found)
+        if node.op == "placeholder" or any(source in data for source in node.all_input_nodes):
+            data[node] = None
+    return list(data)
 
 
-def waves(nodes: Iterable[fx.Node], wanted: set[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Those of ``wanted`` in groups, none of which reads what another of its group computes.
+def waves(nodes: Iterable[fx.Node], selected: set[fx.Node]) -> Iterator[list[fx.Node]]:
+    """Groups of selected nodes, in order; no node reads what another one of its group computes.
 
     Args:
         nodes: in the order of the graph.
-        wanted: some of them.
+        selected: the nodes to group.
     """
     depth: dict[fx.Node, int] = {}
     groups: dict[int, list[fx.Node]] = {}
     for node in nodes:
-        before = max((depth.get(used, 0) for used in node.all_input_nodes), default=0)
-        depth[node] = before + (node in wanted)
-        if node in wanted:
+        before = max((depth.get(source, 0) for source in node.all_input_nodes), default=0)
+        depth[node] = before + (node in selected)
+        if node in selected:
             groups.setdefault(depth[node], []).append(node)
     yield from (groups[level] for level in sorted(groups))
 
 
 @dataclass(frozen=True)
 class _Stretch:
+    """Nodes between two cuts.
+
+    Attributes:
+        nodes: in the order of the graph.
+        softmax: whether one of the nodes is a softmax.
+        residual: whether a residual connection leads around a branch.
+    """
+
     nodes: tuple[fx.Node, ...]
     softmax: bool
     residual: bool
@@ -107,24 +117,25 @@ class _Stretch:
 def _joined(
     stretches: Iterable[_Stretch], together: Callable[[_Stretch, _Stretch], bool]
 ) -> list[_Stretch]:
-    found: list[_Stretch] = []
+    """Stretches in which neighbours are one, where ``together`` says so of them."""
+    joined: list[_Stretch] = []
     for stretch in stretches:
-        if found and together(found[-1], stretch):
-            found[-1] = found[-1].followed_by(stretch)
+        if joined and together(joined[-1], stretch):
+            joined[-1] = joined[-1].followed_by(stretch)
         else:
-            found.append(stretch)
-    return found
+            joined.append(stretch)
+    return joined
 
 
 def _make_transformer_block(one: _Stretch, two: _Stretch) -> bool:
-    """Whether an attention and the residual part behind it make one block."""
-    return one.softmax and two.residual and not two.softmax and not _closed(one)
+    """Whether an attention and the residual branch behind it make one block."""
+    return one.softmax and two.residual and not two.softmax and not _is_complete(one)
 
 
-def _closed(stretch: _Stretch) -> bool:
-    """Whether a transformer block is whole: a product stands behind what its softmax feeds into.
+def _is_complete(stretch: _Stretch) -> bool:
+    """Whether a stretch holds a product behind its attention, and is a transformer block already.
 
-    Its attention ends at the first addition behind the softmax; what follows is the residual part.
+    The attention ends at the first addition behind the softmax.
     """
     nodes = stretch.nodes
     softmax = next(i for i, node in enumerate(nodes) if _is_softmax(node))
@@ -134,30 +145,30 @@ def _closed(stretch: _Stretch) -> bool:
 
 
 def _stretches(data: list[fx.Node]) -> Iterator[_Stretch]:
-    """The graph cut wherever it can be."""
-    last = {used: node for node in data for used in node.all_input_nodes}
+    """The graph cut at every place where it can be cut."""
+    last = last_readers(data)
     place = {node: i for i, node in enumerate(data)}
-    batch = _leading(data[0])
+    batch = _leading_size(data[0])
     live: dict[fx.Node, None] = {data[0]: None}
-    start, begun_with = 1, data[0]
+    start, entry = 1, data[0]
     for i, node in enumerate(data[1:], 1):
         live[node] = None
         live = {n: None for n in live if n in last and place[last[n]] > i}
-        whole = node.op == "output"
-        # Behind a quantizer the two runs of a graph would be compared on its grid.
-        single = [*live] == [node] and _leading(node) == batch and node.op != "call_module"
-        if whole or single:
+        # No cut behind a quantizer: there float and quantized values would be compared on its grid.
+        single = [*live] == [node] and _leading_size(node) == batch and node.op != "call_module"
+        if single or node.op == "output":
             nodes = tuple(data[start : i + 1])
-            # A quantizer that a branch and what goes around it share is no reader of its own.
-            same = {begun_with, *(u for u in begun_with.users if u.op == "call_module")}
-            others = [n for n in nodes if n not in same]
-            readers = sum(not same.isdisjoint(n.all_input_nodes) for n in others)
+            # A branch and its residual connection may share a quantizer, which counts as the entry.
+            entries = {entry, *(user for user in entry.users if user.op == "call_module")}
+            readers = sum(
+                not entries.isdisjoint(n.all_input_nodes) for n in nodes if n not in entries
+            )
             yield _Stretch(nodes, any(map(_is_softmax, nodes)), readers > 1)
-            start, begun_with = i + 1, node
+            start, entry = i + 1, node
 
 
-def _leading(node: fx.Node) -> Any:
-    """The first size of a value as text, None of what is no tensor."""
+def _leading_size(node: fx.Node) -> str | None:
+    """First size of a value as text, None for a value that is not a tensor."""
     val = node.meta.get("val")
     return str(val.shape[0]) if isinstance(val, Tensor) and val.ndim else None
 
@@ -171,25 +182,20 @@ def _is_add(node: fx.Node) -> bool:
 
 
 def _block(nodes: tuple[fx.Node, ...], data: list[fx.Node], names: dict[str, int]) -> Block:
-    own, known = set(nodes), set(data)
-    read = {u: None for node in nodes for u in node.all_input_nodes if u in known and u not in own}
-    outputs = [n for n in nodes if n.op == "output" or any(u not in own for u in _readers(n))]
+    inside, outside = set(nodes), set(data).difference(nodes)
+    inputs = {n: None for node in nodes for n in node.all_input_nodes if n in outside}
+    outputs = [n for n in nodes if n.op == "output" or any(u not in inside for u in _readers(n))]
     paths = [module_path(node).split(".") for node in nodes if op_kind(node) is not None]
-    name = ".".join(_common(paths)) or (nodes[-1].name if not paths else ".".join(paths[0]))
+    name = ".".join(_common_prefix(paths)) or (nodes[-1].name if not paths else ".".join(paths[0]))
     names[name] = names.get(name, 0) + 1
     unique = name if names[name] == 1 else f"{name}#{names[name]}"
-    return Block(unique, nodes, tuple(read), tuple(outputs))
+    return Block(unique, nodes, tuple(inputs), tuple(outputs))
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if not is_size(user)]
 
 
-def _common(paths: list[list[str]]) -> list[str]:
-    if not paths:
-        return []
-    same = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    length = next(
-        (i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), len(same)
-    )
-    return same[:length]
+def _common_prefix(paths: list[list[str]]) -> list[str]:
+    levels = zip(*paths, strict=False)
+    return [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]

@@ -1,4 +1,4 @@
-"""From any ``nn.Module`` to an FX graph that owns its parameters."""
+"""Captures an ``nn.Module`` as an FX graph with parameters of its own."""
 
 from __future__ import annotations
 
@@ -23,64 +23,66 @@ from fxquant.errors import (
     NonFiniteError,
     TrainingModeError,
 )
+from fxquant.graph.meta import CODE_NAMES, HOOKED_MODULES, STAGE
 from fxquant.graph.nodes import module_path, source_line
 from fxquant.quantizers import Quantizer
 from fxquant.utils.quiet import quiet
 
-# Not 0 or 1, which torch.export would take as constants.
+# torch.export would treat a size of 0 or 1 as a constant.
 _EXAMPLE_BATCH = 3
 
 
 def capture(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    """Captures ``model`` with ``torch.export``, the batch dimension left free.
+    """Captures ``model`` with ``torch.export``, for any batch size.
 
-    The user's model is not touched: the graph holds its own copy of the weights, and forward
-    hooks stay with the original.
+    The user's model is not changed: the graph has a copy of the weights, and the user's forward
+    hooks are not in the graph.
 
     Args:
-        model: in eval mode, taking one image tensor.
+        model: in eval mode; its forward reads one image tensor.
         images: example batch ``(B, …)``; only its shape and dtype count.
 
     Returns:
         A graph of aten operators in stage FLOAT, with one placeholder.
 
     Raises:
-        CaptureError: ``model`` is no module, not of float32, or torch.export cannot follow it.
+        CaptureError: ``model`` is not a module, not float32, or torch.export cannot capture it.
         TrainingModeError: ``model`` or a submodule is in training mode.
         ControlFlowError: ``model`` branches on tensor values.
         NonFiniteError: a parameter or buffer holds NaN or infinity.
-        BatchError: ``model`` does not take the images.
+        BatchError: ``model`` does not run on the images.
     """
     check_model(model)
-    own = own_copy(model)
-    example = images[:1].to(device_of(own)).expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
-    # Export warns of caches that the model fills, such as LeViT's; they are our copy's.
+    copied = own_copy(model)
+    example = images[:1].to(device_of(copied))
+    example = example.expand(_EXAMPLE_BATCH, *images.shape[1:]).contiguous()
+    # Export warns of caches that the model fills, such as LeViT's; only the copy's are filled.
     with torch.no_grad(), _plain_attention(), quiet():
         try:
             program = torch.export.export(
-                own, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
+                copied, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False
             )
             if _mutates(program):
                 program = program.run_decompositions({})
         except Exception as error:  # torch.export documents no common base class
-            _check_images(own, images)
-            raise _explain(error, own, tuple(example.shape)) from error
+            _check_images(copied, images)
+            raise _explain(error, copied, tuple(example.shape)) from error
     gm = _plain_graph(program)
-    gm.meta["hooked"] = tuple(_hooked(model))
+    HOOKED_MODULES.set(gm, tuple(_hooked(model)))
     return gm
 
 
 def _check_images(model: nn.Module, images: Tensor) -> None:
-    """Tells images that the model does not take from a model that cannot be captured.
+    """Checks whether images are the reason that a model could not be captured.
 
     Raises:
         BatchError: the model does not run on the images.
-        CaptureError: it takes more than them.
+        CaptureError: the model needs other inputs too.
     """
-    needed = _required_inputs(model)
-    if len(needed) > 1:
+    inputs = _required_inputs(model)
+    if len(inputs) > 1:
         raise CaptureError(
-            f"the model takes {len(needed)} inputs ({', '.join(needed)}), and one image tensor is "
+            f"the model takes {len(inputs)} inputs ({', '.join(inputs)}), and one image tensor is "
             "supported: wrap it in a module whose forward(images) gives the others a fixed value"
         )
     try:
@@ -94,7 +96,7 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
 
 
 def _required_inputs(model: nn.Module) -> list[str]:
-    """Names of the arguments that forward has no default for."""
+    """Names of the arguments of forward without a default."""
     return [
         name
         for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -104,24 +106,23 @@ def _required_inputs(model: nn.Module) -> list[str]:
 
 
 def _hooked(model: nn.Module) -> Iterator[str]:
-    """Paths of modules with hooks of the user's, which capture leaves out."""
+    """Paths of modules with hooks of the user, which the graph does not contain."""
     for name, module in model.named_modules():
-        if any(
-            map(_is_users, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
-        ):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(map(_is_user_hook, hooks)):
             yield name
 
 
-def _is_users(hook: object) -> bool:
-    """Whether a hook is the user's; those of torch itself (``weight_norm``) compute weights."""
+def _is_user_hook(hook: object) -> bool:
+    """Whether a hook is the user's; torch's own hooks (``weight_norm``) compute weights."""
     return not type(hook).__module__.startswith("torch.nn.utils")
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy without the user's hooks and without gradients.
+    """A deep copy of a model without the user's hooks and without gradients.
 
-    Hooks of torch itself (``weight_norm``) compute weights, so they stay. Computed tensors that a
-    module keeps as plain attributes, such as the weight that they compute, are copied detached.
+    Torch's own hooks (``weight_norm``) compute weights and stay. Computed tensors that a module
+    keeps as plain attributes, such as the weights that these hooks compute, are copied detached.
 
     Raises:
         CaptureError: the model cannot be copied.
@@ -134,34 +135,34 @@ def own_copy(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     try:
-        own = copy.deepcopy(model, computed)
+        copied = copy.deepcopy(model, computed)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise CaptureError(
             f"the model cannot be deep-copied ({error}); remove what cannot be copied from its "
             "attributes, or rebuild it and load its state dict"
         ) from error
-    for module in own.modules():
+    for module in copied.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks = getattr(module, name)
             for key, hook in list(hooks.items()):
-                if _is_users(hook):
+                if _is_user_hook(hook):
                     del hooks[key]
-    return own.requires_grad_(False)
+    return copied.requires_grad_(False)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer; the CPU where there is none."""
+    """Device of the first parameter or buffer of a model; the CPU for a model without."""
     tensors = [*model.parameters(), *model.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")
 
 
 @torch.no_grad()
 def check_model(model: nn.Module) -> None:
-    """Looks at what can be wrong with a model before anything runs.
+    """Checks a model without running it.
 
     Raises:
-        CaptureError: it is no module, TorchScript, on the meta device, quantized, or not float32.
-        TrainingModeError: it or a submodule is in training mode.
+        CaptureError: not a module, TorchScript, on the meta device, quantized, or not float32.
+        TrainingModeError: the model or a submodule is in training mode.
         NonFiniteError: a parameter holds NaN or infinity, or a buffer NaN.
     """
     if not isinstance(model, nn.Module):
@@ -175,11 +176,11 @@ def check_model(model: nn.Module) -> None:
             "weights are on the meta device, which holds no numbers: build the model on the CPU, "
             "or call model.to_empty(device='cpu'), and load a checkpoint"
         )
-    done = [name for name, module in model.named_modules() if _quantized(module)]
-    if done:
+    quantized = [name for name, module in model.named_modules() if _is_quantized(module)]
+    if quantized:
         raise CaptureError(
-            f"the model is quantized already (module {done[0] or '(root)'}): give compile() the "
-            "float model that it was made from"
+            f"the model is quantized already (module {quantized[0] or '(root)'}): give compile() "
+            "the float model that it was made from"
         )
     training = [name or "the model itself" for name, m in model.named_modules() if m.training]
     if training:
@@ -204,15 +205,15 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def _quantized(module: nn.Module) -> bool:
+def _is_quantized(module: nn.Module) -> bool:
     """Whether a module is a quantizer, or a graph that a backend lowered to integer codes."""
-    meta = module.meta if isinstance(module, fx.GraphModule) else {}
-    return isinstance(module, Quantizer) or "codes" in meta
+    lowered = isinstance(module, fx.GraphModule) and CODE_NAMES.get(module) is not None
+    return lowered or isinstance(module, Quantizer)
 
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Keeps nn.MultiheadAttention off its fused inference kernel, which export cannot open."""
+    """Turns off the fused inference kernel of nn.MultiheadAttention, which export cannot open."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -222,7 +223,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _mutates(program: ExportedProgram) -> bool:
-    """Whether the program writes in place; else decomposing it would only take time."""
+    """Whether the program writes in place, which only a decomposition removes."""
     return any(
         node.op == "call_function"
         and isinstance(node.target, torch._ops.OpOverload)
@@ -234,7 +235,7 @@ def _mutates(program: ExportedProgram) -> bool:
 def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph with a plain signature: one tensor in, the user's outputs out.
 
-    Outputs keep tuples, lists and dicts; of other containers a tuple of their tensors is left.
+    Outputs in tuples, lists and dicts stay in them; other containers become a tuple of tensors.
     """
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -242,28 +243,26 @@ def _plain_graph(program: ExportedProgram) -> fx.GraphModule:
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):
-        # A model that writes into its input would write into the user's images.
+        # The graph must not write into the user's images, as a model may write into its input.
         if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
     output = graph.output_node()
     leaves = pytree.tree_leaves(output.args[0])
     spec = program.call_spec.out_spec
-    if spec is not None and _builtin_containers(spec):
-        output.args = (pytree.tree_unflatten(leaves, spec),)
-    else:
-        output.args = (tuple(leaves),)
-    graph._tracer_cls = None  # export's could not be made anew, as unpickling does
+    nested = spec is not None and _builtin_containers(spec)
+    output.args = (pytree.tree_unflatten(leaves, spec) if nested else tuple(leaves),)
+    graph._tracer_cls = None  # export's tracer cannot be created again, as unpickling does
     gm = fx.GraphModule(module, graph)
-    gm.meta["stage"] = Stage.FLOAT
+    STAGE.set(gm, Stage.FLOAT)
     return gm
 
 
 def _inline_regions(gm: fx.GraphModule) -> None:
-    """Puts the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions in their place.
+    """Replaces ``no_grad`` and ``autocast(enabled=False)`` regions by their bodies.
 
     Raises:
-        CaptureError: autocast is on in a region, so that it would compute in lower precision.
+        CaptureError: autocast is on in a region, which would compute in lower precision.
     """
     regions = torch.ops.higher_order
     for node in list(gm.graph.nodes):
@@ -283,15 +282,16 @@ def _inline_regions(gm: fx.GraphModule) -> None:
 
 
 def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.Node, operands: Sequence[Any]) -> None:
+    """Replaces the call of a region by copies of the nodes in its body."""
     inner = gm.get_submodule(str(body.target))
     assert isinstance(inner, fx.GraphModule)
     _inline_regions(inner)
     values: dict[fx.Node, Any] = {}
-    given = iter(operands)
+    inputs = iter(operands)
     with gm.graph.inserting_before(call):
         for node in inner.graph.nodes:
             if node.op == "placeholder":
-                values[node] = next(given)
+                values[node] = next(inputs)
             elif node.op == "output":
                 results = node.args[0]
             else:
@@ -305,14 +305,14 @@ def _inline(gm: fx.GraphModule, call: fx.Node, body: fx.Node, operands: Sequence
 
 
 def _builtin_containers(spec: pytree.TreeSpec) -> bool:
-    """Whether outputs nest in tensors, tuples, lists and dicts alone, which FX can hold."""
+    """Whether outputs nest tuples, lists and dicts alone, which an FX graph can return."""
     if spec.is_leaf():
         return True
     return spec.type in (tuple, list, dict) and all(map(_builtin_containers, spec.children()))
 
 
 def _explain(error: Exception, model: nn.Module, shape: tuple[int, ...]) -> CaptureError:
-    """Turns an error of torch.export into one with module path, source line and advice."""
+    """An error with module path, source line and advice, for an error of torch.export."""
     where = _where(error, model)
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
@@ -335,7 +335,7 @@ def _explain(error: Exception, model: nn.Module, shape: tuple[int, ...]) -> Capt
 
 
 def _where(error: BaseException, model: nn.Module) -> str:
-    """Module path and source line at which ``error`` left the user's code."""
+    """Module path and source line of the user's code that raised ``error``."""
     paths = {id(module): name for name, module in model.named_modules()}
     torch_root = str(Path(torch.__file__).parent)
     path, line = "", ""

@@ -1,4 +1,4 @@
-"""What a convolution multiplies at each position."""
+"""The patch of its input that a convolution multiplies at each position."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from fxquant.graph.nodes import arguments
 
 
 def patches(x: Tensor, node: fx.Node, weight: torch.Size) -> Tensor:
-    """What a convolution multiplies at each position, a view but for the padding.
+    """The patch of ``x`` that a convolution multiplies at each position; a view without padding.
 
     Args:
-        x: its input, ``(B, C, *spatial)``.
+        x: input of the convolution, ``(B, C, *spatial)``.
         node: the convolution.
-        weight: shape of its weight, ``(out, in / groups, *kernel)``.
+        weight: shape of the convolution's weight, ``(out, in / groups, *kernel)``.
 
     Returns:
-        ``(B, *spatial', C, *kernel)``, spatial' being those of the output.
+        ``(B, *spatial', C, *kernel)`` with the spatial sizes of the output.
     """
-    given, kernel = arguments(node), weight[2:]
+    options, kernel = arguments(node), weight[2:]
     axes = len(kernel)
     for axis, taps in enumerate(kernel):
-        dilation = given["dilation"][axis % len(given["dilation"])]
-        stride = given["stride"][axis % len(given["stride"])]
+        dilation = options["dilation"][axis % len(options["dilation"])]
+        stride = options["stride"][axis % len(options["stride"])]
         span = dilation * (taps - 1)
-        before, after = _pads(given["padding"], axis, span)
-        # Spatial axes still to come and taps already opened stand behind this one.
+        before, after = _pads(options["padding"], axis, span)
+        # Spatial axes that follow, and kernel axes of the earlier ones, stand behind this axis.
         amounts = [0, 0] * (axes - 1) + [before, after]
         x = functional.pad(x, amounts) if before or after else x
         x = x.unfold(2 + axis, span + 1, stride)[..., ::dilation]

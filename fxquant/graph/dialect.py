@@ -1,4 +1,4 @@
-"""The canonical dialect: which aten operators are products, moves and producers."""
+"""The canonical dialect: which aten operators are products, data movement and producers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import fx
 from fxquant.config.vocabulary import Arg, OpKind
 
 aten = torch.ops.aten
-_OP_KINDS: dict[Any, OpKind] = {
+
+_PRODUCT_KINDS: dict[Any, OpKind] = {
     aten.linear.default: OpKind.LINEAR,
     aten.conv1d.default: OpKind.CONV,
     aten.conv1d.padding: OpKind.CONV,
@@ -21,6 +22,8 @@ _OP_KINDS: dict[Any, OpKind] = {
     aten.conv3d.padding: OpKind.CONV,
     aten.matmul.default: OpKind.MATMUL,
 }
+
+# Kind of operation -> position of each argument that can be quantized.
 OPERANDS: dict[OpKind, dict[Arg, int]] = {
     OpKind.LINEAR: {Arg.INPUT: 0, Arg.WEIGHT: 1},
     OpKind.CONV: {Arg.INPUT: 0, Arg.WEIGHT: 1},
@@ -31,6 +34,7 @@ OPERANDS: dict[OpKind, dict[Arg, int]] = {
     OpKind.ACTIVATION: {Arg.INPUT: 0},
     OpKind.ADD: {Arg.LHS: 0, Arg.RHS: 1},
 }
+
 _ACTIVATION_NAMES = "gelu silu relu relu6 hardswish hardsigmoid sigmoid tanh elu leaky_relu mish"
 _ELEMENTWISE_KINDS: dict[Any, OpKind] = {
     aten.layer_norm.default: OpKind.LAYER_NORM,
@@ -40,7 +44,8 @@ _ELEMENTWISE_KINDS: dict[Any, OpKind] = {
     aten.add.Tensor: OpKind.ADD,
     **{getattr(aten, name).default: OpKind.ACTIVATION for name in _ACTIVATION_NAMES.split()},
 }
-# Products that the dialect has no quantized form of. They are reported, never passed over.
+
+# Products without a quantized form. The report names each one that a model has.
 _UNSUPPORTED_NAMES = (
     "conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc bilinear tensordot "
     "inner mv dot vdot addmv addbmm chain_matmul linalg_multi_dot lstm gru rnn_tanh rnn_relu "
@@ -51,6 +56,7 @@ UNSUPPORTED: dict[Any, str] = {
     for name in _UNSUPPORTED_NAMES.split()
     for overload in getattr(aten, name).overloads()
 }
+
 # Operations that move values and never change them.
 DATA_MOVEMENT_OPS: frozenset[Any] = frozenset(
     {
@@ -80,6 +86,8 @@ DATA_MOVEMENT_OPS: frozenset[Any] = frozenset(
         operator.getitem,
     }
 )
+
+# Operations that rules name by ``fed_by``, with the name.
 PRODUCERS: dict[Any, str] = {
     aten.softmax.int: "softmax",
     aten._softmax.default: "softmax",
@@ -102,14 +110,16 @@ PRODUCERS: dict[Any, str] = {
     aten.adaptive_avg_pool1d.default: "mean",
     aten.adaptive_avg_pool2d.default: "mean",
 }
+
+# All names that ``fed_by`` may have in a rule.
 PRODUCER_NAMES: frozenset[str] = frozenset(
     {*PRODUCERS.values(), *(str(k) for k in OpKind if k.is_product), "image", "parameter"}
 )
 
 
 def op_kind(node: fx.Node) -> OpKind | None:
-    """Kind of a product, None for any other node."""
-    return _OP_KINDS.get(node.target) if node.op == "call_function" else None
+    """Kind of a product (linear, convolution or matmul), None for any other node."""
+    return _PRODUCT_KINDS.get(node.target) if node.op == "call_function" else None
 
 
 def elementwise_kind(node: fx.Node) -> OpKind | None:

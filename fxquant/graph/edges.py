@@ -1,6 +1,6 @@
-"""What passes ask of a graph: operations, edges, producers, paths.
+"""Edges: the arguments of operations that quantization is annotated on.
 
-The dialect is plain aten: each quantizable operation is one ``call_function`` node.
+Each quantizable operation is one ``call_function`` node of a plain aten operator.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor, fx
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.graph.dialect import OPERANDS, PRODUCERS, aten, elementwise_kind, op_kind
+from fxquant.graph.meta import QUANT_SPECS
 from fxquant.graph.nodes import module_path, operand, skip_data_movement
 
 
 @dataclass(frozen=True)
 class Edge:
-    """An input of a quantizable operation: where quantization is annotated."""
+    """An argument of a quantizable operation, on which quantization is annotated."""
 
     node: fx.Node
     arg: Arg
@@ -38,7 +39,7 @@ class Edge:
 
     @property
     def source(self) -> fx.Node:
-        """The node that the argument comes from, a quantizer call included."""
+        """The node that the argument is, which may be a call of an observer or quantizer."""
         return operand(self.node, self.index)
 
     @property
@@ -54,21 +55,19 @@ class Edge:
     @property
     def spec(self) -> TensorSpec | None:
         """The annotation, None where the edge stays float."""
-        spec = self.node.meta.get("quant", {}).get(self.arg)
-        assert spec is None or isinstance(spec, TensorSpec)
-        return spec
+        return (QUANT_SPECS.get(self.node) or {}).get(self.arg)
 
     @property
     def scale_axis(self) -> int | None:
-        """Axis that gets a scale each, None per tensor and where the edge stays float.
+        """Axis along which each index has its own scale; None per tensor and on a float edge.
 
-        0 for the output channels of a weight; for the channels of an activation -1, or 1 at a
-        convolution; -3 for heads.
+        0 for the output channels of a weight; -1 for the channels of an activation, 1 for those of
+        a convolution's input; -3 for heads.
         """
         return None if self.spec is None else self.axis_of(self.spec.granularity)
 
     def axis_of(self, granularity: Granularity) -> int | None:
-        """Axis that would get a scale each at that granularity; as ``scale_axis``."""
+        """The ``scale_axis`` that the edge would have with a granularity."""
         if granularity is Granularity.TENSOR:
             return None
         if granularity is Granularity.HEAD:
@@ -77,15 +76,19 @@ class Edge:
             return 0
         return 1 if self.kind is OpKind.CONV else -1
 
+    def annotate(self, spec: TensorSpec) -> None:
+        """Sets the annotation, in a new mapping: copies of a graph share the old one."""
+        QUANT_SPECS.set(self.node, {**(QUANT_SPECS.get(self.node) or {}), self.arg: spec})
+
     def replace_source(self, new: fx.Node) -> None:
         """Feeds this edge, and no other, from ``new``."""
         self.node.update_arg(self.index, new)
 
 
 def possible_edges(gm: fx.GraphModule) -> Iterator[Edge]:
-    """Everything that a rule can quantize, in graph order.
+    """All edges that a rule can quantize, in graph order.
 
-    Of products all edges; of elementwise operations those that read a float tensor.
+    These are all edges of products, and edges of elementwise operations that read a float tensor.
     """
     for node in list(gm.graph.nodes):
         kind = op_kind(node) or elementwise_kind(node)
@@ -115,8 +118,9 @@ def _is_float(value: Any) -> bool:
 def fed_by(edge: Edge) -> str:
     """Name of what computed the values on an edge.
 
-    ``softmax``, ``gelu``, ``linear``, ``image`` and the like (``PRODUCER_NAMES``), data movement
-    and zeros filled in looked through. An operation without a name of its own gives its aten name.
+    The name is ``softmax``, ``gelu``, ``linear``, ``image`` or another of ``PRODUCER_NAMES``, for
+    other operations the name of the aten operator. Data movement and masks that fill in zeros are
+    skipped.
     """
     source = skip_data_movement(edge.source)
     if source.target is aten.masked_fill.Scalar and source.args[2] == 0:

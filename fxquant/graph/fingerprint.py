@@ -10,23 +10,25 @@ from torch import Tensor, fx
 
 from fxquant._version import __version__
 from fxquant.graph.edges import quantized_edges
+from fxquant.graph.meta import PACKED_WEIGHT, PINNED_ARGS
 from fxquant.observers.observer import HistogramObserver, Observer
 
 
 def fingerprint(gm: fx.GraphModule, images: Tensor, *settings: object) -> str:
-    """Hash of what losses depend on: versions, graph, weights, statistics, specs, images, options.
+    """Hash of all that losses depend on.
+
+    The hash covers versions, graph, weights, statistics, specs, images and options.
 
     Args:
-        gm: in stage OBSERVED, data seen.
-        images: that losses are measured on, ``(B, …)``.
+        gm: in stage OBSERVED, after calibration.
+        images: images on which losses are measured, ``(B, …)``.
         *settings: options that change a loss, as text.
     """
     digest = hashlib.sha256(repr((__version__, torch.__version__, settings)).encode())
     for node in gm.graph.nodes:
         digest.update(f"{node.name} {node.target} {node.args} {node.kwargs}\n".encode())
     for edge in quantized_edges(gm):
-        meta = edge.node.meta
-        groups = sorted(meta.get("pinned", ())), meta.get("packed")
+        groups = sorted(PINNED_ARGS.get(edge.node) or ()), PACKED_WEIGHT.get(edge.node)
         digest.update(f"{edge.name} {edge.spec} {groups}\n".encode())
     for name, tensor in _tensors(gm):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

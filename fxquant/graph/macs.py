@@ -1,4 +1,4 @@
-"""How much a graph computes for one image."""
+"""Number of multiplications of a graph for one image."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from fxquant.graph.shapes import example_batch, example_shape
 
 
 class MacCounter:
-    """Sizes of a graph's values and products, of one image.
+    """Counts values and multiplications of a graph for one image.
 
     Args:
-        gm: with the shapes of an example batch.
+        gm: the graph, with the shapes of an example batch.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm, self._batch = gm, example_batch(gm.graph)
 
     def values(self, node: fx.Node) -> int:
-        """Values of a node for one image; of one that the images do not reach, all."""
+        """Number of values that a node yields for one image; all, where no size is the batch."""
         total = math.prod(example_shape(node))
         if all(isinstance(size, int) for size in node.meta["val"].shape):
             return total
         return total // self._batch
 
     def macs(self, node: fx.Node) -> int:
-        """Multiplications of a product."""
+        """Number of multiplications of a product for one image."""
         if op_kind(node) is OpKind.MATMUL:  # (…, n, K) @ (…, K, N)
             return self.values(node) * int(operand(node, 0).meta["val"].shape[-1])
-        right = operand(node, 1).meta.get("val")
-        if not isinstance(right, Tensor):
-            right = get_parameter(self._gm, operand(node, 1))
-        return self.values(node) * math.prod(int(size) for size in right.shape[1:])
+        weight = operand(node, 1).meta.get("val")
+        if not isinstance(weight, Tensor):
+            weight = get_parameter(self._gm, operand(node, 1))
+        return self.values(node) * math.prod(int(size) for size in weight.shape[1:])
 
     @cached_property
     def total(self) -> int:
-        """Multiplications of running the whole graph."""
+        """Number of multiplications of the whole graph for one image."""
         return self.macs_after([next(iter(self._gm.graph.nodes))])
 
     def macs_after(self, starts: Iterable[fx.Node]) -> int:
-        """Multiplications of running the rest of the graph from each of the starts on."""
+        """Number of multiplications of running the graph from each start to its end, summed."""
         order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
         macs = {order[n]: self.macs(n) for n in self._gm.graph.nodes if op_kind(n) is not None}
         return sum(

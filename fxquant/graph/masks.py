@@ -1,4 +1,4 @@
-"""Where minus infinity may stand, which attention masks hide scores with and no code stands for."""
+"""Where values may be minus infinity, as attention masks make them; integer codes cannot be."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from fxquant.config.vocabulary import OpKind
 from fxquant.graph.dialect import aten, elementwise_kind, op_kind
 from fxquant.graph.nodes import constant
 
-# Of minus infinity they make something else; what a pool pads with is never the largest.
-_ENDS = {
+# Operations whose results are finite all the same. A pool pads with minus infinity, which is never
+# the largest value of a window.
+_MAKE_FINITE = {
     aten.clamp.default,
     aten.clamp_min.default,
     aten.exp.default,
@@ -26,32 +27,34 @@ _ENDS = {
 
 
 def masked(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose values may be minus infinity: constants that are, and what is made with them.
+    """Nodes whose values may be minus infinity.
 
-    A product or softmax ends the way.
+    These are constants that hold it, operations with it as an argument, and nodes that read one of
+    these; products, softmax and operations such as ``clamp`` yield finite values again.
     """
-    found: set[fx.Node] = set()
+    infinite: set[fx.Node] = set()
     for node in gm.graph.nodes:
         value = constant(gm, node)
         if value is not None:
-            hides = value.is_floating_point() and bool(value.isneginf().any())
+            may_be = value.is_floating_point() and bool(value.isneginf().any())
         else:
-            hides = _passes(node) and (
-                any(_is_hidden(given) for given in (*node.args, *node.kwargs.values()))
-                or any(source in found for source in node.all_input_nodes)
+            may_be = _keeps_infinity(node) and (
+                any(map(_is_minus_infinity, (*node.args, *node.kwargs.values())))
+                or any(source in infinite for source in node.all_input_nodes)
             )
-        if hides:
-            found.add(node)
-    return found
+        if may_be:
+            infinite.add(node)
+    return infinite
 
 
-def _passes(node: fx.Node) -> bool:
+def _keeps_infinity(node: fx.Node) -> bool:
+    """Whether an operation yields minus infinity where it reads minus infinity."""
     value = node.meta.get("val")
     if node.op != "call_function" or (isinstance(value, Tensor) and not value.is_floating_point()):
         return False
-    ends = node.target in _ENDS or elementwise_kind(node) is OpKind.SOFTMAX
-    return not ends and op_kind(node) is None
+    finite = node.target in _MAKE_FINITE or elementwise_kind(node) is OpKind.SOFTMAX
+    return not finite and op_kind(node) is None
 
 
-def _is_hidden(given: Any) -> bool:
-    return isinstance(given, float) and given == -math.inf
+def _is_minus_infinity(argument: Any) -> bool:
+    return isinstance(argument, float) and argument == -math.inf

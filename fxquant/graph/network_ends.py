@@ -1,45 +1,42 @@
-"""Which products stand at the ends of a network."""
+"""The ends of a network: its first and its last products."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import SymInt, fx
+from torch import fx
 
 from fxquant.config.vocabulary import End
 from fxquant.graph.dialect import op_kind
+from fxquant.graph.sizes import is_number
 
 
 def is_first_or_last_product(node: fx.Node, end: End) -> bool:
     """Whether a product is among the first, or among the last, of its network.
 
-    A first product reads images that no other product has seen; after a last one comes no product.
-    What a distilled model averages are two last products. Sizes of values do not count as values.
+    A first product reads the image through no other product; no product reads the values of a last
+    one. A distilled model, which averages two heads, has two last products. Reading the size of a
+    value does not count as reading the value.
 
     Args:
         node: a product.
-        end: which of the two.
+        end: which of the two ends.
     """
     if end is End.FIRST:
-        before = _reached(node, lambda n: n.all_input_nodes)
+        before = _reachable(node, lambda n: n.all_input_nodes)
         return before is not None and any(n.op == "placeholder" for n in before)
-    return _reached(node, lambda n: n.users) is not None
+    return _reachable(node, lambda n: n.users) is not None
 
 
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node yields a number, such as the size of a batch, and no values."""
-    return isinstance(node.meta.get("val"), SymInt | int)
-
-
-def _reached(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node] | None:
-    """All that is reached from a node by steps; None where a product is among it."""
-    found: set[fx.Node] = set()
-    left = list(step(start))
-    while left:
-        node = left.pop()
+def _reachable(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node] | None:
+    """All nodes that steps lead to from a node; None where one of them is a product."""
+    reached: set[fx.Node] = set()
+    pending = list(step(start))
+    while pending:
+        node = pending.pop()
         if op_kind(node) is not None:
             return None
-        if node not in found and not _is_size(node):
-            found.add(node)
-            left.extend(step(node))
-    return found
+        if node not in reached and not is_number(node):
+            reached.add(node)
+            pending.extend(step(node))
+    return reached

@@ -1,4 +1,4 @@
-"""The outputs of a model, whatever container holds them."""
+"""The output tensors of a model, taken out of the containers that hold them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 
 def is_logits(output: Tensor) -> bool:
-    """Whether an output counts as logits, ``(B, C)``."""
+    """Whether an output counts as logits: ``(B, C)`` with two classes or more."""
     return output.ndim == 2 and output.shape[1] > 1
 
 

@@ -1,4 +1,4 @@
-"""Sizes of the parameters of a graph, in bytes, before and after quantization."""
+"""Bytes of the parameters of a graph, before and after quantization."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from fxquant.quantizers import Quantizer
 
 
 def float_bytes(gm: fx.GraphModule) -> int:
-    """Bytes of the parameters that a graph in stage FLOAT reads, shared ones once."""
+    """Bytes of the parameters that a graph in stage FLOAT reads; a shared one counts once."""
     return sum(4 * value.numel() for value in _parameters(gm).values())
 
 
 def quantized_bytes(gm: fx.GraphModule) -> int:
-    """Bytes of a frozen graph's parameters, those that one quantizer alone reads at its width.
+    """Bytes of the parameters of a frozen graph.
 
-    The scales of weights and activations are counted too, each as float32; zero_points, a byte at
-    most each, are left out, and a bias is as large in int32 as in float32.
+    A parameter that a single quantizer reads counts with the width of its codes, any other one as
+    float32; a bias is as large in int32. Scales of weights and activations count as float32,
+    zero_points, which are at most a byte each, do not count.
     """
     readers: dict[str, set[Any]] = {}
     for node in gm.graph.nodes:
@@ -27,11 +28,11 @@ def quantized_bytes(gm: fx.GraphModule) -> int:
             readers.setdefault(str(node.target), set()).update(
                 submodule(gm, user) or user for user in node.users
             )
-    stored = 0
+    stored_bits = 0
     for name, value in _parameters(gm).items():
-        (reader, *others) = readers[name] or {None}
-        alone = isinstance(reader, Quantizer) and not others
-        stored += value.numel() * (reader.bits if alone else 32)
+        (reader, *further) = readers[name] or {None}
+        coded = isinstance(reader, Quantizer) and not further
+        stored_bits += value.numel() * (reader.bits if coded else 32)
     scales = sum(
         4 * buffer.numel()
         for module in gm.modules()
@@ -39,7 +40,7 @@ def quantized_bytes(gm: fx.GraphModule) -> int:
         for name, buffer in module.named_buffers()
         if name == "scale"
     )
-    return round(stored / 8) + scales
+    return round(stored_bits / 8) + scales
 
 
 def _parameters(gm: fx.GraphModule) -> dict[str, Tensor]:

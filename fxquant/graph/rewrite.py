@@ -1,4 +1,4 @@
-"""How passes add to a graph, the shapes of its values kept."""
+"""Edits of a graph that keep the shapes of its values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
@@ -17,8 +17,12 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from fxquant.config.vocabulary import Arg
 from fxquant.errors import PassError
+from fxquant.graph.edges import Edge
+from fxquant.graph.meta import origin
 from fxquant.graph.nodes import get_parameter
+from fxquant.graph.products import Product
 
 
 def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) -> fx.Node:
@@ -27,8 +31,8 @@ def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) ->
     Args:
         gm: the graph; the new node goes to the current insertion point.
         value: the tensor; detached, made contiguous.
-        name: wanted name; made unique.
-        like: the node whose module path and source line the new one takes.
+        name: name of the buffer, numbered where the graph has one of that name.
+        like: the node whose module path and source line the new one gets.
     """
     stem = re.sub(r"\W", "_", name)
     unique, i = stem, 0
@@ -37,7 +41,7 @@ def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) ->
         unique = f"{stem}_{i}"
     gm.register_buffer(unique, value.detach().contiguous())
     node = gm.graph.get_attr(unique)
-    _copy_origin(node, like)
+    node.meta.update(origin(like))
     node.meta["val"] = _fake_mode(like).from_tensor(get_parameter(gm, node), static_shapes=True)
     return node
 
@@ -45,14 +49,14 @@ def add_constant(gm: fx.GraphModule, value: Tensor, name: str, like: fx.Node) ->
 def replace_constant(
     gm: fx.GraphModule, reader: fx.Node, old: fx.Node, value: Tensor, name: str
 ) -> None:
-    """Gives one reader of a constant another one; further readers keep theirs.
+    """Replaces a constant for one of its readers; other readers keep the old one.
 
     Args:
         gm: the graph.
-        reader: a node that takes ``old``.
-        old: a ``get_attr`` node; erased where nothing else reads it.
+        reader: a node that reads ``old``.
+        old: a ``get_attr`` node; erased where no other node reads it.
         value: the new constant.
-        name: wanted name of it; made unique.
+        name: name of the new constant, numbered where the graph has one of that name.
     """
     with gm.graph.inserting_before(reader):
         new = add_constant(gm, value, name, like=reader)
@@ -62,19 +66,42 @@ def replace_constant(
 
 
 def set_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    """Gives a linear or convolution a constant bias; further readers of the old one keep theirs.
+    """Sets the bias of a linear or convolution; other readers of the old bias keep it.
 
     Args:
         gm: the graph.
-        node: the product; one without a bias gets one.
+        node: the product, with or without a bias.
         value: the bias, ``(N,)``.
     """
-    old = node.args[2] if len(node.args) > 2 else None
+    old = Product(gm, node).bias_node
     with gm.graph.inserting_before(node):
         new = add_constant(gm, value, f"{node.name}_bias", like=node)
     node.args = (*node.args[:2], new, *node.args[3:])
-    if isinstance(old, fx.Node) and old.op == "get_attr" and not old.users:
+    if old is not None and old.op == "get_attr" and not old.users:
         gm.graph.erase_node(old)
+
+
+def insert_on_edge(gm: fx.GraphModule, edge: Edge, name: str, module: nn.Module) -> fx.Node:
+    """Puts a module on an edge: the operation reads the module's output, other readers do not.
+
+    Args:
+        gm: the graph.
+        edge: the edge; the call of the module keeps the ``val`` of the edge's source.
+        name: where the module is registered, such as ``quant.<edge name>``.
+        module: an observer or quantizer.
+
+    Returns:
+        The call: next to the parameter at a weight, which products may share; else right before
+        the operation.
+    """
+    gm.add_submodule(name, module)
+    source = edge.source
+    at_weight = edge.arg is Arg.WEIGHT
+    with gm.graph.inserting_after(source) if at_weight else gm.graph.inserting_before(edge.node):
+        call = gm.graph.call_module(name, (source,))
+    call.meta["val"] = source.meta.get("val")
+    edge.replace_source(call)
+    return call
 
 
 def emit(
@@ -85,12 +112,12 @@ def emit(
     Args:
         gm: the graph.
         target: an aten operator.
-        *args: its arguments; nodes or values.
-        like: the node whose module path and source line the new one takes.
-        **kwargs: its keyword arguments.
+        *args: arguments of the operator: nodes or values.
+        like: the node whose module path and source line the new one gets.
+        **kwargs: keyword arguments of the operator.
     """
     node = gm.graph.call_function(target, args, kwargs)
-    _copy_origin(node, like)
+    node.meta.update(origin(like))
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: fake_value(gm, n))
     # Keeps batch sizes symbolic where torch 2.11's composite kernels would ask for numbers.
     with _fake_mode(like), enable_python_dispatcher():
@@ -108,10 +135,10 @@ def fake_value(gm: fx.GraphModule, node: fx.Node) -> Any:
 
 @torch.no_grad()
 def propagate_shapes(gm: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
-    """Gives every node its ``val`` anew, on fake tensors with a symbolic batch dimension.
+    """Computes ``val`` of every node, on fake tensors with a symbolic batch dimension.
 
     Args:
-        gm: a graph that was rebuilt from a file.
+        gm: a graph that was rebuilt from a file, and has no shapes yet.
         image_shape: shape of one input, without the batch.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -124,14 +151,8 @@ def propagate_shapes(gm: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(images)
 
 
-def _copy_origin(node: fx.Node, like: fx.Node) -> None:
-    for key in ("nn_module_stack", "stack_trace", "path"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-
-
 def _fake_mode(node: fx.Node) -> FakeTensorMode:
-    """The fake mode that the graph was captured under, found from any node of it."""
+    """The fake mode that the graph was captured under, from the first node with a fake tensor."""
     for candidate in (node, *node.graph.nodes):
         value = candidate.meta.get("val")
         for item in value if isinstance(value, list | tuple) else (value,):

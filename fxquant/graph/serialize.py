@@ -1,7 +1,7 @@
-"""A graph as plain JSON, and back; no pickle, no code.
+"""Graphs as plain JSON, and back, without pickle and without code.
 
-Each node is written with its name, kind, target and arguments. Targets are torch operators by
-name, and a fixed set of Python functions that size arithmetic uses.
+Each node is written with its name, kind, target and arguments. A target is the name of a torch
+operator or of one of the few Python functions that compute sizes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import FileFormatError, FxQuantError
+from fxquant.graph.meta import MODULE_PATH
 
 _FUNCTION_NAMES = {
     operator: "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_",
@@ -41,31 +42,31 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             "target": _target_name(node),
             "args": _encode(node.args),
             "kwargs": {key: _encode(value) for key, value in node.kwargs.items()},
-            **({"path": node.meta["path"]} if "path" in node.meta else {}),
+            **({"path": path} if (path := MODULE_PATH.get(node)) is not None else {}),
         }
         for node in graph.nodes
     ]
 
 
 def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
-    """Rebuilds a graph.
+    """Rebuilds a graph from ``graph_to_json``.
 
     Raises:
         FileFormatError: an entry is malformed or names an unknown operator.
     """
-    graph, made = fx.Graph(), dict[str, fx.Node]()
+    graph, nodes_by_name = fx.Graph(), dict[str, fx.Node]()
     for entry in nodes:
         try:
             node = graph.create_node(
                 entry["op"],
                 _target(entry["op"], entry["target"]),
-                _decode(entry["args"], made),
-                {key: _decode(value, made) for key, value in entry["kwargs"].items()},
+                _decode(entry["args"], nodes_by_name),
+                {k: _decode(value, nodes_by_name) for k, value in entry["kwargs"].items()},
                 name=entry["name"],
             )
             if "path" in entry:
-                node.meta["path"] = entry["path"]
-            made[entry["name"]] = node
+                MODULE_PATH.set(node, str(entry["path"]))
+            nodes_by_name[entry["name"]] = node
         except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             raise FileFormatError(
                 f"graph node {entry!r:.200} is malformed ({type(error).__name__}: {error}); "
@@ -75,13 +76,13 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
 
 
 def set_tensor(root: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Registers a buffer under a dotted name, making modules on the way."""
-    *parents, last = name.split(".")
-    for part in parents:
-        if not isinstance(getattr(root, part, None), nn.Module):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    root.register_buffer(last, value)
+    """Registers a buffer under a dotted name, with the modules that the name needs."""
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        if not isinstance(getattr(root, parent, None), nn.Module):
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    root.register_buffer(leaf, value)
 
 
 def _target_name(node: fx.Node) -> str:
@@ -91,7 +92,7 @@ def _target_name(node: fx.Node) -> str:
         return str(node.target)
     if node.target in _NAMES:
         return _NAMES[node.target]
-    raise FxQuantError(f"{node.name}: {node.target} cannot be saved: it is no torch operator")
+    raise FxQuantError(f"{node.name}: {node.target} cannot be saved: it is not a torch operator")
 
 
 def _target(op: str, name: str) -> Any:
@@ -132,23 +133,23 @@ def _encode(value: Any) -> Any:
     raise FxQuantError(f"an argument of type {type(value).__name__} cannot be saved: {value!r}")
 
 
-def _decode(value: Any, made: dict[str, fx.Node]) -> Any:
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
     if isinstance(value, list):
-        return [_decode(item, made) for item in value]
+        return [_decode(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
     match kind:
         case "node":
-            return made[inner]
+            return nodes[inner]
         case "float":
             return float(inner)
         case "tuple":
-            return tuple(_decode(item, made) for item in inner)
+            return tuple(_decode(item, nodes) for item in inner)
         case "dict":
-            return {key: _decode(item, made) for key, item in inner.items()}
+            return {key: _decode(item, nodes) for key, item in inner.items()}
         case "slice":
-            return slice(*(_decode(item, made) for item in inner))
+            return slice(*(_decode(item, nodes) for item in inner))
         case "torch":
             return _torch_constant(inner)
         case "device":
@@ -159,5 +160,5 @@ def _decode(value: Any, made: dict[str, fx.Node]) -> Any:
 def _torch_constant(name: str) -> Any:
     value = getattr(torch, name, None)
     if not isinstance(value, torch.dtype | torch.memory_format | torch.layout):
-        raise FileFormatError(f"torch.{name} is no dtype, layout or memory format")
+        raise FileFormatError(f"torch.{name} is not a dtype, layout or memory format")
     return value

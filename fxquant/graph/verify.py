@@ -1,4 +1,4 @@
-"""The rules of each stage, as a table, and the check that a graph keeps them."""
+"""The rules that a graph must keep in each stage, and their check."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fxquant.config.vocabulary import Arg, Stage
 from fxquant.errors import VerifyError
 from fxquant.graph.dialect import elementwise_kind, op_kind
 from fxquant.graph.edges import possible_edges, quantized_edges
+from fxquant.graph.meta import QUANT_SPECS
 from fxquant.graph.nodes import stage, submodule
 from fxquant.observers.observer import Observer
 from fxquant.quantizers import Quantizer
@@ -24,7 +25,7 @@ def _one_input(gm: fx.GraphModule) -> str | None:
 
 def _no_annotation(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
-        if "quant" in node.meta:
+        if QUANT_SPECS.get(node) is not None:
             return f"{node.name} is annotated"
     return None
 
@@ -32,7 +33,7 @@ def _no_annotation(gm: fx.GraphModule) -> str | None:
 def _annotations_fit(gm: fx.GraphModule) -> str | None:
     valid = {(edge.node, edge.arg) for edge in possible_edges(gm)}
     for node in gm.graph.nodes:
-        for arg in node.meta.get("quant", {}):
+        for arg in QUANT_SPECS.get(node) or ():
             if (node, arg) not in valid:
                 return f"{node.name} has no quantizable argument {arg}"
     return None
@@ -61,7 +62,7 @@ def _frozen(gm: fx.GraphModule) -> str | None:
     return None
 
 
-def _nothing_of(kind: type) -> Callable[[fx.GraphModule], str | None]:
+def _no_module_of(kind: type) -> Callable[[fx.GraphModule], str | None]:
     def rule(gm: fx.GraphModule) -> str | None:
         for node in gm.graph.nodes:
             if isinstance(submodule(gm, node), kind):
@@ -75,34 +76,35 @@ def _quantizers_feed_products(gm: fx.GraphModule) -> str | None:
     for node in gm.graph.nodes:
         if isinstance(submodule(gm, node), Quantizer | Observer):
             users = (u for u in node.users if op_kind(u) is None and elementwise_kind(u) is None)
-            stray = [user.name for user in users]
-            if stray:
-                return f"{node.name} feeds {stray[0]}, which is no quantizable operation"
+            names = [user.name for user in users]
+            if names:
+                return f"{node.name} feeds {names[0]}, which is not a quantizable operation"
     return None
 
 
+# Stage -> rules; a rule returns how the graph breaks it, or None.
 RULES: dict[Stage, tuple[Callable[[fx.GraphModule], str | None], ...]] = {
-    Stage.FLOAT: (_one_input, _no_annotation, _nothing_of(Observer), _nothing_of(Quantizer)),
+    Stage.FLOAT: (_one_input, _no_annotation, _no_module_of(Observer), _no_module_of(Quantizer)),
     Stage.ANNOTATED: (
         _one_input,
         _annotations_fit,
         _unique_names,
-        _nothing_of(Observer),
-        _nothing_of(Quantizer),
+        _no_module_of(Observer),
+        _no_module_of(Quantizer),
     ),
     Stage.OBSERVED: (
         _one_input,
         _annotations_fit,
         _observed,
         _quantizers_feed_products,
-        _nothing_of(Quantizer),
+        _no_module_of(Quantizer),
     ),
     Stage.FROZEN: (
         _one_input,
         _annotations_fit,
         _frozen,
         _quantizers_feed_products,
-        _nothing_of(Observer),
+        _no_module_of(Observer),
     ),
 }
 
@@ -111,11 +113,11 @@ def verify(gm: fx.GraphModule) -> None:
     """Checks the rules of the graph's stage.
 
     Raises:
-        VerifyError: a rule is broken; that is a bug in the last pass.
+        VerifyError: the graph breaks a rule, because of a bug in the last pass.
     """
     for rule in RULES[stage(gm)]:
-        broken = rule(gm)
-        if broken:
+        violation = rule(gm)
+        if violation:
             raise VerifyError(
-                f"stage {stage(gm).name}: {broken}. This is a bug in the pass that ran last"
+                f"stage {stage(gm).name}: {violation}. This is a bug in the pass that ran last"
             )

@@ -70,7 +70,7 @@ class AllocateBits:
         if edge.spec is None or edge.spec.bits == bits:
             return False
         spec = replace(edge.spec, bits=bits)
-        edge.node.meta["quant"] = {**edge.node.meta["quant"], edge.arg: spec}
+        edge.annotate(spec)
         observer = submodule(gm, edge.source)
         if isinstance(observer, Observer):
             observer.spec = spec

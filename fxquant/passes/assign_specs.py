@@ -22,6 +22,7 @@ from fxquant.errors import PolicyError, UnusedRuleError
 from fxquant.graph.dialect import UNSUPPORTED
 from fxquant.graph.edges import Edge, edges, fed_by, possible_edges
 from fxquant.graph.masks import masked
+from fxquant.graph.meta import PINNED_ARGS, QUANT_SPECS
 from fxquant.graph.nodes import arguments, constant, rank
 from fxquant.passes.base import PassResult, Skip
 from fxquant.policies.policy import Rule
@@ -135,8 +136,8 @@ class AssignSpecs:
             if i not in first
         ]
         for node, specs in chosen.items():
-            node.meta["quant"] = specs
-            node.meta["pinned"] = pinned.get(node, frozenset())
+            QUANT_SPECS.set(node, specs)
+            PINNED_ARGS.set(node, pinned.get(node, frozenset()))
         return PassResult(sum(map(len, chosen.values())), tuple(skips))
 
     def _decide(

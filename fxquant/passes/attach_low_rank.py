@@ -27,21 +27,20 @@ from torch import Tensor, fx
 from fxquant.config.low_rank import LowRank
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind, Stage
-from fxquant.graph.dialect import aten, op_kind
+from fxquant.graph.dialect import aten
 from fxquant.graph.edges import Edge
-from fxquant.graph.nodes import get_parameter, operand, submodule
-from fxquant.graph.rewrite import add_constant, emit, set_bias
+from fxquant.graph.meta import BIAS_CORRECTED, LOW_RANK_DECIDED
+from fxquant.graph.products import Product, weighted_products
+from fxquant.graph.rewrite import add_constant, emit, insert_on_edge, set_bias
 from fxquant.graph.shapes import example_batch, example_shape
 from fxquant.observers.observer import make_observer
-from fxquant.passes.base import BIAS_CORRECTED, Gain, PassResult, Skip
+from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.quantizers import Quantizer
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.product_loss import ProductSample
 
 # A branch stays where it takes at least this share out of the output error.
 MIN_ERROR_REDUCTION = 0.05
-# In the meta of a linear that was decided on, and of those of branches.
-_DONE = "low_rank"
 _LEFT_OUT = "no branch: "
 _MEASURE = "output error without it"
 
@@ -65,17 +64,18 @@ class AttachLowRank:
         """Adds a branch wherever it pays."""
         sites: list[_Site] = []
         skips: list[Skip] = []
-        for node in list(gm.graph.nodes):
-            if op_kind(node) in (OpKind.LINEAR, OpKind.CONV) and _DONE not in node.meta:
-                site = _site(gm, node, self.samples.get(node.name))
+        for product in weighted_products(gm):
+            name = product.node.name
+            if not LOW_RANK_DECIDED.get(product.node):
+                site = _site(product, self.samples.get(name))
                 if isinstance(site, _Site):
                     sites.append(site)
                 else:
-                    skips.append(Skip(node.name, _LEFT_OUT + site))
+                    skips.append(Skip(name, _LEFT_OUT + site))
         gains = []
         for site, factors in self._factors(sites):
             name = site.node.name
-            site.node.meta[_DONE] = True
+            LOW_RANK_DECIDED.set(site.node, True)
             if not len(factors.values):
                 skips.append(Skip(name, f"{_LEFT_OUT}other layers gain more for the same bytes"))
                 continue
@@ -176,25 +176,25 @@ class _Site:
         return rows / example_batch(self.node.graph)
 
 
-def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _Site | str:
+def _site(product: Product, sample: ProductSample | None) -> _Site | str:
     """A site, or why a product is none."""
-    if op_kind(node) is OpKind.CONV:
+    if product.kind is OpKind.CONV:
         return "it is a convolution"
-    x, coder = submodule(gm, operand(node, 0)), submodule(gm, operand(node, 1))
-    if not isinstance(coder, Quantizer):
+    x, coder = product.input_quantizer, product.weight_quantizer
+    if coder is None:
         return "the weight is float"
-    if not isinstance(x, Quantizer):
+    if x is None:
         return "the input is float, and so is the product"
     if x.scale_axis is not None:
         return "the input has a scale per channel"
     if sample is None:
         return "no rows of the product were sampled"
-    weight = get_parameter(gm, operand(operand(node, 1), 0))
+    weight = product.weight
     inputs = sample.lhs[0, 0]
     counts = inputs.new_ones(len(inputs)) if sample.counts is None else sample.counts
     gradient = sample.gradient
     return _Site(
-        node=node,
+        node=product.node,
         weight=weight,
         lost=weight - coder(weight),
         weight_bytes=weight.numel() * coder.bits / 8,
@@ -205,7 +205,7 @@ def _site(gm: fx.GraphModule, node: fx.Node, sample: ProductSample | None) -> _S
         importance=None
         if gradient is None
         else (gradient[0, 0].square().sum(0) / counts.sum()).sqrt(),
-        centred=BIAS_CORRECTED in node.meta,
+        centred=bool(BIAS_CORRECTED.get(product.node)),
     )
 
 
@@ -241,20 +241,27 @@ class _Branch:
             total = emit(gm, aten.add.Tensor, node, up, like=node)
         total._rename(f"{node.name}_sum")
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-        down.meta["quant"] = {Arg.INPUT: x.spec}
-        _quantize(gm, Edge(down, Arg.WEIGHT), self._weight, self._down)
-        _quantize(gm, Edge(up, Arg.INPUT), self._between, self._inner)
-        _quantize(gm, Edge(up, Arg.WEIGHT), self._weight, self._up)
+        assert x.spec is not None
+        Edge(down, Arg.INPUT).annotate(x.spec)
+        for edge, spec, quantizer in (
+            (Edge(down, Arg.WEIGHT), self._weight, self._down),
+            (Edge(up, Arg.INPUT), self._between, self._inner),
+            (Edge(up, Arg.WEIGHT), self._weight, self._up),
+        ):
+            insert_on_edge(gm, edge, f"quant.{edge.name}", quantizer)
+            edge.annotate(spec)
         if self._site.centred:
             mean = self._site.shares @ self.outputs
-            set_bias(gm, node, get_parameter(gm, operand(node, 2)) - mean)
+            bias = Product(gm, node).bias
+            assert bias is not None  # CorrectBias gave the linear one
+            set_bias(gm, node, bias - mean)
 
     def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, part: str) -> fx.Node:
         node = self._site.node
         stored = add_constant(gm, factor, f"{node.name}_{part}_factor", like=node)
         linear = emit(gm, aten.linear.default, x, stored, like=node)
         linear._rename(f"{node.name}_{part}")
-        linear.meta[_DONE] = True
+        LOW_RANK_DECIDED.set(linear, True)
         return linear
 
 
@@ -262,14 +269,3 @@ def _fitted(spec: TensorSpec, values: Tensor, axis: int | None, where: str) -> Q
     observer = make_observer(spec, axis=axis, where=where)
     observer(values)
     return observer.fit()
-
-
-def _quantize(gm: fx.GraphModule, edge: Edge, spec: TensorSpec, quantizer: Quantizer) -> None:
-    """Puts a quantizer on an edge and annotates it."""
-    source, name = edge.source, f"quant.{edge.name}"
-    gm.add_submodule(name, quantizer)
-    with gm.graph.inserting_before(edge.node):
-        call = gm.graph.call_module(name, (source,))
-    call.meta["val"] = source.meta["val"]
-    edge.replace_source(call)
-    edge.node.meta["quant"] = {**edge.node.meta.get("quant", {}), edge.arg: spec}

@@ -15,11 +15,9 @@ from torch import fx
 
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import FxQuantError, PassError
+from fxquant.graph.meta import STAGE
 from fxquant.graph.nodes import stage
 from fxquant.graph.verify import verify
-
-# In the meta of a product: its bias takes out the mean error that its rounded weight makes.
-BIAS_CORRECTED = "bias_corrected"
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, PassResu
             )
         try:
             results[name] = item.run(gm)
-            gm.meta["stage"] = item.ensures
+            STAGE.set(gm, item.ensures)
             gm.graph.lint()
         except FxQuantError:
             raise

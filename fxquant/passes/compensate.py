@@ -28,7 +28,9 @@ from fxquant.graph.blocks import find_blocks, waves
 from fxquant.graph.conv_patches import patches
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.macs import MacCounter
-from fxquant.graph.nodes import arguments, get_parameter, operand, submodule
+from fxquant.graph.meta import COMPENSATED
+from fxquant.graph.nodes import arguments
+from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.quantizers import UniformQuantizer
@@ -36,7 +38,6 @@ from fxquant.reconstruction.augment import made_in_folds
 from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner, chunks
 from fxquant.search.gptq import Moments, ridge_update, round_weight
 
-_DONE = "compensated"
 _MEASURE = "squared output error of the weights rounded to nearest"
 _ONE_IMAGE = "no ridge: it is chosen by images left out, so it takes two calibration images or more"
 _OVERFLOW = "not compensated: squares of what it reads or gives are beyond float32"
@@ -69,13 +70,13 @@ class Compensate:
         gains: list[Gain] = []
         skips: list[Skip] = []
         wanted: dict[fx.Node, UniformQuantizer] = {}
-        for node in gm.graph.nodes:
-            if op_kind(node) in (OpKind.LINEAR, OpKind.CONV) and _DONE not in node.meta:
-                found = _coder(gm, node)
-                if isinstance(found, str):
-                    skips.append(Skip(node.name, found))
+        for product in weighted_products(gm):
+            if not COMPENSATED.get(product.node):
+                quantizer = _weight_quantizer(product)
+                if isinstance(quantizer, str):
+                    skips.append(Skip(product.node.name, quantizer))
                 else:
-                    wanted[node] = found
+                    wanted[product.node] = quantizer
         if wanted:
             blocks, memory = find_blocks(gm), self.options.memory_bytes
             sides, parts = _arranged(self.sides, gm, self.options)
@@ -112,25 +113,25 @@ def _arranged(
     return sides.on(torch.cat(groups)), parts
 
 
-def _coder(gm: fx.GraphModule, node: fx.Node) -> UniformQuantizer | str:
-    """The quantizer of a product's weight, or why it is not compensated."""
-    coder = submodule(gm, operand(node, 1))
-    if not isinstance(coder, UniformQuantizer):
+def _weight_quantizer(product: Product) -> UniformQuantizer | str:
+    """The quantizer of a product's weight, or why the weight is not compensated."""
+    quantizer = product.weight_quantizer
+    if not isinstance(quantizer, UniformQuantizer):
         return "not compensated: the weight is not quantized uniformly"
-    weight = operand(operand(node, 1), 0)
-    if weight.op != "get_attr" or len(operand(node, 1).users) > 1 or _readers(gm, weight) > 1:
+    unshared = product.has_constant_weight and _weight_readers(product) == 1
+    if not unshared or len(product.rhs.users) > 1:
         return "not compensated: several products share the weight"
-    if len(node.args) > 2 and isinstance(node.args[2], fx.Node) and node.args[2].op != "get_attr":
+    if product.has_computed_bias:
         return "not compensated: its bias is computed at run time"
-    if op_kind(node) is OpKind.CONV and int(arguments(node)["groups"]) > 1:
+    if product.kind is OpKind.CONV and int(arguments(product.node)["groups"]) > 1:
         return "not compensated: a grouped convolution has few weights to make up with"
-    return coder
+    return quantizer
 
 
-def _readers(gm: fx.GraphModule, weight: fx.Node) -> int:
-    """Nodes that read the same parameter, by whatever get_attr node."""
-    same = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == weight.target]
-    return sum(len(node.users) for node in same)
+def _weight_readers(product: Product) -> int:
+    """Number of nodes that read a product's weight, by whatever get_attr node."""
+    name, nodes = product.weight_node.target, product.gm.graph.nodes
+    return sum(len(node.users) for node in nodes if node.op == "get_attr" and node.target == name)
 
 
 class _Statistics:
@@ -172,9 +173,7 @@ def _collect(
     folds = len({fold for _, fold in parts})
     gm = station.student.graph_module
     found = {
-        node: _Statistics(
-            node, get_parameter(gm, operand(operand(node, 1), 0)), folds if folds > 1 else 0
-        )
+        node: _Statistics(node, Product(gm, node).weight, folds if folds > 1 else 0)
         for node in wave
     }
     for chunk, fold in parts:
@@ -201,8 +200,8 @@ def _improve(
     options: Compensation,
 ) -> Gain:
     """Gives a product its new weight and bias."""
-    source = operand(operand(node, 1), 0)
-    weight = get_parameter(gm, source)
+    product = Product(gm, node)
+    weight = product.weight
     flat, whole = weight.detach().flatten(1), moments.whole
     nearest, choice, wanted = coder(flat), [], flat.double()
     if options.ridge and moments.parts:
@@ -220,9 +219,9 @@ def _improve(
     if after > before:
         latent, values, after, choice = flat, nearest, before, []
     latent = latent.reshape(weight.shape)
-    replace_constant(gm, operand(node, 1), source, latent, f"{node.name}_weight")
+    replace_constant(gm, product.rhs, product.weight_node, latent, f"{node.name}_weight")
     bias = whole.mean_y - values.double() @ whole.mean_x
     set_bias(gm, node, bias.to(weight.dtype))
-    node.meta[_DONE] = True
+    COMPENSATED.set(node, True)
     ratio = after / before if before > 0 else 1.0
     return Gain(node.name, ", ".join(choice) or "bias", _MEASURE, ratio)

@@ -16,11 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.config.vocabulary import OpKind, Stage
-from fxquant.graph.dialect import op_kind
-from fxquant.graph.nodes import constant, get_parameter, operand, submodule
+from fxquant.config.vocabulary import Stage
+from fxquant.graph.meta import BIAS_CORRECTED
+from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import BIAS_CORRECTED, PassResult, Skip
+from fxquant.passes.base import PassResult, Skip
 from fxquant.quantizers import Quantizer
 from fxquant.search.product_loss import ProductSample
 
@@ -41,42 +41,43 @@ class CorrectBias:
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Corrects every bias behind a quantized weight."""
         changed, skips = 0, []
-        for node in list(gm.graph.nodes):
-            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or BIAS_CORRECTED in node.meta:
+        for product in weighted_products(gm):
+            node = product.node
+            if BIAS_CORRECTED.get(node):
                 continue
-            error = self._mean_error(gm, node)
+            error = self._mean_error(product)
             if isinstance(error, str):
                 skips.append(Skip(node.name, error))
             elif bool(error.any()):
-                bias = constant(gm, node.args[2]) if len(node.args) > 2 else None
+                bias = product.bias
                 set_bias(gm, node, -error if bias is None else bias - error)
-                node.meta[BIAS_CORRECTED] = True
+                BIAS_CORRECTED.set(node, True)
                 changed += 1
         return PassResult(changed, tuple(skips))
 
-    def _mean_error(self, gm: fx.GraphModule, node: fx.Node) -> Tensor | str:
+    def _mean_error(self, product: Product) -> Tensor | str:
         """``(q(W) - W) E[q(x)]`` of shape ``(N,)``, or why it is not known."""
-        coder = submodule(gm, operand(node, 1))
-        if not isinstance(coder, Quantizer):
+        quantizer = product.weight_quantizer
+        if quantizer is None:
             return "the bias is not corrected: the weight is float"
-        sample = self.samples.get(node.name)
+        sample = self.samples.get(product.node.name)
         if sample is None:
             return "the bias is not corrected: no rows of the product were sampled"
-        if len(node.args) > 2 and node.args[2] is not None and constant(gm, node.args[2]) is None:
+        if product.has_computed_bias:
             return "the bias is not corrected: it is computed at run time"
-        weight = get_parameter(gm, operand(operand(node, 1), 0))
-        rounding = (coder(weight) - weight).flatten(1)
+        weight = product.weight
+        rounding = (quantizer(weight) - weight).flatten(1)
         groups = sample.heads
-        rows = self._quantized_input(gm, node, sample)[0]  # (groups, n, K)
+        rows = _quantized_input(product.input_quantizer, sample)[0]  # (groups, n, K)
         counts = rows.new_ones(rows.shape[1]) if sample.counts is None else sample.counts
         mean = torch.einsum("gnk,n->gk", rows, counts / counts.sum())
         by_group = torch.unflatten(rounding, 0, (groups, -1))
         return torch.einsum("gnk,gk->gn", by_group, mean).flatten()
 
-    @staticmethod
-    def _quantized_input(gm: fx.GraphModule, node: fx.Node, sample: ProductSample) -> Tensor:
-        quantizer = submodule(gm, operand(node, 0))
-        if not isinstance(quantizer, Quantizer) or quantizer.scale_axis not in (None, -1):
-            return sample.lhs
-        quantized: Tensor = quantizer(sample.lhs)
-        return quantized
+
+def _quantized_input(quantizer: Quantizer | None, sample: ProductSample) -> Tensor:
+    """Sampled rows as the product reads them; samples have no axis for scales per channel."""
+    if quantizer is None or quantizer.scale_axis not in (None, -1):
+        return sample.lhs
+    quantized: Tensor = quantizer(sample.lhs)
+    return quantized

@@ -14,8 +14,9 @@ from torch import fx
 
 from fxquant.config.spec import TensorSpec
 from fxquant.config.vocabulary import Arg, Stage
-from fxquant.graph.edges import Edge, quantized_edges
+from fxquant.graph.edges import quantized_edges
 from fxquant.graph.nodes import get_parameter, submodule
+from fxquant.graph.rewrite import insert_on_edge
 from fxquant.observers.observer import Observer, make_observer
 from fxquant.passes.base import PassResult
 
@@ -47,16 +48,9 @@ class Freeze:
                 continue
             key = (edge.source, spec)
             if key not in shared:
-                shared[key] = _quantize_weight(gm, edge, spec)
-            edge.replace_source(shared[key])
+                observer = make_observer(spec, axis=edge.scale_axis, where=edge.name)
+                observer(get_parameter(gm, edge.source))
+                shared[key] = insert_on_edge(gm, edge, f"quant.{edge.name}", observer.fit())
+            else:
+                edge.replace_source(shared[key])
         return PassResult(fitted + len(shared))
-
-
-def _quantize_weight(gm: fx.GraphModule, edge: Edge, spec: TensorSpec) -> fx.Node:
-    observer = make_observer(spec, axis=edge.scale_axis, where=edge.name)
-    observer(get_parameter(gm, edge.source))
-    gm.add_submodule(f"quant.{edge.name}", observer.fit())
-    with gm.graph.inserting_after(edge.source):
-        call = gm.graph.call_module(f"quant.{edge.name}", (edge.source,))
-    call.meta["val"] = edge.source.meta.get("val")
-    return call

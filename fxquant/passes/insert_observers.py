@@ -17,6 +17,7 @@ from torch import fx, nn
 from fxquant.config.spec import TensorSpec
 from fxquant.config.vocabulary import Arg, Stage
 from fxquant.graph.edges import quantized_edges
+from fxquant.graph.rewrite import insert_on_edge
 from fxquant.observers.observer import make_observer
 from fxquant.passes.base import PassResult
 
@@ -46,10 +47,7 @@ class InsertObservers:
                 observer = make_observer(
                     spec, axis=edge.scale_axis, where=edge.name, histogram=self.histograms
                 )
-                gm.add_submodule(f"quant.{edge.name}", observer)
-                with gm.graph.inserting_before(edge.node):
-                    call = gm.graph.call_module(f"quant.{edge.name}", (edge.source,))
-                call.meta["val"] = edge.source.meta["val"]
-                shared[key] = call
-            edge.replace_source(shared[key])
+                shared[key] = insert_on_edge(gm, edge, f"quant.{edge.name}", observer)
+            else:
+                edge.replace_source(shared[key])
         return PassResult(len(shared))

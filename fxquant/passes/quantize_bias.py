@@ -17,23 +17,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxquant.config.vocabulary import OpKind, Stage
-from fxquant.graph.dialect import op_kind
-from fxquant.graph.nodes import constant, get_parameter, operand, submodule
+from fxquant.config.vocabulary import Stage
+from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import set_bias
 from fxquant.passes.base import PassResult, Skip
 from fxquant.quantizers import Quantizer, UniformQuantizer, accumulator_scale
 from fxquant.quantizers.ops import broadcast
 
-_Site = tuple[fx.Node, Tensor, Quantizer, UniformQuantizer]
+_Site = tuple[Product, Tensor, Quantizer, UniformQuantizer]
 # Largest bias code: float32 sums of the accumulator's products fit beside it in int32.
 _LARGEST = 2**30
 
 
-def _pair(gm: fx.GraphModule, node: fx.Node) -> tuple[Quantizer, UniformQuantizer] | str:
+def _pair(product: Product) -> tuple[Quantizer, UniformQuantizer] | str:
     """Quantizers of input and weight, or the reason why there is no integer accumulator."""
-    x, w = (submodule(gm, s) if isinstance(s, fx.Node) else None for s in node.args[:2])
-    if not isinstance(x, Quantizer) or not isinstance(w, UniformQuantizer):
+    x, w = product.input_quantizer, product.weight_quantizer
+    if x is None or not isinstance(w, UniformQuantizer):
         return "the bias stays float: input or weight is not quantized uniformly"
     if x.accumulator_unit is None:
         return "the bias stays float: input or weight is not quantized uniformly"
@@ -70,29 +69,26 @@ class QuantizeBias:
         """Rounds every bias that an integer kernel would add."""
         skips: list[Skip] = []
         sites = list(self._sites(gm, skips))
-        for node, bias, x, w in sites:
-            weight = get_parameter(gm, operand(operand(node, 1), 0))
-            _make_room(bias, x, w, weight)
+        for product, bias, x, w in sites:
+            _make_room(bias, x, w, product.weight)
         changed = 0
-        for node, bias, x, w in sites:
+        for product, bias, x, w in sites:
             unit = accumulator_scale(x, w).double()
             rounded = (torch.round(bias.double() / unit) * unit).to(bias.dtype)
             if torch.equal(rounded, bias):
                 continue
-            set_bias(gm, node, rounded)
+            set_bias(gm, product.node, rounded)
             changed += 1
         return PassResult(changed, tuple(skips))
 
     @staticmethod
     def _sites(gm: fx.GraphModule, skips: list[Skip]) -> Iterator[_Site]:
-        for node in list(gm.graph.nodes):
-            if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or len(node.args) < 3:
-                continue
-            bias = constant(gm, node.args[2])
+        for product in weighted_products(gm):
+            bias = product.bias
             if bias is None:
                 continue
-            pair = _pair(gm, node)
+            pair = _pair(product)
             if isinstance(pair, str):
-                skips.append(Skip(node.name, pair))
+                skips.append(Skip(product.node.name, pair))
             else:
-                yield node, bias, *pair
+                yield product, bias, *pair

@@ -30,6 +30,7 @@ from fxquant.config.vocabulary import Stage
 from fxquant.graph.blocks import find_blocks, whole_network
 from fxquant.graph.edges import quantized_edges
 from fxquant.graph.macs import MacCounter
+from fxquant.graph.meta import RECONSTRUCTED
 from fxquant.graph.nodes import operand
 from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Gain, PassResult, Skip
@@ -39,7 +40,6 @@ from fxquant.reconstruction.losses import Measured, criterion, measure
 from fxquant.reconstruction.trained_block import Changes, TrainedBlock, refusal
 from fxquant.reconstruction.training import split, train_block
 
-_DONE = "reconstructed"
 _MEASURE = "squared output error before"
 # A bounded number of steps smaller than this is not begun with: rates fall to zero along a cosine,
 # so that so few move little.
@@ -70,7 +70,7 @@ class Reconstruct:
             OutputError: the cache cannot be written.
             FileFormatError: the cache is damaged.
         """
-        if _DONE in gm.meta:
+        if RECONSTRUCTED.get(gm):
             return PassResult(0)
         changed, gains = 0, list[Gain]()
         skips = [
@@ -126,7 +126,7 @@ class Reconstruct:
                         after / before,
                     )
                 )
-        gm.meta[_DONE] = True
+        RECONSTRUCTED.set(gm, True)
         return PassResult(changed, tuple(skips), tuple(gains))
 
     @staticmethod

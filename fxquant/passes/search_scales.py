@@ -124,7 +124,7 @@ class _Work:
     def respecify(self, name: str, spec: TensorSpec) -> None:
         """Annotates the edges of a quantizer whose kind the search changed."""
         for edge in self._readers[name]:
-            edge.node.meta["quant"] = {**edge.node.meta["quant"], edge.arg: spec}
+            edge.annotate(spec)
 
     def improve(self, name: str, turn: int) -> None:
         consumers = [self._consumer(edge) for edge in self._readers[name]]

@@ -17,11 +17,10 @@ import torch
 from torch import fx
 
 from fxquant.config.vocabulary import Stage
+from fxquant.graph.meta import SMOOTHED
 from fxquant.passes.base import Gain, PassResult, Skip
 from fxquant.smoothing.affine_fold import fold
 from fxquant.smoothing.choose import FoldDecisions
-
-_DONE = "smoothed"
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class SmoothWithBias:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Folds."""
-        if _DONE in gm.meta:
+        if SMOOTHED.get(gm):
             return PassResult(0)
-        gm.meta[_DONE] = True
+        SMOOTHED.set(gm, True)
         for choice in self.choices.folds.values():
             fold(gm, choice.site, choice.smoothing.divide, choice.smoothing.shift)
         gm.graph.eliminate_dead_code()

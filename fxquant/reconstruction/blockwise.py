@@ -22,6 +22,8 @@ from torch import Tensor, fx
 from fxquant.calibration.network_loss import Override
 from fxquant.graph.blocks import Block
 from fxquant.graph.capture import device_of
+from fxquant.graph.interpreter import GraphInterpreter
+from fxquant.graph.liveness import dead_after
 from fxquant.graph.nodes import submodule
 from fxquant.graph.outputs import float_outputs
 from fxquant.graph.shapes import image_node
@@ -36,7 +38,7 @@ Values = dict[str, Tensor]
 _Step = tuple[fx.Node, list[fx.Node]]
 
 
-class BlockRunner(fx.Interpreter):
+class BlockRunner(GraphInterpreter):
     """Runs one block of a graph on values at its start.
 
     Args:
@@ -46,8 +48,7 @@ class BlockRunner(fx.Interpreter):
     """
 
     def __init__(self, gm: fx.GraphModule, *, quantized: bool) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.extra_traceback = False  # it would be added to our own messages
+        super().__init__(gm, keep_values=True)
         self.graph_module, self._quantized = gm, quantized
         self._own = {node.name: node for node in gm.graph.nodes}
         self._steps: dict[Block, list[_Step]] = {}
@@ -77,22 +78,23 @@ class BlockRunner(fx.Interpreter):
         self.env = {own[name]: value for name, value in values.items()}
         batch = len(next(iter(values.values())))
         overrides, watch = overrides or {}, watch or {}
-        for node, dying in self._steps_of(block):
+        for node, dead in self._steps_of(block):
             self._provide(node, batch, overrides)
             self._compute(node, overrides)
             if node.name in watch:
                 watch[node.name](self.fetch_args_kwargs_from_env(node)[0], self.env[node])
             if node.name == until:
                 break
-            for used in dying:
+            for used in dead:
                 self.env.pop(used, None)
         return {n.name: self.env[own[n.name]] for n in block.outputs if own[n.name] in self.env}
 
     def _steps_of(self, block: Block) -> list[_Step]:
         if block not in self._steps:
-            own, dying = self._own, _dying(block)
+            own, data = self._own, {*block.inputs, *block.nodes} - {*block.outputs}
+            dead = dead_after(block.nodes, data)
             self._steps[block] = [
-                (own[node.name], [own[used.name] for used in dying.get(node, ())])
+                (own[node.name], [own[value.name] for value in dead.get(node, ())])
                 for node in block.nodes
             ]
         return self._steps[block]
@@ -117,16 +119,6 @@ class BlockRunner(fx.Interpreter):
             self.env[node] = coder(*args) if coder is not None else args[0]
         else:
             self.env[node] = getattr(self, node.op)(node.target, args, kwargs)
-
-
-def _dying(block: Block) -> dict[fx.Node, list[fx.Node]]:
-    """The values that nobody in the block reads after a node."""
-    data = {*block.inputs, *block.nodes} - {*block.outputs}
-    last = {used: node for node in block.nodes for used in node.all_input_nodes if used in data}
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for used, reader in last.items():
-        found.setdefault(reader, []).append(used)
-    return found
 
 
 class ActivationStore:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.config.recovery import Reconstruction, WeightTraining
-from fxquant.config.vocabulary import Arg, OpKind
+from fxquant.config.vocabulary import Arg
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.edges import Edge, quantized_edges
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand, submodule
+from fxquant.graph.products import Product
 from fxquant.quantizers import Quantizer, UniformQuantizer, family_of
 from fxquant.quantizers.trained import TrainedQuantizer
 from fxquant.reconstruction.blockwise import BlockContext, Values, tensors_of
@@ -77,6 +78,7 @@ class TrainedBlock(nn.Module):
         super().__init__()
         self.quantizers, self.weights = nn.ModuleDict(), nn.ModuleDict()
         self.biases = nn.ParameterDict()
+        self._bias_nodes: dict[str, str] = {}
         self._station, self._bf16 = station, options.bf16
         own = station.block.nodes  # in order: sums over parameters then are the same in each run
         work = MacCounter(gm)
@@ -87,10 +89,9 @@ class TrainedBlock(nn.Module):
                 self._add_edge(gm, edge, options, generator)
         if options.biases:
             for node, bias in _biases(gm, own):
-                self.biases[_OF + node.name] = nn.Parameter(bias.detach().clone())
-        self._bias_nodes = {
-            operand(node, 2).name: key for node in own if (key := _OF + node.name) in self.biases
-        }
+                key = _OF + node.name
+                self.biases[key] = nn.Parameter(get_parameter(gm, bias).detach().clone())
+                self._bias_nodes[bias.name] = key
 
     def _add_edge(
         self,
@@ -224,11 +225,9 @@ def _ignoring(call: Callable[[], Tensor]) -> Callable[..., Tensor]:
     return lambda *_: call()
 
 
-def _biases(gm: fx.GraphModule, own: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, Tensor]]:
-    """Those of products in the block that nothing else reads."""
-    for node in own:
-        if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or len(node.args) < 3:
-            continue
-        bias = node.args[2]
-        if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
-            yield node, get_parameter(gm, bias)
+def _biases(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Products with the nodes of their constant biases, where nothing else reads the bias."""
+    for node in nodes:
+        bias = None if op_kind(node) is None else Product(gm, node).bias_node
+        if bias is not None and bias.op == "get_attr" and len(bias.users) == 1:
+            yield node, bias

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fxquant.errors import PassError
 from fxquant.graph.dialect import aten
 from fxquant.graph.nodes import constant, get_parameter, operand
+from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant
 from fxquant.smoothing.fold_sites import Site, added_bias
 
@@ -50,7 +51,7 @@ def fold(gm: fx.GraphModule, site: Site, divide: Tensor, shift: Tensor) -> None:
     written = (start - shift) / divide if bias is not None or bool(shift.any()) else None
     _replace(gm, source, weight.double() / rows, written)
     for linear in site.linears:
-        weight, bias = get_parameter(gm, operand(linear, 1)), constant(gm, added_bias(linear))
+        weight, bias = Product(gm, linear).weight, Product(gm, linear).bias
         added = None
         if bool(shift.any()):
             added = weight.double() @ shift + (0.0 if bias is None else bias.double())

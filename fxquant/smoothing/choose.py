@@ -13,10 +13,11 @@ from fxquant.calibration.reservoir import ReservoirSampler, images_for
 from fxquant.calibration.sample_products import sample_products
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import Metric, ScaleSearch
-from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.spec import Granularity
 from fxquant.config.vocabulary import Arg
 from fxquant.graph.capture import device_of
 from fxquant.graph.dialect import aten
+from fxquant.graph.edges import Edge
 from fxquant.graph.macs import MacCounter
 from fxquant.search.product_loss import ProductSample
 from fxquant.smoothing.candidates import (
@@ -143,7 +144,7 @@ def _compared(
 
 def _nodes(site: Site) -> tuple[fx.Node, ...]:
     """All products that read the channels of a site and are quantized there."""
-    values = [n for n in site.products if n.meta.get("quant", {}).get(Arg.RHS) is not None]
+    values = [node for node in site.products if Edge(node, Arg.RHS).spec is not None]
     return (*site.linears, *values)
 
 
@@ -153,8 +154,8 @@ def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[Consumer
     channels = _channels(site)
     for node in _nodes(site):
         left = node in site.linears
-        specs: Mapping[Arg, TensorSpec] = node.meta.get("quant", {})
-        spec, sample = specs.get(Arg.INPUT if left else Arg.RHS), samples.get(node.name)
+        spec = Edge(node, Arg.INPUT if left else Arg.RHS).spec
+        sample = samples.get(node.name)
         if spec is None:
             return f"the input of {node} stays float"
         wanted = Granularity.TENSOR if left else Granularity.HEAD
@@ -162,7 +163,7 @@ def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[Consumer
             return f"the quantizer of what {node} reads is not uniform with a scale a {wanted}"
         if sample is None or (not left and sample.heads * sample.columns != channels):
             return f"no rows of {node} were sampled in a form that shows its channels"
-        found.append(ConsumerSample(sample, spec, specs.get(Arg.WEIGHT), left))
+        found.append(ConsumerSample(sample, spec, Edge(node, Arg.WEIGHT).spec, left))
     if len({reading.spec for reading in found if reading.left}) > 1:
         return "the linears that read it quantize it differently"
     return found

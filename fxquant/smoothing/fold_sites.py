@@ -24,6 +24,7 @@ from fxquant.graph.nodes import (
     rank,
     skip_data_movement,
 )
+from fxquant.graph.products import Product
 from fxquant.graph.shapes import example_shape
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
@@ -172,7 +173,7 @@ def _reader_refusal(gm: fx.GraphModule, reader: fx.Node) -> str | None:
     if reader.target is not _LINEAR:
         kind = str(getattr(reader.target, "__name__", reader.target)).split(".")[0]
         return f"{reader} ({kind}) reads it too, which is no linear"
-    bias = added_bias(reader)
-    if constant(gm, reader.args[1]) is None or (bias is not None and constant(gm, bias) is None):
+    linear = Product(gm, reader)
+    if not linear.has_constant_weight or linear.has_computed_bias:
         return f"the weight or bias of {reader} is computed"
     return None

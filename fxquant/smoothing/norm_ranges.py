@@ -11,6 +11,7 @@ from fxquant.calibration.calibrate import run_batches
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
+from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.nodes import module_path, operand, stage
 from fxquant.observers.observer import MinMaxObserver
 from fxquant.smoothing.fold_sites import Site, norm_sites
@@ -44,12 +45,11 @@ def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tupl
     return {name: observer.range() for name, observer in recorder.observers.items()}
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(GraphInterpreter):
     """Runs a graph and shows what the linears of each site read to an observer."""
 
     def __init__(self, gm: fx.GraphModule, sites: Iterable[Site]) -> None:
         super().__init__(gm)
-        self.extra_traceback = False  # it would be added to our own messages
         self.observers: dict[str, MinMaxObserver] = {}
         self._watched: dict[fx.Node, MinMaxObserver] = {}
         spec = TensorSpec(granularity=Granularity.CHANNEL)

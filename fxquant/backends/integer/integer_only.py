@@ -34,13 +34,15 @@ from fxquant.backends.integer.operations import (
     function_of,
     mean_module,
 )
-from fxquant.backends.integer.partition import fed_by_image, feeding_quantizers, is_size
+from fxquant.backends.integer.partition import fed_by_image, feeding_quantizers
 from fxquant.backends.integer.products import Product, make_product
 from fxquant.config.vocabulary import OpKind
 from fxquant.errors import LoweringError
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten, op_kind
 from fxquant.graph.edges import Edge, possible_edges
+from fxquant.graph.meta import CODE_NAMES
 from fxquant.graph.nodes import arguments, constant, submodule
+from fxquant.graph.sizes import is_number
 from fxquant.quantizers import AffineQuantizer, Quantizer
 
 
@@ -110,12 +112,12 @@ class _Builder:
                 self._visit(node, needed=node in needed)
         (returned,) = self._gm.graph.output_node().args
         lowered = self._new.finish(fx.map_arg(returned, self._float))
-        lowered.meta["codes"] = self._coded
+        CODE_NAMES.set(lowered, self._coded)
         return lowered
 
     def _visit(self, node: fx.Node, *, needed: bool) -> None:
         """Computes what quantizers read; what only moves or scales values waits until asked for."""
-        if is_size(node):
+        if is_number(node):
             self._size(node)
         elif self._reads_codes(node):
             self._sums[node] = self._lower(node)
@@ -286,7 +288,7 @@ class _Builder:
         """A number computed from sizes."""
         if node not in self._sizes:
             self._sizes[node] = self._new.graph.node_copy(
-                node, lambda n: self._size(n) if is_size(n) else self._of_that_shape(n)
+                node, lambda n: self._size(n) if is_number(n) else self._of_that_shape(n)
             )
         return self._sizes[node]
 
@@ -306,7 +308,7 @@ class _Builder:
 
     def _float(self, node: fx.Node) -> fx.Node:
         """A value as floats: the image, what is computed of it before any code, and the outputs."""
-        if is_size(node):
+        if is_number(node):
             return self._size(node)
         if node not in self._floats:
             self._floats[node] = self._make_float(node)

@@ -27,7 +27,8 @@ from fxquant.backends.integer.products import make_product
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import LoweringError
 from fxquant.graph.edges import Edge, edges, quantized_edges
-from fxquant.graph.nodes import constant, stage, submodule
+from fxquant.graph.meta import CODE_NAMES, FLOAT_BECAUSE, STAGE, origin
+from fxquant.graph.nodes import constant, submodule
 from fxquant.graph.verify import verify
 from fxquant.quantizers import Quantizer
 
@@ -57,8 +58,9 @@ def lower_to_integer(
         LoweringError: another stage; integer-only was asked for and cannot be; or a product with
             a scale along its summed axis or a quantizer of another kind.
     """
-    if "stage" not in gm.meta or stage(gm) is not Stage.FROZEN:
-        found = stage(gm).name if "stage" in gm.meta else "none"
+    current = STAGE.get(gm)
+    if current is not Stage.FROZEN:
+        found = "none" if current is None else current.name
         raise LoweringError(
             f"lower_to_integer takes a graph in stage FROZEN, got {found}; give it the "
             "graph_module of what fxquant.compile() returned, or call its lower()"
@@ -81,8 +83,9 @@ def lower_to_integer(
         _dequantize_rest(lowered, quantizer, code)
     lowered.graph.eliminate_dead_code()
     _drop_unused(lowered)
-    del lowered.meta["stage"]
-    lowered.meta |= {"codes": names, "float_because": reason}
+    STAGE.remove(lowered)
+    CODE_NAMES.set(lowered, names)
+    FLOAT_BECAUSE.set(lowered, reason)
     lowered.graph.lint()
     lowered.recompile()
     return lowered.requires_grad_(False)
@@ -98,7 +101,7 @@ def _integer_only(
         lowered = build_integer_only(gm, affine_matmul if float_products else affine_whole)
     except LoweringError as error:
         return None, str(error)
-    lowered.meta["float_because"] = ""
+    FLOAT_BECAUSE.set(lowered, "")
     return lowered.requires_grad_(False), ""
 
 
@@ -139,7 +142,7 @@ def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: Quantizer) -> fx.N
     gm.register_buffer(name, quantizer.quantize(value).to(storage_dtype(quantizer)).contiguous())
     with gm.graph.inserting_before(node):
         code = gm.graph.get_attr(name)
-    code.meta = _origin(node)
+    code.meta = origin(node)
     return code
 
 
@@ -181,13 +184,8 @@ def _emit(
     gm.add_submodule(name, module.train(gm.training))
     with gm.graph.inserting_before(node):
         call = gm.graph.call_module(name, args)
-    call.meta = _origin(node)
+    call.meta = origin(node)
     return call
-
-
-def _origin(node: fx.Node) -> dict[str, Any]:
-    kept = ("nn_module_stack", "stack_trace", "path")
-    return {key: node.meta[key] for key in kept if key in node.meta}
 
 
 def _drop_unused(gm: fx.GraphModule) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx
+from torch import fx
 
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node yields a number and no tensor."""
-    val = node.meta.get("val")
-    return node.op == "call_function" and not isinstance(val, Tensor | list | tuple)
+from fxquant.graph.sizes import is_number
 
 
 def fed_by_image(gm: fx.GraphModule) -> dict[fx.Node, None]:
     """The placeholder and what is computed of it before any quantizer, in graph order."""
     found: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
-        tensors = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
-        computed = node.op == "call_function" and not is_size(node)
+        tensors = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_number(n)]
+        computed = node.op == "call_function" and not is_number(node)
         if node.op == "placeholder" or (computed and tensors and all(n in found for n in tensors)):
             found[node] = None
     return found

@@ -11,6 +11,7 @@ from fxquant.config.vocabulary import Arg
 from fxquant.graph.edges import Edge
 from fxquant.graph.edges import quantized_edges as annotated_edges
 from fxquant.graph.macs import MacCounter
+from fxquant.graph.meta import PACKED_WEIGHT, PINNED_ARGS
 from fxquant.graph.nodes import get_parameter
 from fxquant.mixed_precision.allocate.problem import FixedWidth, Product
 
@@ -110,7 +111,7 @@ def _operands(gm: fx.GraphModule) -> Iterator[Edge]:
 
 
 def _pinned(edge: Edge) -> bool:
-    return edge.arg in edge.node.meta.get("pinned", ())
+    return edge.arg in (PINNED_ARGS.get(edge.node) or ())
 
 
 def _bits(edge: Edge) -> int:
@@ -119,6 +120,7 @@ def _bits(edge: Edge) -> int:
 
 
 def _key(edge: Edge) -> tuple[str, ...]:
-    if edge.arg is Arg.WEIGHT and "packed" in edge.node.meta:
-        return "packed", str(edge.node.meta["packed"])
+    packed = PACKED_WEIGHT.get(edge.node)
+    if edge.arg is Arg.WEIGHT and packed is not None:
+        return "packed", packed
     return (str(edge.source.target),)

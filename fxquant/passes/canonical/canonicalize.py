@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
 from fxquant.graph.capture import device_of
+from fxquant.graph.meta import HOOKED_MODULES
 from fxquant.graph.outputs import float_outputs
 from fxquant.graph.parameter_bytes import float_bytes
 from fxquant.passes import (
@@ -97,7 +98,7 @@ def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResu
             "the model gives other outputs when run again: it draws random numbers or changes a "
             "buffer in eval mode, and cannot be compiled so: turn that off"
         )
-    notes = [Skip(path, HOOKS_NOTE) for path in gm.meta["hooked"]]
+    notes = [Skip(path, HOOKS_NOTE) for path in HOOKED_MODULES.get(gm) or ()]
     notes += [Skip("model", note) for note in _notes_of_batches(gm, images, before)]
     results = {"capture": PassResult(0, tuple(notes))} | run_passes(gm, CANONICAL)
     for old, new in zip(before, _outputs(gm, images), strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fxquant.config.vocabulary import OpKind, Stage
 from fxquant.graph.dialect import aten, op_kind
 from fxquant.graph.nodes import constant, data_users, operand
+from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant
 from fxquant.passes.base import PassResult, Skip
 
@@ -52,11 +53,10 @@ def _producer(norm: fx.Node, channels: int) -> fx.Node | str:
 def _fold(gm: fx.GraphModule, norm: fx.Node, node: fx.Node) -> bool:
     """Rewrites weight and bias of ``node``; False where one of them is no constant."""
     gamma, beta, mean, var = (constant(gm, norm.args[i]) for i in range(1, 5))
-    weight = constant(gm, node.args[1])
-    bias_node = node.args[2] if len(node.args) > 2 else None
-    bias = constant(gm, bias_node)
-    if weight is None or mean is None or var is None or (bias is None and bias_node is not None):
+    product = Product(gm, node)
+    if not product.has_constant_weight or product.has_computed_bias or mean is None or var is None:
         return False
+    weight, bias = product.weight, product.bias
     ratio = torch.rsqrt(var + float(norm.args[_NORMS[norm.target]]))  # type: ignore[arg-type]
     ratio = ratio if gamma is None else ratio * gamma
     new_weight = weight * ratio.reshape(-1, *[1] * (weight.ndim - 1))

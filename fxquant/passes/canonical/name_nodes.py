@@ -19,6 +19,7 @@ from torch import fx
 from fxquant.config.vocabulary import OpKind, Stage
 from fxquant.errors import NothingToQuantizeError
 from fxquant.graph.dialect import elementwise_kind, op_kind
+from fxquant.graph.meta import MODULE_PATH
 from fxquant.graph.nodes import module_path
 from fxquant.passes.base import PassResult
 
@@ -45,7 +46,7 @@ class NameNodes:
             if kind is None:
                 continue
             path = module_path(node)
-            node.meta["path"] = path
+            MODULE_PATH.set(node, path)
             stem = re.sub(r"\W", "_", path)
             if kind not in _MODULES or not path:
                 name = node.target.__name__.split(".")[0] if kind is OpKind.ACTIVATION else kind

@@ -19,17 +19,13 @@ from torch import SymInt, fx
 
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
-from fxquant.graph.nodes import get_parameter
+from fxquant.graph.nodes import arguments, get_parameter
 from fxquant.graph.rewrite import add_constant, emit
+from fxquant.graph.shapes import example_size
+from fxquant.graph.sizes import is_size
 from fxquant.passes.base import PassResult
 
 _FUSED = aten.scaled_dot_product_attention.default
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    names = [argument.name for argument in _FUSED._schema.arguments]
-    defaults = {argument.name: argument.default_value for argument in _FUSED._schema.arguments}
-    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _causal(gm: fx.GraphModule, call: Callable[..., fx.Node], scores: fx.Node) -> fx.Node:
@@ -60,7 +56,7 @@ def _split(gm: fx.GraphModule, node: fx.Node, fixed: set[fx.Node]) -> fx.Node:
     def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return emit(gm, target, *args, like=node, **kwargs)
 
-    given = _arguments(node)
+    given = arguments(node)
     query, key, value = given["query"], given["key"], given["value"]
     if given["enable_gqa"]:
         repeat = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
@@ -104,12 +100,8 @@ def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose values depend on parameters and sizes alone."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        size = isinstance(node.meta.get("val"), SymInt)
-        if (
-            node.op == "get_attr"
-            or size
-            or (_pure(node) and found.issuperset(node.all_input_nodes))
-        ):
+        computed = _pure(node) and found.issuperset(node.all_input_nodes)
+        if node.op == "get_attr" or is_size(node) or computed:
             found.add(node)
     return found
 
@@ -124,9 +116,8 @@ def _pure(node: fx.Node) -> bool:
 def _value(gm: fx.GraphModule, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
     """Value of a fixed node, the batch size being that of the example."""
     if node not in memo:
-        size = node.meta.get("val")
-        if isinstance(size, SymInt):
-            memo[node] = size.node.hint
+        if is_size(node):
+            memo[node] = example_size(node.meta["val"])
         elif node.op == "get_attr":
             memo[node] = get_parameter(gm, node)
         else:

@@ -22,7 +22,9 @@ from torch import Tensor, fx
 
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
-from fxquant.graph.nodes import constant, data_users, evaluate_moves, get_parameter
+from fxquant.graph.meta import PACKED_WEIGHT
+from fxquant.graph.nodes import data_users, evaluate_moves
+from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.graph.shapes import example_shape
 from fxquant.passes.base import PassResult, Skip
@@ -123,8 +125,8 @@ def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | str
 
 def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
     """Replaces the branch by a projection of its own, which is returned."""
-    source, weight = linear.args[0], get_parameter(gm, linear.args[1])  # type: ignore[arg-type]
-    bias = constant(gm, linear.args[2] if len(linear.args) > 2 else None)
+    packed = Product(gm, linear)
+    weight, bias = packed.weight, packed.bias
     rows = branch.rows.flatten()
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -134,9 +136,10 @@ def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
         parts = [add_constant(gm, weight[rows], f"{linear.name}_weight", like=linear)]
         if bias is not None:
             parts.append(add_constant(gm, bias[rows], f"{linear.name}_bias", like=linear))
-        product = call(aten.linear.default, source, *parts)
+        product = call(aten.linear.default, packed.input, *parts)
         # A projection packed in a part of another belongs to the whole.
-        product.meta["packed"] = linear.meta.get("packed", str(linear.args[1].target))  # type: ignore[union-attr]
+        whole = PACKED_WEIGHT.get(linear) or str(packed.weight_node.target)
+        PACKED_WEIGHT.set(product, whole)
         lead = sorted(axis for axis in branch.axes if axis != -1)
         sizes: list[Any] = []
         for axis in lead:
@@ -180,8 +183,8 @@ class SplitProjections:
 
 def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> list[fx.Node] | str:
     """Splits one projection into those returned; the reason where it stays."""
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    if constant(gm, linear.args[1]) is None or (bias is not None and constant(gm, bias) is None):
+    packed = Product(gm, linear)
+    if not packed.has_constant_weight or packed.has_computed_bias:
         return "its weight or bias is no constant"
     branches = []
     for leaf in leaves:
