@@ -12,7 +12,8 @@ import fxquant
 
 PACKAGE = Path(fxquant.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-TESTS = sorted(Path(__file__).parent.glob("*.py"))
+HERE = Path(__file__).parent
+TESTS = sorted(p for p in HERE.rglob("*.py") if p.stat().st_size or p.parent == HERE)
 
 # Rooms (modules and folders at the package's root) by floor. A room imports rooms of lower floors,
 # never one of its own.
@@ -79,9 +80,7 @@ def used_rooms(path: Path, *, on_import_only: bool = False) -> set[str]:
 
 
 def ids(path: Path) -> str:
-    return str(
-        path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE.parent) else path.name
-    )
+    return str(path.relative_to(PACKAGE.parent if path.is_relative_to(PACKAGE) else HERE))
 
 
 def test_every_room_has_a_floor() -> None:
