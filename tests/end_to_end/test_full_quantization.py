@@ -15,11 +15,11 @@ from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import PolicyError, UnusedRuleError
 from fxquant.graph.edges import edges, possible_edges
 from fxquant.graph.nodes import submodule
-from fxquant.passes import AssignSpecs, Freeze, InsertObservers, run_passes
+from fxquant.passes import AssignSpecs, InsertObservers, run_passes
 from fxquant.quantizers import Quantizer
 from tests.backends.integer.test_integer_only import Windows, compiled, full, images
 from tests.helpers.agreement import assert_same_codes
-from tests.helpers.graphs import EIGHT, FOUR, annotated, canonical, observed, reasons, specs
+from tests.helpers.stages import EIGHT, FOUR, annotated, canonical, frozen, reasons, specs
 
 ELEMENTWISE = [kind for kind in OpKind if not kind.is_product]
 BLOCK = {
@@ -87,8 +87,7 @@ def test_a_full_policy_quantizes_everything_between_products() -> None:
 
 
 def test_a_value_read_by_a_norm_and_a_sum_is_quantized_once() -> None:
-    gm = observed(*policies.elementwise_rules(), Rule(spec=EIGHT))
-    run_passes(gm, [Freeze()])
+    gm = frozen(*policies.elementwise_rules(), Rule(spec=EIGHT))
     sources = {edge.name: edge.source for edge in edges(gm)}
     assert sources["norm2__input"] is sources["add_1__lhs"]
     assert all(isinstance(submodule(gm, node), Quantizer) for node in sources.values())

@@ -20,8 +20,8 @@ from fxquant.policies.policy import Rule
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict, read_policy, write_policy
 from fxquant.testing import DIM, Block, seeded, tokens
 from tests.helpers.agreement import assert_same_codes
-from tests.helpers.graphs import WEIGHT
 from tests.helpers.integer_helpers import assert_integer_equals_simulation
+from tests.helpers.stages import WEIGHT
 
 COARSE = replace(WEIGHT, bits=3)
 

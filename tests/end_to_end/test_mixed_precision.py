@@ -30,7 +30,7 @@ from fxquant.mixed_precision.choose import reservoir_for
 from fxquant.mixed_precision.sensitivity.loss_cache import LossCache
 from fxquant.quantizers import Quantizer
 from fxquant.testing import images
-from tests.helpers.graphs import observed
+from tests.helpers.stages import observed
 
 FOUR = Budget(mean_bits=4)
 

@@ -21,8 +21,8 @@ from fxquant.search.one_sided import SearchedOneSided
 from fxquant.search.product_loss import Operand, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.testing import Block, seeded, tokens
-from tests.helpers.graphs import EIGHT, annotated
 from tests.helpers.softmax_nets import SCHEMES, compiled, found
+from tests.helpers.stages import EIGHT, annotated
 
 SEARCH = ScaleSearch(metric=Metric.MSE, stride=1, candidates=20)
 

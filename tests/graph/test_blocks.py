@@ -13,14 +13,13 @@ from fxquant import policies
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.demo.models import build
 from fxquant.graph.blocks import find_blocks, waves
-from fxquant.graph.capture import capture
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.sizes import is_size, size_for
-from fxquant.passes import Freeze, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.reconstruction.blockwise import ActivationStore, BlockRunner, BlockwiseRunner
 from fxquant.testing import DIM, Block, relative_error, tokens
-from tests.helpers.graphs import EIGHT, WEIGHT, canonical, observed
+from tests.helpers import stages
+from tests.helpers.stages import EIGHT, WEIGHT, canonical
 
 
 class Stack(nn.Module):
@@ -48,9 +47,7 @@ class Woven(nn.Module):
 
 
 def frozen(model: nn.Module) -> fx.GraphModule:
-    gm = observed(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT), model=model)
-    run_passes(gm, [Freeze()])
-    return gm
+    return stages.frozen(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT), model=model)
 
 
 def test_an_attention_and_the_mlp_behind_it_are_one_block() -> None:
@@ -63,8 +60,7 @@ def test_an_attention_and_the_mlp_behind_it_are_one_block() -> None:
 
 def test_blocks_are_the_same_when_all_between_products_is_quantized() -> None:
     def names(rules: tuple[Rule, ...]) -> list[str]:
-        gm = observed(*rules, model=Stack())
-        run_passes(gm, [Freeze()])
+        gm = stages.frozen(*rules, model=Stack())
         return [block.name for block in find_blocks(gm)]
 
     for full in (False, True):
@@ -89,21 +85,13 @@ def test_a_graph_that_can_be_cut_nowhere_is_one_block() -> None:
 
 @pytest.mark.parametrize(("name", "count"), [("glyph_vit", 6), ("glyph_swin", 8)])
 def test_shipped_models_have_as_many_blocks_as_they_say(name: str, count: int) -> None:
-    gm = canonical_shipped(name)
+    gm = canonical(build(name), torch.zeros(2, 3, 64, 64), seed=False)
     softmaxes = [
         sum(node.target is torch.ops.aten.softmax.int for node in block.nodes)
         for block in find_blocks(gm)
     ]
     assert softmaxes.count(1) == count
     assert max(softmaxes) == 1
-
-
-def canonical_shipped(name: str) -> fx.GraphModule:
-    from fxquant.passes.canonical.canonicalize import CANONICAL
-
-    gm = capture(build(name), torch.zeros(2, 3, 64, 64))
-    run_passes(gm, CANONICAL)
-    return gm
 
 
 def test_waves_keep_what_reads_another_for_later() -> None:
@@ -114,7 +102,7 @@ def test_waves_keep_what_reads_another_for_later() -> None:
 
 
 def test_sizes_follow_the_batch() -> None:
-    gm = canonical_shipped("glyph_vit")
+    gm = canonical(build("glyph_vit"), torch.zeros(2, 3, 64, 64), seed=False)
     sizes = [node for node in gm.graph.nodes if is_size(node)]
     assert sizes
     assert {size_for(node, 7) for node in sizes} == {7}

@@ -8,17 +8,15 @@ import pytest
 
 from fxquant import testing
 from fxquant.config.scale_search import ScaleSearch
-from fxquant.config.spec import TensorSpec
 from fxquant.config.vocabulary import OpKind
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand
-from fxquant.passes import AssignSpecs, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.smoothing import choose as smoothing_sites
 from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.testing import images, seeded, tokens
-from tests.helpers.graphs import canonical
+from tests.helpers.stages import FOUR, annotated, canonical
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -62,8 +60,7 @@ def test_large_networks_are_smoothed_by_fewer_images(
             found.append(len(images))
             super().__init__(gm, images, loss)
 
-    gm = canonical(seeded(testing.Block()), tokens(40))
-    run_passes(gm, [AssignSpecs((Rule(spec=TensorSpec(bits=4)),))])
+    gm, _ = annotated(Rule(spec=FOUR), model=testing.Block(), x=tokens(40))
     sources = [
         site.source for _, site in (*norm_sites(gm), *linear_sites(gm)) if isinstance(site, Site)
     ]

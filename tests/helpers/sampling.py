@@ -11,12 +11,9 @@ from torch.nn import functional as F
 from fxquant.calibration.sample_products import sample_products
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
-from fxquant.graph.capture import capture
-from fxquant.passes import AssignSpecs, InsertObservers, run_passes
-from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Rule
 from fxquant.search.product_loss import ProductSample
-from tests.helpers.graphs import EIGHT
+from tests.helpers.stages import EIGHT, with_observers
 
 # The paper's metric and loss, on all rows.
 ALL = ScaleSearch(rows=10_000, metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
@@ -24,10 +21,7 @@ ALL = ScaleSearch(rows=10_000, metric=Metric.HESSIAN, loss=GradientLoss.ARGMAX)
 
 @cache
 def _graph(model: nn.Module, shape: torch.Size) -> fx.GraphModule:
-    gm = capture(model, torch.zeros(2, *shape))
-    run_passes(gm, CANONICAL)
-    run_passes(gm, [AssignSpecs((Rule(spec=EIGHT),)), InsertObservers()])
-    return gm
+    return with_observers(Rule(spec=EIGHT), model=model, x=torch.zeros(2, *shape), seed=False)
 
 
 def sampled(

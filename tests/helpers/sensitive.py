@@ -10,15 +10,12 @@ from fxquant.calibration.sample_products import sample_products
 from fxquant.config.scale_search import GradientLoss, ScaleSearch
 from fxquant.config.spec import Granularity, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
-from fxquant.graph.capture import capture
 from fxquant.mixed_precision.sensitivity.estimated import Estimates
 from fxquant.mixed_precision.sensitivity.groups import WidthGroups
 from fxquant.mixed_precision.sensitivity.measured import MeasuredSensitivity
 from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
-from fxquant.passes import AssignSpecs, InsertObservers, run_passes
-from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Rule
-from fxquant.testing import seeded
+from tests.helpers.stages import with_observers
 
 EIGHT = TensorSpec()
 ROWS = TensorSpec(symmetric=True, granularity=Granularity.CHANNEL)
@@ -67,8 +64,7 @@ class Setup:
         search: ScaleSearch = ScaleSearch(loss=GradientLoss.SAMPLED, rows=4096),  # noqa: B008
     ) -> None:
         self.x, self.search = x, search
-        self.gm = capture(seeded(model), x)
-        run_passes(self.gm, (*CANONICAL, AssignSpecs(rules), InsertObservers(histograms=True)))
+        self.gm = with_observers(*rules, model=model, x=x, histograms=True)
         self.samples, self.seen = sample_products(self.gm, [(x, None)], search)
         self.layout = WidthGroups(self.gm)
         self.trials = TrialQuantizers(self.gm, least_squares=True)

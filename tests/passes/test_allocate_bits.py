@@ -18,7 +18,7 @@ from fxquant.passes import AllocateBits, Freeze, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import Quantizer
 from fxquant.testing import assert_same_function, op_names, seeded, tokens
-from tests.helpers.graphs import EIGHT, FOUR, WEIGHT, observed, specs
+from tests.helpers.stages import EIGHT, FOUR, WEIGHT, observed, specs
 
 WIDTHS = {
     "fc1__input": 3,

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import testing
-from fxquant.calibration.calibrate import calibrate
 from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.errors import UnusedRuleError
-from fxquant.passes import AssignSpecs, Freeze, InsertObservers, run_passes
+from fxquant.passes import AssignSpecs, run_passes
 from fxquant.policies import PRESETS
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer
 from fxquant.testing import DIM, images, tokens
-from tests.helpers.graphs import EIGHT, FOUR, WEIGHT, annotated, canonical, reasons, specs
+from tests.helpers.stages import EIGHT, FOUR, WEIGHT, annotated, canonical, frozen, reasons, specs
 
 
 def test_the_first_matching_rule_decides() -> None:
@@ -228,11 +227,8 @@ def test_a_scale_per_head_needs_a_matmul_with_heads() -> None:
 
 
 def test_a_scale_per_channel_of_an_image_runs_along_its_channels() -> None:
-    gm = canonical(testing.ConvNorm(), images())
-    run_passes(gm, [AssignSpecs((Rule(spec=TensorSpec(granularity=Granularity.CHANNEL)),))])
-    run_passes(gm, [InsertObservers()])
-    calibrate(gm, [images()])
-    run_passes(gm, [Freeze()])
+    rule = Rule(spec=TensorSpec(granularity=Granularity.CHANNEL))
+    gm = frozen(rule, model=testing.ConvNorm(), data=[images()])
     quantizer = gm.get_submodule("quant.conv__input")
     assert isinstance(quantizer, UniformQuantizer) and len(quantizer.scale) == 3
     expected = images().amax((0, 2, 3)) - images().amin((0, 2, 3))

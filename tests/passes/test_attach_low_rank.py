@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import LowRank, policies
-from fxquant.calibration.sample_products import sample_products
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.errors import PassError
@@ -21,11 +20,8 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.edges import edges
 from fxquant.graph.nodes import submodule
 from fxquant.passes import (
-    AssignSpecs,
     AttachLowRank,
     CorrectBias,
-    Freeze,
-    InsertObservers,
     PassResult,
     run_passes,
 )
@@ -34,29 +30,31 @@ from fxquant.policies.policy import Rule
 from fxquant.quantizers import TwinUniformQuantizer
 from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, TOKENS, Block, images, op_names, seeded, tokens
-from tests.helpers.graphs import EIGHT, WEIGHT, canonical, reasons
+from tests.helpers.stages import (
+    EIGHT,
+    WEIGHT,
+    FrozenSamples,
+    canonical,
+    frozen_with_samples,
+    reasons,
+    with_observers,
+)
 
 COARSE = replace(WEIGHT, bits=3)
 W3A8 = (Rule(arg="weight", spec=COARSE), Rule(spec=EIGHT))
 ROWS = ScaleSearch(rows=10_000, metric=Metric.FISHER)
 
-Frozen = tuple[fx.GraphModule, dict[str, ProductSample]]
 
-
-def frozen(model: nn.Module, x: Tensor, rules: tuple[Rule, ...] = W3A8) -> Frozen:
-    gm = canonical(model, x)
-    run_passes(gm, [AssignSpecs(rules), InsertObservers()])
-    samples, _ = sample_products(gm, [(x, None)], ROWS)
-    run_passes(gm, [Freeze()])
-    return gm, samples
+def frozen(model: nn.Module, x: Tensor, rules: tuple[Rule, ...] = W3A8) -> FrozenSamples:
+    return frozen_with_samples(with_observers(*rules, model=model, x=x), x, ROWS)
 
 
 @cache
-def _block() -> Frozen:
+def _block() -> FrozenSamples:
     return frozen(Block(), tokens(24))
 
 
-def block() -> Frozen:
+def block() -> FrozenSamples:
     gm, samples = _block()
     return copy.deepcopy(gm), samples
 

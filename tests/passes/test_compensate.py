@@ -19,24 +19,23 @@ from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg
 from fxquant.errors import BatchError, PolicyError
 from fxquant.graph.macs import MacCounter
-from fxquant.passes import Compensate, Freeze, PassResult, run_passes
+from fxquant.passes import Compensate, PassResult, run_passes
 from fxquant.passes import compensate as closed_form
 from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.reconstruction.training import split
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
+from tests.helpers import stages
 from tests.helpers.agreement import assert_same_codes
-from tests.helpers.graphs import EIGHT, observed, reasons
+from tests.helpers.stages import EIGHT, reasons
 
 THREE = TensorSpec(bits=3, symmetric=True, granularity=Granularity.CHANNEL)
 BATCH = tokens(24)
 
 
 def frozen(model: nn.Module | None = None) -> fx.GraphModule:
-    gm = observed(Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=EIGHT), model=model)
-    run_passes(gm, [Freeze()])
-    return gm
+    return stages.frozen(Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=EIGHT), model=model)
 
 
 def compensate(gm: fx.GraphModule, x: Tensor = BATCH, **options: Any) -> PassResult:

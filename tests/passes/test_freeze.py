@@ -25,7 +25,6 @@ from fxquant.graph.nodes import get_parameter, submodule
 from fxquant.graph.rewrite import set_bias
 from fxquant.observers.observer import Observer
 from fxquant.passes import (
-    AssignSpecs,
     Freeze,
     InsertObservers,
     Pass,
@@ -33,7 +32,6 @@ from fxquant.passes import (
     QuantizeBias,
     run_passes,
 )
-from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
 from fxquant.smoothing.choose import FoldDecisions
@@ -45,7 +43,7 @@ from fxquant.testing import (
     seeded,
     tokens,
 )
-from tests.helpers.graphs import EIGHT, FOUR, WEIGHT, annotated, canonical, observed
+from tests.helpers.stages import EIGHT, FOUR, WEIGHT, annotated, canonical, frozen, with_observers
 
 # InsertObservers, calibrate, Freeze
 
@@ -72,8 +70,7 @@ def test_edges_with_other_specs_do_not_share() -> None:
 
 
 def test_freeze_puts_a_quantizer_on_every_annotated_edge() -> None:
-    gm = observed(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))
-    run_passes(gm, [Freeze()])
+    gm = frozen(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))
     assert not any(isinstance(module, Observer) for module in gm.modules())
     for edge in edges(gm):
         assert isinstance(submodule(gm, edge.source), UniformQuantizer)
@@ -83,8 +80,8 @@ def test_freeze_puts_a_quantizer_on_every_annotated_edge() -> None:
 
 
 def test_sixteen_bits_come_close_to_the_float_model() -> None:
-    gm = observed(Rule(spec=TensorSpec(bits=16)))
-    run_passes(gm, [Freeze(), QuantizeBias()])
+    gm = frozen(Rule(spec=TensorSpec(bits=16)))
+    run_passes(gm, [QuantizeBias()])
     assert relative_error(gm(tokens()), seeded(testing.Block())(tokens())) < 1e-3
 
 
@@ -97,15 +94,13 @@ def test_tied_weights_share_a_quantizer() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(self.layer(x).relu())
 
-    gm = observed(Rule(spec=EIGHT), model=Twice())
-    run_passes(gm, [Freeze()])
+    gm = frozen(Rule(spec=EIGHT), model=Twice())
     sources = {edge.source for edge in edges(gm) if edge.arg is Arg.WEIGHT}
     assert len(sources) == 1
 
 
 def test_freeze_without_data_raises_and_names_the_edge() -> None:
-    gm, _ = annotated(Rule(spec=EIGHT))
-    run_passes(gm, [InsertObservers()])
+    gm = with_observers(Rule(spec=EIGHT))
     with pytest.raises(CalibrationError, match="attn_qkv__input: no calibration data"):
         run_passes(gm, [Freeze()])
 
@@ -130,8 +125,7 @@ def biases(gm: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def test_biases_move_to_the_grid_of_the_accumulator() -> None:
-    gm = observed(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))
-    run_passes(gm, [Freeze()])
+    gm = frozen(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))
     before = biases(gm)
     result = run_passes(gm, [QuantizeBias()])["QuantizeBias"]
     assert result.changed == len(before) == 6 and result.skips == ()
@@ -142,8 +136,8 @@ def test_biases_move_to_the_grid_of_the_accumulator() -> None:
 
 
 def test_a_second_rounding_of_biases_changes_nothing() -> None:
-    gm = observed(Rule(spec=EIGHT))
-    run_passes(gm, [Freeze(), QuantizeBias()])
+    gm = frozen(Rule(spec=EIGHT))
+    run_passes(gm, [QuantizeBias()])
     before, names = biases(gm), op_names(gm)
     assert run_passes(gm, [QuantizeBias()])["QuantizeBias"].changed == 0
     assert op_names(gm) == names
@@ -164,8 +158,7 @@ def test_a_second_rounding_of_biases_changes_nothing() -> None:
     ],
 )
 def test_a_bias_stays_float_and_says_why(rules: list[Rule], reason: str) -> None:
-    gm = observed(*rules)
-    run_passes(gm, [Freeze()])
+    gm = frozen(*rules)
     result = run_passes(gm, [QuantizeBias()])["QuantizeBias"]
     assert result.changed == 0 and len(result.skips) == 6
     assert {skip.reason for skip in result.skips} == {f"the bias stays float: {reason}"}
@@ -174,10 +167,7 @@ def test_a_bias_stays_float_and_says_why(rules: list[Rule], reason: str) -> None
 def test_a_bias_too_large_for_int32_widens_its_channels_scale() -> None:
     model = seeded(nn.Linear(DIM, DIM))
     model.bias.data[0] = 1e6
-    gm = capture(model, tokens() * 1e-5)
-    run_passes(gm, (*CANONICAL, AssignSpecs((Rule(spec=EIGHT),)), InsertObservers()))
-    calibrate(gm, [tokens() * 1e-5])
-    run_passes(gm, [Freeze()])
+    gm = frozen(Rule(spec=EIGHT), model=model, data=[tokens() * 1e-5], seed=False)
     assert run_passes(gm, [QuantizeBias()])["QuantizeBias"].skips == ()
     x, w = (gm.get_submodule(f"quant.linear__{arg}") for arg in ("input", "weight"))
     assert float((model.bias.data / accumulator_scale(x, w)).abs().max()) < 2**31
@@ -214,17 +204,9 @@ def test_a_row_of_zeros_keeps_its_bias() -> None:
     model.weight.data[0] = 0
     model.weight.data[1] = 1e-34
     model.bias.data[:2] = 0.37
-    gm = capture(model, tokens() * 10)
-    run_passes(
-        gm,
-        (
-            *CANONICAL,
-            AssignSpecs((Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))),
-            InsertObservers(),
-        ),
-    )
-    calibrate(gm, [tokens() * 10])
-    run_passes(gm, [Freeze(), QuantizeBias()])
+    rules = Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT)
+    gm = frozen(*rules, model=model, data=[tokens() * 10], seed=False)
+    run_passes(gm, [QuantizeBias()])
     torch.testing.assert_close(gm(tokens())[..., :2], torch.full_like(tokens()[..., :2], 0.37))
 
 
@@ -303,7 +285,6 @@ def test_observer_kinds_reach_the_edges() -> None:
         Rule(fed_by="softmax", spec=TensorSpec(observer=ObserverKind.PERCENTILE)),
         Rule(spec=TensorSpec(observer=ObserverKind.MSE)),
     ]
-    gm, _ = annotated(*rules)
-    run_passes(gm, [InsertObservers()])
+    gm = with_observers(*rules)
     observer = gm.get_submodule("quant.attn_matmul_1__lhs")
     assert isinstance(observer, Observer) and observer.spec == rules[0].spec

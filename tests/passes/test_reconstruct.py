@@ -14,13 +14,12 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies
-from fxquant.calibration.calibrate import calibrate
 from fxquant.config.recovery import Compensation, Reconstruction
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Arg
 from fxquant.errors import PolicyError
 from fxquant.graph.blocks import whole_network
-from fxquant.passes import Compensate, Freeze, InsertObservers, PassResult, Reconstruct, run_passes
+from fxquant.passes import Compensate, PassResult, Reconstruct, run_passes
 from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction import steps, training
@@ -30,7 +29,7 @@ from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import split, train_block
 from fxquant.testing import relative_error, seeded, tokens
 from tests.graph.test_blocks import Stack
-from tests.helpers.graphs import annotated
+from tests.helpers import stages
 
 THREE = TensorSpec(bits=3, symmetric=True, granularity=Granularity.CHANNEL)
 FIVE = TensorSpec(bits=5)
@@ -47,11 +46,7 @@ class Tower(Stack):
 
 def frozen(model: nn.Module | None = None) -> fx.GraphModule:
     rules = Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=FIVE)
-    gm, _ = annotated(*rules, model=model or Tower())
-    run_passes(gm, [InsertObservers()])
-    calibrate(gm, [BATCH])
-    run_passes(gm, [Freeze()])
-    return gm
+    return stages.frozen(*rules, model=model or Tower(), data=[BATCH])
 
 
 def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -> PassResult:

@@ -15,7 +15,6 @@ from fxquant.config.spec import TensorSpec
 from fxquant.graph.capture import capture
 from fxquant.graph.nodes import get_parameter
 from fxquant.passes import PassResult, Reparameterize, run_passes
-from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.quantizers import UniformQuantizer
 from fxquant.smoothing.fold_sites import Site, norm_sites
 from fxquant.smoothing.norm_ranges import norm_ranges
@@ -29,8 +28,8 @@ from fxquant.testing import (
     seeded,
     tokens,
 )
-from tests.helpers.graphs import canonical
 from tests.helpers.norms import Norm, Read, both, linear_inputs, padded, site_of
+from tests.helpers.stages import canonical
 from tests.helpers.zoo import FAMILIES, Family
 
 
@@ -43,8 +42,7 @@ def reparameterized(
 ) -> tuple[fx.GraphModule, PassResult]:
     """A canonical graph after the pass, what every such pass owes checked."""
     before = copy.deepcopy(model.state_dict())
-    gm = capture(model, x)
-    run_passes(gm, CANONICAL)
+    gm = canonical(model, x, seed=False)
     operations = op_names(gm)
     result = reparameterize(gm, x)
     assert result.changed == changed
@@ -203,8 +201,7 @@ def test_the_block_stays_close_to_its_function_far_from_zero() -> None:
 def test_families_keep_their_function(family: Family) -> None:
     model = family.model()
     x = images(2, family.image[-1])
-    gm = capture(model, x)
-    run_passes(gm, CANONICAL)
+    gm = canonical(model, x, seed=False)
     sites = [norm for norm, site in norm_sites(gm) if isinstance(site, Site)]
     assert reparameterize(gm, x).changed == len(sites)
     assert_same_function(gm, model, x, 1e-5)

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies, testing
-from fxquant.calibration.sample_products import sample_products
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.errors import BatchError, CalibrationError, PassError
@@ -22,7 +21,6 @@ from fxquant.graph.nodes import constant
 from fxquant.passes import (
     AssignSpecs,
     CorrectBias,
-    Freeze,
     InsertObservers,
     PassResult,
     SearchScales,
@@ -32,32 +30,32 @@ from fxquant.policies.policy import Policy, Rule
 from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.helpers.brute_force import BruteForce, quantizers
-from tests.helpers.graphs import canonical, reasons
+from tests.helpers.stages import (
+    FrozenSamples,
+    canonical,
+    frozen_with_samples,
+    reasons,
+    with_observers,
+)
 
 WEIGHT = TensorSpec(bits=4, symmetric=True, granularity=Granularity.CHANNEL)
 WEIGHTS_ONLY = (Rule(arg="weight", spec=WEIGHT),)
 FOUR = (Rule(arg="weight", spec=WEIGHT), Rule(spec=TensorSpec(bits=4)))
 ROWS = ScaleSearch(rows=10_000, metric=Metric.HESSIAN)
 
-Frozen = tuple[fx.GraphModule, dict[str, ProductSample]]
-
 
 def frozen(
     model: nn.Module, x: Tensor, rules: tuple[Rule, ...] = FOUR, search: ScaleSearch = ROWS
-) -> Frozen:
-    gm = canonical(model, x)
-    run_passes(gm, [AssignSpecs(rules), InsertObservers()])
-    samples, _ = sample_products(gm, [(x, None)], search)
-    run_passes(gm, [Freeze()])
-    return gm, samples
+) -> FrozenSamples:
+    return frozen_with_samples(with_observers(*rules, model=model, x=x), x, search)
 
 
 @cache
-def _block() -> Frozen:
+def _block() -> FrozenSamples:
     return frozen(testing.Block(), tokens(24), policies.ptq4vit(4, 4).rules)
 
 
-def block() -> Frozen:
+def block() -> FrozenSamples:
     gm, samples = _block()
     return copy.deepcopy(gm), samples
 
@@ -121,8 +119,7 @@ def test_the_fitted_scale_stays_where_nothing_is_better() -> None:
             p.copy_(torch.randint(-7, 8, p.shape))
             p[..., 0] = 7
     run_passes(gm, [AssignSpecs(FOUR), InsertObservers()])
-    samples, _ = sample_products(gm, [(x, None)], ROWS)
-    run_passes(gm, [Freeze()])
+    gm, samples = frozen_with_samples(gm, x, ROWS)
     assert search(gm, samples).changed == 0
 
 

@@ -19,15 +19,12 @@ from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
-from fxquant.graph.capture import capture
 from fxquant.passes import AssignSpecs, Freeze, InsertObservers, SearchScales, run_passes
-from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Policy, Rule
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
-from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, images
 from tests.helpers.brute_force import BruteForce, quantizers
-from tests.helpers.graphs import canonical
+from tests.helpers.stages import FrozenSamples, canonical, frozen_with_samples, with_observers
 
 EVERY_POINT = ScaleSearch(rows=10_000, stride=1)
 
@@ -67,13 +64,11 @@ def _canonical() -> fx.GraphModule:
 
 
 @cache
-def ready(name: str, metric: Metric) -> tuple[fx.GraphModule, dict[str, ProductSample]]:
+def ready(name: str, metric: Metric) -> FrozenSamples:
     """The frozen graph and all rows of its products."""
     gm = copy.deepcopy(_canonical())
     run_passes(gm, [AssignSpecs(POLICIES[name].rules), InsertObservers()])
-    samples, _ = sample_products(gm, [(images(12, 16), None)], replace(EVERY_POINT, metric=metric))
-    run_passes(gm, [Freeze()])
-    return gm, samples
+    return frozen_with_samples(gm, images(12, 16), replace(EVERY_POINT, metric=metric))
 
 
 def searched(name: str, search: ScaleSearch) -> fx.GraphModule:
@@ -162,9 +157,7 @@ def test_default_rows_and_stride_come_close_in_a_trained_block() -> None:
     model = build("glyph_vit")
     part = nn.Sequential(model.patch_embed, model.blocks[0]).eval()
     x, _ = next(iter(DataLoader(GlyphDataset("calib", 32), batch_size=32)))
-    whole = capture(part, x)
-    run_passes(whole, CANONICAL)
-    run_passes(whole, [AssignSpecs(policies.ptq4vit(4, 4).rules), InsertObservers()])
+    whole = with_observers(*policies.ptq4vit(4, 4).rules, model=part, x=x, seed=False)
     every = ScaleSearch(rows=2048, stride=1, rounds=1, memory_bytes=1 << 32)
     usual = replace(every, rows=ScaleSearch().rows, stride=ScaleSearch().stride)
     samples = {s: sample_products(whole, [(x, None)], s)[0] for s in (every, usual)}

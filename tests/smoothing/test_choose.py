@@ -17,9 +17,7 @@ from fxquant import Policy, Rule, TensorSpec, policies
 from fxquant.calibration.sample_products import sample_products
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.vocabulary import Arg
-from fxquant.graph.capture import capture
-from fxquant.passes import AssignSpecs, SmoothWithBias, run_passes
-from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.passes import SmoothWithBias, run_passes
 from fxquant.search.product_loss import ProductSample
 from fxquant.smoothing import candidates as smoothing
 from fxquant.smoothing.affine_fold import fold
@@ -33,17 +31,12 @@ from fxquant.smoothing.candidates import (
 from fxquant.smoothing.choose import FoldDecisions, choose_smoothing
 from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.testing import DIM, Block, assert_same_function, op_names, seeded, tokens
+from tests.helpers.stages import annotated, canonical
 from tests.helpers.zoo import FAMILIES, Family
 
 FOUR = TensorSpec(bits=4)
 WEIGHT = TensorSpec(bits=4, symmetric=True, granularity="channel")
 HEAD = TensorSpec(bits=4, symmetric=True, granularity="head")
-
-
-def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
-    gm = capture(model, x)
-    run_passes(gm, CANONICAL)
-    return gm
 
 
 def sites(gm: fx.GraphModule) -> Iterator[Site]:
@@ -69,7 +62,7 @@ class Attention(nn.Module):
 
 
 def test_values_fold_into_the_output_projection() -> None:
-    gm = canonical(seeded(Attention()), tokens())
+    gm = canonical(seeded(Attention()), tokens(), seed=False)
     ((source, site),) = linear_sites(gm)  # neither q nor k, whose channels the scores sum over
     assert isinstance(site, Site)
     assert (source.name, site.shiftable) == ("v", True)
@@ -78,7 +71,7 @@ def test_values_fold_into_the_output_projection() -> None:
 
 @pytest.mark.parametrize("share", [nn.ReLU(), nn.Softmax(1)], ids=["no shares", "of columns"])
 def test_only_an_average_can_be_shifted(share: nn.Module) -> None:
-    ((_, site),) = linear_sites(canonical(seeded(Attention(share)), tokens()))
+    ((_, site),) = linear_sites(canonical(seeded(Attention(share)), tokens(), seed=False))
     assert isinstance(site, Site)
     assert not site.shiftable
 
@@ -89,7 +82,7 @@ def test_channels_that_are_summed_do_not_fold() -> None:
             return self.proj(self.q(x) @ self.k(x).transpose(1, 2)[:, :, :DIM])
 
     model = seeded(Summed())
-    gm = canonical(model, torch.randn(2, DIM, DIM))
+    gm = canonical(model, torch.randn(2, DIM, DIM), seed=False)
     found = dict(linear_sites(gm))
     reasons = [site for site in found.values() if isinstance(site, str)]
     assert reasons == ["its channels do not stay on the last axis on their way to matmul"]
@@ -99,7 +92,7 @@ def test_channels_that_are_summed_do_not_fold() -> None:
 def test_every_fold_of_every_family_is_exact(family: Family) -> None:
     torch.manual_seed(1)
     model, x = family.model(), torch.randn(2, *family.image)
-    gm = canonical(model, x)
+    gm = canonical(model, x, seed=False)
     count = 0
     for site in list(sites(gm)):
         channels = int(site.source.meta["val"].shape[-1])
@@ -231,15 +224,8 @@ def test_outlying_channels_are_smoothed_away() -> None:
     assert losses[1] < 0.2 * losses[0]
 
 
-def annotated(rules: tuple[Rule, ...]) -> tuple[fx.GraphModule, Block]:
-    model = seeded(Block())
-    gm = canonical(model, tokens())
-    run_passes(gm, [AssignSpecs(rules)])
-    return gm, model
-
-
 def test_choices_say_why_a_site_stays() -> None:
-    gm, _ = annotated((Rule(arg=Arg.WEIGHT, spec=WEIGHT),))
+    gm, _ = annotated(Rule(arg=Arg.WEIGHT, spec=WEIGHT))
     choices = choose_smoothing(gm, [(tokens(8), None)], ScaleSearch(rows=32))
     assert not choices.folds
     assert choices.refused
@@ -255,8 +241,7 @@ def test_the_pass_folds_what_was_chosen_and_moves_the_samples() -> None:
     model = seeded(Block())
     with torch.no_grad():
         model.norm1.weight[0] *= 50
-    gm = canonical(model, tokens())
-    run_passes(gm, [AssignSpecs(rules)])
+    gm, _ = annotated(*rules, model=model, seed=False)
     batches = [(tokens(8), None)]
     search = ScaleSearch(rows=64, metric=Metric.FISHER, loss="gaussian")
     choices = choose_smoothing(gm, batches, search)
@@ -277,10 +262,10 @@ def test_the_pass_folds_what_was_chosen_and_moves_the_samples() -> None:
 
 
 def test_nothing_chosen_changes_nothing() -> None:
-    gm, model = annotated((Rule(spec=FOUR),))
+    gm, _ = annotated(Rule(spec=FOUR))
     names = op_names(gm)
     result = run_passes(gm, [SmoothWithBias(FoldDecisions({}, {"norm": "not smoothed: why"}, {}))])
     assert result["SmoothWithBias"].changed == 0
     assert result["SmoothWithBias"].skips[0].reason == "not smoothed: why"
     assert op_names(gm) == names
-    assert_same_function(gm, model, tokens())
+    assert_same_function(gm, seeded(Block()), tokens())

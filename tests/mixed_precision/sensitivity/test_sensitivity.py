@@ -16,18 +16,17 @@ from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
 from fxquant.config.vocabulary import Arg
 from fxquant.errors import CalibrationError, NonFiniteError
-from fxquant.graph.capture import capture
 from fxquant.graph.edges import fed_by, quantized_edges
 from fxquant.graph.fingerprint import fingerprint
 from fxquant.mixed_precision.allocate.result import rank_correlation
 from fxquant.mixed_precision.sensitivity.estimated import Estimates
 from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
-from fxquant.passes import AllocateBits, AssignSpecs, Freeze, InsertObservers, run_passes
-from fxquant.passes.canonical.canonicalize import CANONICAL
+from fxquant.passes import AllocateBits, Freeze, InsertObservers, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer
 from fxquant.testing import images, seeded, tokens
 from tests.helpers.sensitive import EIGHT, ROWS, RULES, TWIN, Classifier, Patches, Setup
+from tests.helpers.stages import annotated
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,7 @@ def test_a_loss_is_that_of_the_frozen_network_with_one_group_quantized(setup: Se
         "head__weight",
     ):
         losses = measured[name]
-        gm = capture(seeded(Classifier()), setup.x)
-        run_passes(gm, (*CANONICAL, AssignSpecs(RULES)))
+        gm, _ = annotated(*RULES, model=Classifier(), x=setup.x)
         group = next(g for g in setup.layout.groups if g.name == name)
         kept = {edge.name for edge in group.edges}
         for edge in list(quantized_edges(gm)):
