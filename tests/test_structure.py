@@ -13,7 +13,9 @@ import fxquant
 PACKAGE = Path(fxquant.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HERE = Path(__file__).parent
-TESTS = sorted(p for p in HERE.rglob("*.py") if p.stat().st_size or p.parent == HERE)
+TESTS = sorted(path for path in HERE.rglob("*.py") if path.name != "__init__.py")
+# Folders of tests that mirror no room of the package.
+CROSS_CUTTING = ("end_to_end", "helpers")
 
 # Rooms (modules and folders at the package's root) by floor. A room imports rooms of lower floors,
 # never one of its own.
@@ -120,6 +122,29 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
     if room(path) not in ("cli", "cli_model", "demo"):
         assert not packages & MODEL_ZOOS
     assert not packages & {"passes", "backends", "tests"}
+
+
+def test_tests_mirror_the_package() -> None:
+    folders = {path.parent for path in TESTS} - {HERE}
+    for folder in (path.relative_to(HERE) for path in folders):
+        assert (HERE / folder / "__init__.py").is_file(), f"tests/{folder} is not a package"
+        assert folder.parts[0] in CROSS_CUTTING or (PACKAGE / folder).is_dir(), (
+            f"tests/{folder} mirrors no folder of fxquant: name it for the room that it tests"
+        )
+
+
+@pytest.mark.parametrize("path", TESTS, ids=ids)
+def test_files_of_tests_lie_in_a_room_and_helpers_in_one_folder(path: Path) -> None:
+    if path.parent == HERE:
+        assert path.name in ("conftest.py", Path(__file__).name)
+    else:
+        assert path.name.startswith("test_") == ("helpers" not in path.parts)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=ids)
+def test_tests_do_not_import_each_other(path: Path) -> None:
+    imported = {name for name, _ in imports(path) if name.startswith("tests.")}
+    assert all(name.startswith("tests.helpers") for name in imported)
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=ids)

@@ -14,7 +14,7 @@ import torch
 import fxquant
 from fxquant import testing
 from fxquant.testing import seeded, tokens
-from tests.compiled.test_storage import assert_round_trip
+from tests.helpers.round_trip import assert_round_trip
 
 
 def through_torch_save(model: Any) -> Any:

@@ -21,6 +21,7 @@ from fxquant import Rule, TensorSpec, testing
 from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.errors import FileFormatError, OutputError
 from fxquant.testing import DIM, images, seeded, tokens
+from tests.helpers.round_trip import assert_round_trip
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,6 @@ def small() -> fxquant.CompiledModel:
 def saved(small: fxquant.CompiledModel, tmp_path: Path) -> Path:
     small.save(tmp_path / "model")
     return tmp_path / "model"
-
-
-def assert_round_trip(model: fxquant.CompiledModel, x: Tensor, folder: Path) -> None:
-    model.save(folder)
-    again = fxquant.load(folder)
-    for batch in (x, x[:1]):
-        one, other = again(batch), model(batch)
-        leaves = [torch.utils._pytree.tree_leaves(y) for y in (one, other)]
-        assert type(one) is type(other) and len(leaves[0]) == len(leaves[1])
-        assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
-    assert again.plan == model.plan and again.report == model.report
-    assert again.policy == model.policy and again.image_shape == model.image_shape
 
 
 def test_vit(vit: nn.Module, tmp_path: Path) -> None:

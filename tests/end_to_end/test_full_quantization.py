@@ -17,8 +17,8 @@ from fxquant.graph.edges import edges, possible_edges
 from fxquant.graph.nodes import submodule
 from fxquant.passes import AssignSpecs, InsertObservers, run_passes
 from fxquant.quantizers import Quantizer
-from tests.backends.integer.test_integer_only import Windows, compiled, full, images
 from tests.helpers.agreement import assert_same_codes
+from tests.helpers.integer_only import Windows, compiled, full, images
 from tests.helpers.stages import EIGHT, FOUR, annotated, canonical, frozen, reasons, specs
 
 ELEMENTWISE = [kind for kind in OpKind if not kind.is_product]

@@ -17,22 +17,10 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.sizes import is_size, size_for
 from fxquant.policies.policy import Rule
 from fxquant.reconstruction.blockwise import ActivationStore, BlockRunner, BlockwiseRunner
-from fxquant.testing import DIM, Block, relative_error, tokens
+from fxquant.testing import DIM, relative_error, tokens
 from tests.helpers import stages
 from tests.helpers.stages import EIGHT, WEIGHT, canonical
-
-
-class Stack(nn.Module):
-    """Two transformer blocks between a projection and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(DIM, DIM)
-        self.one, self.two = Block(), Block()
-        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.two(self.one(self.stem(x)))).mean(1))
+from tests.helpers.towers import Stack
 
 
 class Woven(nn.Module):

@@ -10,48 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 import fxquant
 from fxquant import policies
 from fxquant.config.recovery import Compensation, Reconstruction
-from fxquant.config.spec import Granularity, TensorSpec
-from fxquant.config.vocabulary import Arg
 from fxquant.errors import PolicyError
 from fxquant.graph.blocks import whole_network
-from fxquant.passes import Compensate, PassResult, Reconstruct, run_passes
-from fxquant.policies.policy import Policy, Rule
+from fxquant.passes import Compensate, Reconstruct
+from fxquant.policies.policy import Policy
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction import steps, training
 from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.reconstruction.losses import criterion, measure
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import split, train_block
-from fxquant.testing import relative_error, seeded, tokens
-from tests.graph.test_blocks import Stack
-from tests.helpers import stages
-
-THREE = TensorSpec(bits=3, symmetric=True, granularity=Granularity.CHANNEL)
-FIVE = TensorSpec(bits=5)
-BATCH = tokens(24)
-SHORT = {"iterations": 25, "batch": 12, "weight_rate": 2e-2, "drop": 0.0}
-
-
-class Tower(Stack):
-    """A prediction for each token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.two(self.one(self.stem(x)))))
-
-
-def frozen(model: nn.Module | None = None) -> fx.GraphModule:
-    rules = Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=FIVE)
-    return stages.frozen(*rules, model=model or Tower(), data=[BATCH])
-
-
-def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -> PassResult:
-    item = Reconstruct(BlockwiseRunner(gm, BATCH), Reconstruction(**{**SHORT, **options}), cache)
-    return run_passes(gm, [item])["Reconstruct"]
+from fxquant.testing import relative_error, seeded
+from tests.helpers.towers import BATCH, SHORT, Stack, Tower, frozen, reconstruct
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,7 @@ from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.testing import DIM, seeded
-from tests.graph.test_blocks import Stack
-from tests.passes.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct
+from tests.helpers.towers import BATCH, SHORT, Stack, Tower, frozen, reconstruct
 
 TRAINED = Reconstruction(scope="network", weights="scales", block_loss="mse", **SHORT)
 

@@ -24,7 +24,7 @@ from fxquant.reconstruction import augment, steps, training
 from fxquant.reconstruction.augment import augmented, fresh, made_in_folds
 from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.testing import relative_error, seeded
-from tests.passes.test_reconstruct import BATCH, SHORT, Tower, frozen, reconstruct
+from tests.helpers.towers import BATCH, SHORT, Tower, frozen, reconstruct
 
 NETWORK = {"scope": "network", "block_loss": "mse"}
 

@@ -14,7 +14,7 @@ from fxquant.errors import FileFormatError, OutputError
 from fxquant.passes import reconstruct as reconstruct_pass
 from fxquant.reconstruction import training
 from fxquant.reconstruction.checkpoint import Checkpoints
-from tests.passes.test_reconstruct import BATCH, frozen, reconstruct
+from tests.helpers.towers import BATCH, frozen, reconstruct
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(

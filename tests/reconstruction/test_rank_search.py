@@ -19,7 +19,7 @@ from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner
 from fxquant.reconstruction.losses import Criterion, criterion, measure
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch
 from fxquant.reconstruction.trained_block import TrainedBlock
-from tests.passes.test_reconstruct import BATCH, SHORT, THREE, frozen
+from tests.helpers.towers import BATCH, SHORT, THREE, frozen
 
 COUNT = len(BATCH)
 Setup = tuple[TrainedBlock, BlockContext, Criterion, Reconstruction]

@@ -22,7 +22,7 @@ from fxquant.quantizers.ops import broadcast
 from fxquant.reconstruction.activations import draw_mask, trained
 from fxquant.reconstruction.curriculum import Curriculum
 from fxquant.reconstruction.weights import AdaRound, LowRankWeight, StraightThrough
-from tests.passes.test_reconstruct import THREE
+from tests.helpers.towers import THREE
 
 
 def quantizers() -> list[Quantizer]:

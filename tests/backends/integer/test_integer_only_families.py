@@ -11,7 +11,7 @@ import fxquant
 from fxquant import Granularity, Rule, TensorSpec, policies
 from fxquant.backends.integer import float_operations
 from fxquant.config.vocabulary import OpKind
-from tests.backends.integer.test_integer_only import Ends, assert_same_codes, compiled, images
+from tests.helpers.integer_only import Ends, assert_same_codes, compiled, images
 from tests.helpers.zoo import FAMILIES, Family
 
 REASONS = {

@@ -14,7 +14,7 @@ from fxquant import policies
 from fxquant.backends.integer import float_operations
 from fxquant.passes import CanonicalizeDataMovement
 from fxquant.testing import DIM, assert_pass, op_names, tokens
-from tests.passes.canonical.test_to_linear import model
+from tests.helpers.functions import model
 
 ORDERS = {
     "mT": lambda x: x.mT,

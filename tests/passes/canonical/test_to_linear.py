@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fxquant import testing
@@ -27,23 +27,7 @@ from fxquant.testing import (
     seeded,
     tokens,
 )
-
-
-class Fn(nn.Module):
-    """A function of ``(x, weight)`` as a model."""
-
-    def __init__(self, function: Any, *shape: int) -> None:
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(torch.empty(shape or (DIM, DIM)))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x, self.weight)
-
-
-def model(function: Any, *shape: int) -> nn.Module:
-    return seeded(Fn(function, *shape))
-
+from tests.helpers.functions import model
 
 # DropNoOps
 

@@ -17,7 +17,7 @@ from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 from fxquant.policies import Effort
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict, read_policy
 from fxquant.testing import DIM, relative_error, seeded, tokens
-from tests.graph.test_blocks import Stack
+from tests.helpers.towers import Stack
 
 
 class Ends(nn.Module):
