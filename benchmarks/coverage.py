@@ -18,7 +18,7 @@ import fxquant
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.zoo import FAMILIES
+from tests.helpers.zoo import FAMILIES
 
 
 def main() -> None:

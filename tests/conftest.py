@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.cli_helpers import draw_classes, draw_flat
+from tests.helpers.cli_helpers import draw_classes, draw_flat
 
 # Tests run in several processes; more threads than cores wait for one another at every product.
 torch.set_num_threads(1)

@@ -13,7 +13,10 @@ from fxquant.graph.meta import KEYS
 
 PACKAGE = Path(fxquant.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-TESTS = sorted(Path(__file__).parent.glob("*.py"))
+HERE = Path(__file__).parent
+TESTS = sorted(path for path in HERE.rglob("*.py") if path.name != "__init__.py")
+# Folders of tests that mirror no room of the package.
+CROSS_CUTTING = ("end_to_end", "helpers")
 
 # Rooms (modules and folders at the package's root) by floor. A room imports rooms of lower floors,
 # never one of its own.
@@ -80,9 +83,7 @@ def used_rooms(path: Path, *, on_import_only: bool = False) -> set[str]:
 
 
 def ids(path: Path) -> str:
-    return str(
-        path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE.parent) else path.name
-    )
+    return str(path.relative_to(PACKAGE.parent if path.is_relative_to(PACKAGE) else HERE))
 
 
 def test_every_room_has_a_floor() -> None:
@@ -169,6 +170,29 @@ def test_every_key_in_meta_is_listed() -> None:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)
     ]
     assert names == [key.name for key in KEYS] and len(set(names)) == len(names)
+
+
+def test_tests_mirror_the_package() -> None:
+    folders = {path.parent for path in TESTS} - {HERE}
+    for folder in (path.relative_to(HERE) for path in folders):
+        assert (HERE / folder / "__init__.py").is_file(), f"tests/{folder} is not a package"
+        assert folder.parts[0] in CROSS_CUTTING or (PACKAGE / folder).is_dir(), (
+            f"tests/{folder} mirrors no folder of fxquant: name it for the room that it tests"
+        )
+
+
+@pytest.mark.parametrize("path", TESTS, ids=ids)
+def test_files_of_tests_lie_in_a_room_and_helpers_in_one_folder(path: Path) -> None:
+    if path.parent == HERE:
+        assert path.name in ("conftest.py", Path(__file__).name)
+    else:
+        assert path.name.startswith("test_") == ("helpers" not in path.parts)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=ids)
+def test_tests_do_not_import_each_other(path: Path) -> None:
+    imported = {name for name, _ in imports(path) if name.startswith("tests.")}
+    assert all(name.startswith("tests.helpers") for name in imported)
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=ids)

@@ -1,0 +1,61 @@
+"""Files that older versions wrote: saved folders, pickled models, YAML policies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fxquant
+from fxquant.policies.policy_file import policy_to_dict, read_policy
+
+DATA = Path(__file__).parents[1] / "data"
+POLICIES = sorted((DATA / "policies").glob("*.yaml"))
+
+
+def assert_computes_what_it_did(model: fxquant.CompiledModel) -> None:
+    """Other CPUs add in another order, which moves a few codes of 4 bits by one."""
+    kept = load_file(DATA / "format_4_outputs.safetensors")
+    outputs = model(kept["images"])
+    assert (outputs - kept["outputs"]).abs().max() < 0.05 * kept["outputs"].abs().max()
+
+
+def test_a_folder_of_format_4_loads() -> None:
+    model = fxquant.load(DATA / "format_4")
+    assert_computes_what_it_did(model)
+    schemes = {str(entry.spec.scheme) for entry in model.plan if entry.spec is not None}
+    assert schemes >= {"uniform", "twin_uniform", "dynamic_focusing", "log2", "adalog"}
+    assert [entry.edge for entry in model.report.left_float] == ["head__input", "head__weight"]
+    assert model.report.allocation is not None
+    assert "mean_bits" in str(model.report)
+    assert model.report.gains and model.report.notes
+
+
+def test_a_folder_of_format_4_is_saved_again_with_the_same_codes(tmp_path: Path) -> None:
+    fxquant.load(DATA / "format_4").save(tmp_path)
+    old, new = (load_file(f / "model.safetensors") for f in (DATA / "format_4", tmp_path))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert_computes_what_it_did(fxquant.load(tmp_path))
+
+
+def test_a_pickled_model_loads() -> None:
+    model = torch.load(DATA / "format_4.pt", weights_only=False)
+    assert isinstance(model, fxquant.CompiledModel)
+    assert_computes_what_it_did(model)
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+def test_policies_load(path: Path) -> None:
+    policy = read_policy(path)
+    assert policy.rules
+    assert policy_to_dict(policy)["name"] == policy.name
+
+
+@pytest.mark.parametrize("preset", ["best", "w8a8", "aiqvit"])
+def test_policies_of_presets_are_what_they_were(preset: str) -> None:
+    widths = {} if preset == "w8a8" else {"weight_bits": 4, "act_bits": 4}
+    wanted = fxquant.policies.preset(preset, **widths)
+    assert read_policy(DATA / "policies" / f"{preset}.yaml") == wanted
