@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.config.renamed import renamed
 from fxquant.config.spec import MAX_KERNEL_BITS, MIN_BITS
 from fxquant.config.validation import (
     check_number,
@@ -94,6 +95,7 @@ class Budget:
         return {cost: value for cost in Cost if (value := getattr(self, cost)) is not None}
 
 
+@renamed({"work": "max_macs"})
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
     """Choice of a width for every quantized operand of a product whose rule is not pinned.
@@ -104,10 +106,10 @@ class Allocation:
         method: how they are chosen.
         sensitivity: what the choice goes by.
         images: calibration images that losses are measured on, drawn by ``seed``; None takes as
-            many as ``work`` allows, at least four.
-        work: multiplications that measuring each operand at each width may take where ``images``
-            is None; what greedy measures again is not counted. The default is some four minutes on
-            two cores of an AVX2 server.
+            many as ``max_macs`` allows, at least four.
+        max_macs: multiplications that measuring each operand at each width may take where
+            ``images`` is None; what greedy measures again is not counted. The default is some four
+            minutes on two cores of an AVX2 server.
         recheck: number of best candidates that greedy measures again at each step, with all
             other groups at the widths they have by then; 0 for none. Read by greedy on measured
             sensitivities alone.
@@ -119,7 +121,7 @@ class Allocation:
     method: Method = Method.EXACT
     sensitivity: Sensitivity = Sensitivity.MEASURED
     images: int | None = None
-    work: float = 1.4e13
+    max_macs: float = 1.4e13
     recheck: int = 2
     seed: int = 0
 
@@ -148,6 +150,6 @@ class Allocation:
         check_seed(self)
         if self.images is not None:
             check_whole(self, "images", 1)
-        check_number(self, "work")
-        if not 0 < self.work < math.inf:
-            raise PolicyError(f"work must be a positive number, got {self.work}")
+        check_number(self, "max_macs")
+        if not 0 < self.max_macs < math.inf:
+            raise PolicyError(f"max_macs must be a positive number, got {self.max_macs}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.config.renamed import renamed
 from fxquant.config.scale_search import GradientLoss
 from fxquant.config.validation import (
     check_flag,
@@ -59,13 +60,14 @@ class BlockLoss(StrEnum):
     FEATURE = "feature"
 
 
+@renamed({"by_columns": "gptq"})
 @dataclass(frozen=True, kw_only=True)
 class Compensation:
     """Weights that make up for quantization in closed form, layer after layer, no training.
 
     Attributes:
-        by_columns: round column after column, later ones making up for the errors of earlier ones
-            (GPTQ, arXiv 2210.17323); else to nearest.
+        gptq: round weights column by column, later columns correcting the errors of earlier ones
+            (GPTQ, arXiv 2210.17323); otherwise round to nearest.
         ridge: first move weights to where the outputs of the quantized inputs come nearest to the
             float outputs (ERQ, arXiv 2407.06794, eq. 10), as far as that holds on images left out,
             with all that were made of them. It lowers the error of each layer, not always the
@@ -76,7 +78,7 @@ class Compensation:
         memory_bytes: budget for the values that are held between blocks; more go to files.
     """
 
-    by_columns: bool = True
+    gptq: bool = True
     ridge: bool = False
     damping: float = 0.01
     images: int = 0
@@ -88,15 +90,16 @@ class Compensation:
         Raises:
             PolicyError: a flag is no boolean, or a number is none, or out of its range.
         """
-        check_flag(self, "by_columns")
+        check_flag(self, "gptq")
         check_flag(self, "ridge")
         check_number(self, "damping", (1e-6, 1.0))
         check_whole(self, "images", 0)
         check_whole(self, "memory_bytes", 1)
-        if not (self.by_columns or self.ridge):
-            raise PolicyError("compensation does nothing: turn on by_columns, ridge or both")
+        if not (self.gptq or self.ridge):
+            raise PolicyError("compensation does nothing: turn on gptq, ridge or both")
 
 
+@renamed({"work": "max_macs"})
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """Training of each block against the float one, inputs from the quantized blocks before it.
@@ -125,9 +128,9 @@ class Reconstruction:
         augment: take the images of each step turned, moved, recoloured and mixed, and as targets
             what the float network gives for those; what is no image ``(B, C, H, W)`` is mixed
             alone. Only with the scope ``network``. A curriculum sorts images as they were given.
-        work: multiplications that all steps of the training of a ``network`` may take, looks and
-            rank search not counted; fewer steps are done where they would take more, and nothing
-            is trained where fewer than 20 are left. None sets no bound.
+        max_macs: multiplications that all steps of the training of a ``network`` may take,
+            evaluations and rank search not counted; fewer steps are done where they would take
+            more, and nothing is trained where fewer than 20 are left. None sets no bound.
         ranks: of low-rank factors, each cut at half of what the weight can have; where there are
             several, a search chooses one for each weight (AIQViT, section 3.2).
         rank_iterations: its steps, for each block.
@@ -151,7 +154,7 @@ class Reconstruction:
     held_out: float = 0.125
     curriculum: float = 1.0
     augment: bool = False
-    work: float | None = None
+    max_macs: float | None = None
     ranks: tuple[int, ...] = (16,)
     rank_iterations: int = 200
     memory_bytes: int = 2 << 30
@@ -163,7 +166,7 @@ class Reconstruction:
 
         Raises:
             UnknownKeyError: scope, rounding, loss or gradient is unknown.
-            PolicyError: a number is none, or out of its range; ``augment`` or ``work`` is given
+            PolicyError: a number is none, or out of its range; ``augment`` or ``max_macs`` is given
             with another scope than ``network``; weights' scales, or nothing at all, is trained.
         """
         parse_field(self, "scope", Scope)
@@ -182,16 +185,16 @@ class Reconstruction:
         check_number(self, "drop", (0.0, 0.95))
         check_number(self, "held_out", (0.0, 0.5))
         check_number(self, "curriculum", (0.01, 1.0))
-        if self.work is not None:
-            check_number(self, "work", (1.0, 1e30))
+        if self.max_macs is not None:
+            check_number(self, "max_macs", (1.0, 1e30))
         whole = isinstance(self.ranks, tuple | list) and all(map(is_whole, self.ranks))
         if not whole or not self.ranks or min(self.ranks) < 1:
             raise PolicyError(f"ranks must be whole numbers >= 1, got {self.ranks!r:.80}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
-        if self.work is not None and self.scope is not Scope.NETWORK:
+        if self.max_macs is not None and self.scope is not Scope.NETWORK:
             raise PolicyError(
-                "work bounds the training of a whole network: set scope to 'network', or work to "
-                "None and iterations to fewer steps for each block"
+                "max_macs bounds the training of a whole network: set scope to 'network', or "
+                "max_macs to None and iterations to fewer steps for each block"
             )
         if self.augment and self.scope is not Scope.NETWORK:
             raise PolicyError(

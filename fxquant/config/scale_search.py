@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.config.renamed import renamed
 from fxquant.config.validation import (
     check_flag,
     check_number,
@@ -53,6 +54,7 @@ class GradientLoss(StrEnum):
     GAUSSIAN = "gaussian"
 
 
+@renamed({"opt_m": "search_region_ratio"})
 @dataclass(frozen=True, kw_only=True)
 class ScaleSearch:
     """Search of scales by the output error of products (arXiv 2111.12293, section 4.3).
@@ -70,8 +72,9 @@ class ScaleSearch:
         memory_bytes: bound of what is kept of the float model between batches (besides, the
             activations of four images at a time); rows are fewer where it is tight.
         seed: of the choice of rows, sampled labels and noise.
-        opt_m: search the region ratio of twin quantizers with their scale, uniform grids among
-            the candidates (MPTQ-ViT, arXiv 2401.14895); False keeps the hand-set rule.
+        search_region_ratio: search the region ratio of twin quantizers with their scale, uniform
+            grids among the candidates (OPT-m of MPTQ-ViT, arXiv 2401.14895); False keeps the
+            hand-set rule.
     """
 
     metric: Metric = Metric.FISHER
@@ -84,7 +87,7 @@ class ScaleSearch:
     rows: int = 512
     memory_bytes: int = 1 << 30
     seed: int = 0
-    opt_m: bool = False
+    search_region_ratio: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -95,7 +98,7 @@ class ScaleSearch:
         """
         parse_field(self, "metric", Metric)
         parse_field(self, "loss", GradientLoss)
-        check_flag(self, "opt_m")
+        check_flag(self, "search_region_ratio")
         check_whole(self, "candidates", 2)
         for name in ("rounds", "stride", "rows", "memory_bytes"):
             check_whole(self, name, 1)

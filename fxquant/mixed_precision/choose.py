@@ -41,7 +41,7 @@ def reservoir_for(gm: fx.GraphModule, allocation: Allocation | None) -> Reservoi
     count = allocation.images
     if count is None:
         work = len(allocation.widths) * WidthGroups(gm).macs_after_groups()
-        count = images_for(allocation.work, work)
+        count = images_for(allocation.max_macs, work)
     return ReservoirSampler(count, allocation.seed)
 
 
@@ -96,8 +96,11 @@ def choose_widths(
     options, search = policy.allocation, policy.samples
     assert options is not None and search is not None
     layout = WidthGroups(gm)
-    opt_m = policy.search is not None and policy.search.opt_m
-    trials = TrialQuantizers(gm, least_squares=policy.search is not None, opt_m=opt_m)
+    trials = TrialQuantizers(
+        gm,
+        least_squares=policy.search is not None,
+        allow_uniform=policy.search is not None and policy.search.search_region_ratio,
+    )
     estimates = _estimate(layout, Estimates(gm, trials, samples, search.metric, seen), options)
     if options.sensitivity is Sensitivity.ESTIMATED:
         problem = _problem(layout, options, _needed(layout, estimates))

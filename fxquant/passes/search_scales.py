@@ -114,7 +114,7 @@ class _Work:
         assert spec is not None
         if isinstance(quantizer, TwinUniformQuantizer):
             values = sample.lhs if edge.arg in _LEFT else sample.rhs
-            kind = SearchedRegionRatio if self._options.search.opt_m else SearchedTwin
+            kind = SearchedRegionRatio if self._options.search.search_region_ratio else SearchedTwin
             return kind(quantizer, spec, self._options.search, values)
         if isinstance(quantizer, DynamicFocusingQuantizer | LogQuantizer):
             values = sample.lhs if edge.arg in _LEFT else sample.rhs

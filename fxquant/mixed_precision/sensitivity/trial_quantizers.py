@@ -23,15 +23,18 @@ class TrialQuantizers:
         gm: in stage OBSERVED, its observers with histograms, having seen data.
         least_squares: fit by least squared error, as a stand-in for a search of scales that
             would take too long at every width; else as each edge's spec says.
-        opt_m: a uniform quantizer may stand in for a twin one, as in a search of the region ratio.
+        allow_uniform: fit a uniform quantizer instead of a twin one where its squared error is
+            less, as the search of region ratios does.
 
     Attributes:
-        settings: the two.
+        settings: ``(least_squares, allow_uniform)``.
     """
 
-    def __init__(self, gm: fx.GraphModule, *, least_squares: bool, opt_m: bool = False) -> None:
-        self._gm, self._least_squares, self._opt_m = gm, least_squares, opt_m
-        self.settings = least_squares, opt_m
+    def __init__(
+        self, gm: fx.GraphModule, *, least_squares: bool, allow_uniform: bool = False
+    ) -> None:
+        self._gm, self._least_squares, self._allow_uniform = gm, least_squares, allow_uniform
+        self.settings = least_squares, allow_uniform
         self._fitted: dict[tuple[str, int], Quantizer] = {}
 
     @torch.no_grad()
@@ -55,7 +58,7 @@ class TrialQuantizers:
             spec = replace(spec, observer=ObserverKind.MSE, percentile=None)
         observer = submodule(self._gm, edge.source)
         twin = spec.scheme is Scheme.TWIN_UNIFORM
-        if self._opt_m and twin and isinstance(observer, HistogramObserver):
+        if self._allow_uniform and twin and isinstance(observer, HistogramObserver):
             uniform = replace(spec, scheme=Scheme.UNIFORM, max_shift=None)
             return observer.best([observer.fit(spec), observer.fit(uniform)])
         if isinstance(observer, Observer):

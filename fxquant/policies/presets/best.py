@@ -47,7 +47,7 @@ _SECONDS = Reconstruction(
     drop=0.0,
     held_out=0.0,
     augment=True,
-    work=1e13,
+    max_macs=1e13,
 )
 # Hundreds of images carry the weights too. 1,000 steps of a small network, 400 of DeiT-S.
 _MINUTES = replace(
@@ -56,12 +56,12 @@ _MINUTES = replace(
     weight_rate=3e-3,
     iterations=1000,
     held_out=0.125,
-    work=2.5e14,
+    max_macs=2.5e14,
 )
 _TRAINING = {
     Effort.SECONDS: _SECONDS,
     Effort.MINUTES: _MINUTES,
-    Effort.HOURS: replace(_MINUTES, iterations=10_000, work=None),
+    Effort.HOURS: replace(_MINUTES, iterations=10_000, max_macs=None),
 }
 # To round weights by: 32 have fewer rows than a wide layer columns where tokens are merged.
 _IMAGES = 128
