@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fxquant._version import __version__
-from fxquant.config.allocation import Cost, Method
-from fxquant.policies import Effort
+from fxquant.config.allocation import Budget, Cost, Method
+from fxquant.config.effort import Effort
 
 # Options of presets that the command line has.
 PRESET_OPTIONS = ("weight_bits", "act_bits", "end_bits", "effort", "full")
@@ -33,6 +33,17 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_compile, _add_eval, _add_doctor, _add_pareto, _add_policies, _add_demo):
         add(commands, common)
     return parser
+
+
+def budget_of(options: argparse.Namespace) -> Budget | None:
+    """The budget asked for on the command line, if any.
+
+    Raises:
+        PolicyError: it is malformed.
+    """
+    limits = {str(cost): getattr(options, cost, None) for cost in Cost}
+    given = {cost: limit for cost, limit in limits.items() if limit is not None}
+    return Budget(**given) if given else None
 
 
 def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxquant.config.allocation import Budget, Cost, Method
-from fxquant.mixed_precision.allocate.exact import exact
 from fxquant.mixed_precision.allocate.greedy import MeasureLoss, greedy
 from fxquant.mixed_precision.allocate.problem import Problem
 
@@ -59,6 +58,8 @@ def allocate(
     if not problem.groups:
         return plan_of(problem, ())
     if method is Method.EXACT:
+        from fxquant.mixed_precision.allocate.exact import exact  # imports scipy.optimize
+
         return plan_of(problem, exact(problem, bounds))
     return plan_of(problem, greedy(problem, bounds, measure, recheck))
 

@@ -8,18 +8,32 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy.stats import rankdata
 
 from fxquant.config.allocation import Cost
-from fxquant.mixed_precision.allocate.problem import Problem
+from fxquant.mixed_precision.allocate.problem import Floats, Problem
 
 
 def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Spearman's: Pearson's of the ranks, ties sharing theirs; None where one does not vary."""
-    ranks = rankdata(one), rankdata(two)
+    """Spearman's rank correlation: Pearson's of the ranks, tied values sharing their mean rank.
+
+    Args:
+        one: numbers.
+        two: as many numbers.
+
+    Returns:
+        A number in -1..1; None where either sequence does not vary.
+    """
+    ranks = _ranks(one), _ranks(two)
     if len(one) < 2 or not all(np.ptp(r) for r in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Floats:
+    """Ranks from 1, tied values sharing the mean of theirs."""
+    _, distinct, counts = np.unique(values, return_inverse=True, return_counts=True)
+    means: Floats = np.cumsum(counts) - (counts - 1) / 2
+    return means[distinct]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import StrEnum
 
 from fxquant.config.allocation import Allocation, Budget
+from fxquant.config.effort import Effort
 from fxquant.config.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.spec import MAX_KERNEL_BITS, TensorSpec
@@ -17,20 +17,6 @@ from fxquant.policies.presets.plain import w8a8
 from fxquant.policies.presets.searched import mptq_vit, ptq4vit
 from fxquant.policies.presets.shared_rules import elementwise_rules, end_rules
 from fxquant.utils.suggest import did_you_mean
-
-
-class Effort(StrEnum):
-    """How long a compilation may take.
-
-    ``seconds``: scales of small networks are trained on what is made of a few images, others not at
-    all; ``minutes``: weights as well, of all but the largest, for longer, on hundreds of images;
-    ``hours``: of all.
-    """
-
-    SECONDS = "seconds"
-    MINUTES = "minutes"
-    HOURS = "hours"
-
 
 _END_BITS = 8
 # Of each product, for the search: half of what other presets take, for speed.
