@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fxquant._version import __version__
+
 FORMAT = 1
 # Instructions that decide how fast and how exact integer kernels are.
 _FLAGS = ("avx2", "avx512_vnni", "amx_int8")
-_PACKAGES = ("fxquant", "torch", "onnxruntime", "onnx", "timm", "numpy")
+_PACKAGES = ("torch", "onnxruntime", "onnx", "timm", "numpy")
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def machine(threads: int | None = None) -> dict[str, Any]:
         ``cores``, ``threads``, ``python`` and ``versions`` of packages that are installed.
     """
     name, flags = _cpu()
+    versions = {package: found for package in _PACKAGES if (found := _version(package))}
     return {
         "cpu": name,
         "flags": {flag: flag in flags for flag in _FLAGS},
@@ -35,7 +38,7 @@ def machine(threads: int | None = None) -> dict[str, Any]:
         else os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": {"fxquant": __version__, **versions},
     }
 
 

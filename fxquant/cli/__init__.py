@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from fxquant.cli.arguments import build_parser
 from fxquant.errors import FxQuantError
+from fxquant.utils.log import show_log
 
 GOES_ON = (
     ": the same command takes up a search of widths or a training where it stopped, other steps "
@@ -28,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    usual = argparse.Namespace(debug=False, threads=None)
+    usual = argparse.Namespace(debug=False, verbose=False, threads=None)
     options = build_parser().parse_args(argv, usual)
+    if options.verbose:
+        show_log()
     try:
         return _run(options)
     except FxQuantError as error:

@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Global options may stand before or after the command; a default would undo the former.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--verbose", action="store_true", help="log what is done on stderr")
     common.add_argument("--threads", type=_count, metavar="N", help="CPU threads")
     parser = argparse.ArgumentParser(
         prog="fxquant",

@@ -37,6 +37,7 @@ from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.compiler import compile
 from fxquant.errors import DataError, FileFormatError, ModelError
 from fxquant.utils.files import check_writable, write_text, write_together
+from fxquant.utils.log import LOGGER, logged
 from fxquant.utils.progress import track, working
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def run_compile(options: Namespace) -> int:
     model = build_model(source, weights, arguments)
     images = _read_images(loader, count)
     cache = options.out / _CACHE
-    compiled = compile(model, images, policy, cache=cache, progress=True)
+    LOGGER.info("policy %s, %d images, cache %s", policy.name, sum(map(len, images)), cache)
+    with logged(f"compilation of {source.name}"):
+        compiled = compile(model, images, policy, cache=cache, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
     found = sum(map(len, images))
@@ -121,12 +124,13 @@ def write_artifacts(
         LoweringError: the model has no ONNX form.
         OutputError: the folder cannot be written.
     """
-    with tempfile.TemporaryDirectory() as name, working("export ONNX"):
+    with tempfile.TemporaryDirectory() as name, working("export ONNX"), logged("export"):
         draft = Path(name)
         export = compiled.export_onnx(draft / ONNX_FILE, target=target)
         compiled.save(draft)
         write_text(draft / PREPROCESSING_FILE, preprocessing.to_json())
         write_together({folder / file: partial(_copy, draft / file) for file in _FILES})
+        LOGGER.info("wrote %s in %s", ", ".join(_FILES), folder)
     return dataclasses.replace(export, path=folder / ONNX_FILE)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fxquant.errors import FileFormatError, OutputError
+from fxquant.utils.log import LOGGER
 
 # A group at a width, or all groups each at its own.
 Key = tuple[str, tuple[int, ...]]
@@ -47,6 +48,7 @@ class LossCache:
             self._read(path, whole.splitlines(), fingerprint)
             if whole != data:
                 os.truncate(path, len(whole))
+            LOGGER.info("%d measured losses read from %s", len(self._losses), path)
             self._file = path.open("a", encoding="utf-8")
             if not whole:
                 self._write(self._head)
@@ -89,6 +91,7 @@ class LossCache:
             OutputError: it cannot be written.
         """
         self._losses[key] = loss
+        LOGGER.debug("loss of %s at %s bits: %.6g", *key, loss)
         try:
             self._write(json.dumps({"what": key[0], "bits": list(key[1]), "loss": loss}))
         except OSError as error:
