@@ -131,12 +131,12 @@ def test_the_change_of_a_move_is_the_difference_of_totals(
     size = len(problem.groups)
     bits = np.array(data.draw(st.lists(width, min_size=size, max_size=size)))
     widths = np.array(problem.widths)
-    for meter in problem.meters.values():
-        changes = meter.changes(bits, widths)
+    for cost_function in problem.cost_functions.values():
+        changes = cost_function.changes(bits, widths)
         for i, j in itertools.product(range(size), range(len(widths))):
             moved = bits.copy()
             moved[i] = widths[j]
-            assert changes[i, j] == meter.total(moved) - meter.total(bits)
+            assert changes[i, j] == cost_function.total(moved) - cost_function.total(bits)
 
 
 @pytest.mark.parametrize("method", Method)

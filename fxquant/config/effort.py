@@ -1,4 +1,4 @@
-"""How long the preset ``best`` may take."""
+"""Effort of the preset ``best``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from enum import StrEnum
 
 
 class Effort(StrEnum):
-    """How long a compilation may take.
+    """Time that a compilation may take.
 
-    ``seconds``: scales of small networks are trained on what is made of a few images, others not at
-    all; ``minutes``: weights as well, of all but the largest, for longer, on hundreds of images;
-    ``hours``: of all.
+    ``seconds``: scales of small networks are trained on images augmented from a few, larger
+    networks are not trained; ``minutes``: weights are trained too, except in the largest networks,
+    with more steps on hundreds of images; ``hours``: weights of all networks are trained.
     """
 
     SECONDS = "seconds"

@@ -1,4 +1,4 @@
-"""Quantizers of any width for the edges of an observed graph, from what its observers saw."""
+"""Quantizers of any width for the edges of an observed graph, from its observers' statistics."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TrialQuantizers:
 
     Args:
         gm: in stage OBSERVED, its observers with histograms, having seen data.
-        least_squares: fit by least squared error, as a stand-in for a search of scales that
-            would take too long at every width; else as each edge's spec says.
+        least_squares: fit by least squared error, in place of a search of scales, which would
+            take too long at every width; otherwise fit by the observer of each edge's spec.
         allow_uniform: fit a uniform quantizer instead of a twin one where its squared error is
             less, as the search of region ratios does.
 
