@@ -23,10 +23,10 @@ train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` a
 ``--calibration 1024``, the others for the 32 images of the default.
 
 Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
-and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV,
-beside a plot. Each measurement is written to ``draws.csv`` as soon as it is there, draw by draw; a
-run with the same folder goes on where the last one stopped. Delete the folder after a change of
-code.
+and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV
+and, with the machine, as JSON, beside a plot. Each measurement is written to ``draws.csv`` as soon
+as it is there, draw by draw; a run with the same folder goes on where the last one stopped. Delete
+the folder after a change of code.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from recipes import methods
+from results import write_results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -233,7 +234,7 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    """Prints two tables a model; writes ``accuracy.csv`` and ``accuracy.png``."""
+    """Prints two tables a model; writes ``accuracy`` as CSV, JSON and PNG."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--methods", nargs="+", choices=list(methods(8) | methods(4)))
@@ -252,6 +253,12 @@ def main() -> None:
         scores.setdefault((job.model, job.bits, job.method), []).append(score)
     for model, field in itertools.product(options.models, (0, 1)):
         Console(width=120).print(table(scores, model, field))
+    rows = [
+        {"model": model, "bits": bits, "method": method, **score._asdict()}
+        for (model, bits, method), draws in scores.items()
+        for score in draws
+    ]
+    write_results(options.out / "accuracy.json", "accuracy", vars(options), rows, threads=1)
     write_csv(scores, options.out / "accuracy.csv")
     plot(scores, options.out / "accuracy.png")
 

@@ -1,6 +1,6 @@
 """Time and peak memory of ``fxquant.compile``, and how they grow.
 
-    python benchmarks/compile_time.py --policy ptq4vit --bits 6
+    python benchmarks/compile_time.py --policy ptq4vit --bits 6 --out results.json
 
 Each row is a process of its own, so that peak memory is that of this compilation. Weights are
 random: the time does not depend on them. For a policy that searches scales, two more processes
@@ -17,10 +17,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from results import write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +68,7 @@ def measure(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """The figures of a process with some options changed."""
     command = [sys.executable, __file__, "--one"]
-    for name, value in {**vars(options), **changes}.items():
+    for name, value in {**vars(options), **changes, "out": None}.items():
         if value is True:
             command.append(f"--{name.replace('_', '-')}")
         elif value is not None and value is not False:
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="blocks; the model's own if not given")
     parser.add_argument("--width", type=int, help="channels; the model's own if not given")
     parser.add_argument("--brute-force", action="store_true", help="every candidate on every row")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--one", action="store_true", help="one compilation, figures as JSON")
     options = parser.parse_args()
     if options.one:
@@ -117,17 +120,19 @@ def main() -> None:
         (blocks, width // 2, options.images),
         (blocks, width, 2 * options.images),
     ]
-    seconds = []
+    results: list[dict[str, Any]] = []
     for depth, channels, images in rows:
         figures = run(options, depth=depth, width=channels, images=images)
         phases = ", ".join(f"{name} {value:.1f}" for name, value in figures["phases"].items())
         numbers = [f"{figures[key]:.2f}" for key in ("seconds", "peak", "before")]
         table.add_row(str(depth), str(channels), str(images), *numbers, phases)
-        seconds.append(figures["seconds"])
+        results.append({"blocks": depth, "channels": channels, "images": images, **figures})
     print(f"{options.model}, {recipe(options).name}, {options.threads} threads")
     Console(width=120).print(table)
+    if options.out is not None:
+        write_results(options.out, "compile_time", vars(options), results, options.threads)
     if recipe(options).search is not None:
-        compare_brute_force(options, seconds[0], blocks)
+        compare_brute_force(options, results[0]["seconds"], blocks)
 
 
 if __name__ == "__main__":

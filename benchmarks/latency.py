@@ -1,6 +1,6 @@
 """Latency in onnxruntime: float32, onnxruntime's own quantize_static, and fxquant, in one run.
 
-    python benchmarks/latency.py --model deit_small_patch16_224 --batches 1 8
+    python benchmarks/latency.py --batches 1 8 --out benchmarks/results/latency.json
 
 All are timed in turn, round by round, so that a noisy machine slows all alike; compare the ratios.
 Weights are random: latency does not depend on them. `x86-vnni` and `quantize_static` have int8
@@ -29,6 +29,7 @@ from onnxruntime.quantization import (
     quant_pre_process,
     quantize_static,
 )
+from results import write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -107,7 +108,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     options = parser.parse_args()
+    rows: list[dict[str, object]] = []
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     model = timm.create_model(options.model).eval()
@@ -131,9 +134,12 @@ def main() -> None:
             for name, ms in times.items():
                 ratios = [f"{times[peer] / ms:.2f}" for peer in ("float32", "quantize_static")]
                 table.add_row(str(batch), name, f"{ms:.1f}", *ratios)
+                rows.append({"batch": batch, "runtime": name, "milliseconds": ms})
     print(f"{options.model}, {options.threads} threads, onnxruntime {ort.__version__}")
     print(f"uint8 x int8 products overflow on this CPU: {'yes' if u8s8_saturates() else 'no'}")
     Console().print(table)
+    if options.out is not None:
+        write_results(options.out, "latency", vars(options), rows, options.threads)
 
 
 if __name__ == "__main__":

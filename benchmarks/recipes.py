@@ -47,7 +47,7 @@ def methods(bits: int) -> dict[str, Policy]:
         "+ both, RepQ": replace(whole, reparameterize=True),
         "+ both, row by row": replace(whole, search=by_row),
         "+ both, as published": replace(as_published(whole, symmetric), search=by_row),
-        "+ both, OPT-m": replace(whole, search=replace(whole.search, opt_m=True)),
+        "+ both, OPT-m": replace(whole, search=replace(whole.search, search_region_ratio=True)),
         "MPTQ-ViT": policies.mptq_vit(bits, bits),
         **compensated(bits),
         **attention(whole, bits),
@@ -90,14 +90,15 @@ def attention(base: Policy, bits: int) -> dict[str, Policy]:
 def compensated(bits: int) -> dict[str, Policy]:
     """Weights rounded column by column, and moved by the ridge before."""
     plain, whole = (
-        policies.ptq4vit(bits, bits, search=ScaleSearch(opt_m=m)) for m in (False, True)
+        policies.ptq4vit(bits, bits, search=ScaleSearch(search_region_ratio=m))
+        for m in (False, True)
     )
-    by_columns = Compensation()
+    gptq = Compensation()
     return {
-        "+ both, by columns": replace(plain, compensation=by_columns),
-        "+ OPT-m, by columns": replace(whole, compensation=by_columns),
-        "+ OPT-m, ridge": replace(whole, compensation=replace(by_columns, ridge=True)),
-        "MPTQ-ViT, by columns": replace(policies.mptq_vit(bits, bits), compensation=by_columns),
+        "+ both, by columns": replace(plain, compensation=gptq),
+        "+ OPT-m, by columns": replace(whole, compensation=gptq),
+        "+ OPT-m, ridge": replace(whole, compensation=replace(gptq, ridge=True)),
+        "MPTQ-ViT, by columns": replace(policies.mptq_vit(bits, bits), compensation=gptq),
     }
 
 

@@ -1,6 +1,6 @@
 """How large exported files are beside their plan, and what opening them takes, as a table.
 
-    python benchmarks/sizes.py --models glyph_vit deit_small_patch16_224 --widths 8 4 2
+    python benchmarks/sizes.py --widths 8 4 2 --out benchmarks/results/sizes.json
 
 A plan's bytes are weights at their width, all other parameters and the scales in 32 bits. timm's
 models have random weights, and biases too, since a file holds equal ones once.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
+from results import write_results
 from torch import Tensor, nn
 
 import fxquant
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=names, help="demo or timm models")
     parser.add_argument("--widths", type=int, nargs="+", default=list(range(8, 1, -1)))
     parser.add_argument("--target", choices=sorted(TARGETS), default="x86-avx2")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     options = parser.parse_args()
+    rows: list[dict[str, object]] = []
     torch.manual_seed(0)
     print(
         "| model | weights | plan kB | file kB | file / plan | kernels | to open: s | MB | after |"
@@ -66,12 +69,18 @@ def main() -> None:
                     text=True,
                 ).stdout.split()
             plan = compiled.report.quantized_bytes
+            row = {"model": name, "bits": bits, "plan_bytes": plan}
+            row |= {"file_bytes": exported.file_bytes, "kernels": sum(exported.fused.values())}
+            opening = zip(("open_seconds", "open_mb", "open_mb_after"), cost, strict=True)
+            rows.append(row | {key: float(value.replace(",", "")) for key, value in opening})
             print(
                 f"| {name} | {bits} bits | {plan / 1e3:,.0f} | {exported.file_bytes / 1e3:,.0f} "
                 f"| {exported.file_bytes / plan:.3f} | {sum(exported.fused.values())} "
                 f"| {' | '.join(cost)} |",
                 flush=True,
             )
+    if options.out is not None:
+        write_results(options.out, "sizes", vars(options), rows)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-import torch
-
 from fxquant.cli.arguments import build_parser
 from fxquant.errors import FxQuantError
+from fxquant.utils.log import show_log
 
 GOES_ON = (
     ": the same command takes up a search of widths or a training where it stopped, other steps "
@@ -30,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    usual = argparse.Namespace(debug=False, threads=None)
+    usual = argparse.Namespace(debug=False, verbose=False, threads=None)
     options = build_parser().parse_args(argv, usual)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    if options.verbose:
+        show_log()
     try:
         return _run(options)
     except FxQuantError as error:
@@ -48,15 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # timm, torchvision and onnxruntime take seconds to import, which --help need not wait for.
-    from fxquant.cli import commands, demo, widths
+    """Runs the command; each imports what it needs, so that ``--help`` waits for nothing."""
+    if options.threads is not None:
+        import torch
 
-    runs = {
+        torch.set_num_threads(options.threads)
+    if options.command == "policies":
+        from fxquant.cli import policies
+
+        return policies.run_policies(options)
+    if options.command == "pareto":
+        from fxquant.cli import widths
+
+        return widths.run_pareto(options)
+    if options.command == "demo":
+        from fxquant.cli import demo
+
+        return demo.run_demo(options)
+    from fxquant.cli import commands
+
+    run = {
         "compile": commands.run_compile,
         "eval": commands.run_eval,
         "doctor": commands.run_doctor,
-        "policies": commands.run_policies,
-        "demo": demo.run_demo,
-        "pareto": widths.run_pareto,
     }
-    return runs[options.command](options)
+    return run[options.command](options)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fxquant._version import __version__
-from fxquant.config.allocation import Cost, Method
-from fxquant.policies import Effort
+from fxquant.config.allocation import Budget, Cost, Method
+from fxquant.config.effort import Effort
 
 # Options of presets that the command line has.
 PRESET_OPTIONS = ("weight_bits", "act_bits", "end_bits", "effort", "full")
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Global options may stand before or after the command; a default would undo the former.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--verbose", action="store_true", help="log what is done on stderr")
     common.add_argument("--threads", type=_count, metavar="N", help="CPU threads")
     parser = argparse.ArgumentParser(
         prog="fxquant",
@@ -33,6 +34,17 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_compile, _add_eval, _add_doctor, _add_pareto, _add_policies, _add_demo):
         add(commands, common)
     return parser
+
+
+def budget_of(options: argparse.Namespace) -> Budget | None:
+    """The budget asked for on the command line, if any.
+
+    Raises:
+        PolicyError: it is malformed.
+    """
+    limits = {str(cost): getattr(options, cost, None) for cost in Cost}
+    given = {cost: limit for cost, limit in limits.items() if limit is not None}
+    return Budget(**given) if given else None
 
 
 def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:

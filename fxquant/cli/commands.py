@@ -1,22 +1,18 @@
-"""The commands ``compile``, ``eval``, ``doctor`` and ``policies``."""
+"""The commands ``compile``, ``eval`` and ``doctor``."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import shutil
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from fxquant import policies
-from fxquant.cli.arguments import PRESET_OPTIONS
 from fxquant.cli.data import DEMO, Batches, batches, open_data
 from fxquant.cli.evaluation import Runtime, evaluate, onnx_runtime, torch_runtime
 from fxquant.cli.models import (
@@ -27,21 +23,21 @@ from fxquant.cli.models import (
     image_size_of,
     preprocessing_of,
 )
+from fxquant.cli.policies import policy_of
 from fxquant.cli.preprocess import (
     PREPROCESSING_FILE,
     Preprocessing,
     plain_preprocessing,
     read_preprocessing,
 )
-from fxquant.cli.widths import budget_of, with_budget
+from fxquant.cli.widths import with_budget
 from fxquant.compiled.model import CompiledModel, load
 from fxquant.compiled.report import Report
 from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.compiler import compile
-from fxquant.errors import DataError, FileFormatError, ModelError, PolicyError
-from fxquant.policies.policy import Policy
-from fxquant.policies.policy_file import resolve, to_yaml
+from fxquant.errors import DataError, FileFormatError, ModelError
 from fxquant.utils.files import check_writable, write_text, write_together
+from fxquant.utils.log import LOGGER, logged
 from fxquant.utils.progress import track, working
 
 if TYPE_CHECKING:
@@ -62,7 +58,7 @@ def run_compile(options: Namespace) -> int:
     from fxquant.backends.onnx_qdq.target import resolve_target
 
     # All that can be wrong is looked at before the work starts.
-    source, policy = find_model(options.model), with_budget(_policy(options), options)
+    source, policy = find_model(options.model), with_budget(policy_of(options), options)
     resolve_target(options.target)
     check_writable(options.out)
     arguments = dict(options.model_arg)
@@ -78,7 +74,9 @@ def run_compile(options: Namespace) -> int:
     model = build_model(source, weights, arguments)
     images = _read_images(loader, count)
     cache = options.out / _CACHE
-    compiled = compile(model, images, policy, cache=cache, progress=True)
+    LOGGER.info("policy %s, %d images, cache %s", policy.name, sum(map(len, images)), cache)
+    with logged(f"compilation of {source.name}"):
+        compiled = compile(model, images, policy, cache=cache, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
     found = sum(map(len, images))
@@ -126,12 +124,13 @@ def write_artifacts(
         LoweringError: the model has no ONNX form.
         OutputError: the folder cannot be written.
     """
-    with tempfile.TemporaryDirectory() as name, working("export ONNX"):
+    with tempfile.TemporaryDirectory() as name, working("export ONNX"), logged("export"):
         draft = Path(name)
         export = compiled.export_onnx(draft / ONNX_FILE, target=target)
         compiled.save(draft)
         write_text(draft / PREPROCESSING_FILE, preprocessing.to_json())
         write_together({folder / file: partial(_copy, draft / file) for file in _FILES})
+        LOGGER.info("wrote %s in %s", ", ".join(_FILES), folder)
     return dataclasses.replace(export, path=folder / ONNX_FILE)
 
 
@@ -226,35 +225,3 @@ def run_doctor(options: Namespace) -> int:
         report = doctor(options.path, images)
     print(report)
     return 0 if report.ok else 1
-
-
-def _policy(options: Namespace) -> Policy:
-    """The policy asked for, a preset with the options asked for."""
-    given = _preset_options(options)
-    if policies.takes(options.policy, "budget"):
-        given["budget"] = budget_of(options)
-    if all(value is None for value in given.values()):
-        return resolve(options.policy)
-    if Path(options.policy).suffix in (".yaml", ".yml"):
-        names = ", ".join(f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None)
-        raise PolicyError(f"{names} are for presets; {options.policy} has its own widths and rules")
-    return policies.preset(options.policy, **given)
-
-
-def _preset_options(options: Namespace) -> dict[str, Any]:
-    return {key: getattr(options, key) for key in PRESET_OPTIONS}
-
-
-def run_policies(options: Namespace) -> int:
-    """``fxquant policies``: the presets, or one of them."""
-    if options.name is None:
-        width = max(map(len, policies.PRESETS))
-        for name, make in policies.PRESETS.items():
-            print(f"{name:{width}}  {make().description}")
-    elif options.describe:
-        policies.preset(options.name)
-        make_one: Callable[..., object] = policies.PRESETS[options.name]
-        print(f"{options.name}{inspect.signature(make_one)}\n\n{inspect.getdoc(make_one)}")
-    else:
-        print(to_yaml(policies.preset(options.name, **_preset_options(options))), end="")
-    return 0

@@ -7,8 +7,9 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+from fxquant.cli.arguments import budget_of
 from fxquant.compiled.model import load
-from fxquant.config.allocation import Allocation, Budget, Cost
+from fxquant.config.allocation import Allocation, Cost
 from fxquant.errors import PolicyError
 from fxquant.mixed_precision.allocate.plan import SweepPoint, sweep, sweep_csv
 from fxquant.policies.policy import Policy
@@ -17,17 +18,6 @@ from fxquant.utils.files import write_together, write_utf8
 _BUDGETS = "--mean-bits, --mean-weight-bits, --mean-act-bits, --weight-bytes or --bitops"
 CSV_FILE, PLOT_FILE = "pareto.csv", "pareto.png"
 _STYLES = {"uniform": "s", "greedy": "o-", "exact": ".-"}
-
-
-def budget_of(options: Namespace) -> Budget | None:
-    """The budget asked for on the command line, if any.
-
-    Raises:
-        PolicyError: it is malformed.
-    """
-    limits = {str(cost): getattr(options, cost, None) for cost in Cost}
-    given = {cost: limit for cost, limit in limits.items() if limit is not None}
-    return Budget(**given) if given else None
 
 
 def with_budget(policy: Policy, options: Namespace) -> Policy:

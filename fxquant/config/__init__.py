@@ -1,1 +1,1 @@
-"""Frozen options: what is quantized how, searched, allocated, recovered. Imports no torch."""
+"""Frozen options of quantization, search, bit allocation and recovery. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What a search of bit-widths may choose from, and what the result may cost. Frozen data."""
+"""Options of mixed precision: candidate widths, budget, method. Frozen data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.config.renamed import renamed
 from fxquant.config.spec import MAX_KERNEL_BITS, MIN_BITS
 from fxquant.config.validation import (
     check_number,
@@ -19,7 +20,7 @@ from fxquant.errors import BitWidthError, PolicyError
 
 
 class Cost(StrEnum):
-    """What the widths of a model cost; see :class:`Budget` for how each is counted."""
+    """Costs of a model's bit-widths; :class:`Budget` defines how each is counted."""
 
     WEIGHT_BYTES = "weight_bytes"
     BITOPS = "bitops"
@@ -29,11 +30,11 @@ class Cost(StrEnum):
 
 
 class Method(StrEnum):
-    """How widths are chosen.
+    """Method of choosing widths.
 
-    ``exact`` finds the widths of least predicted loss (an integer program); ``greedy`` lowers the
-    group whose loss rises least for what it saves until the budget holds, and can measure its
-    best candidates with all other groups as they are by then.
+    ``exact`` finds the widths of least predicted loss (an integer program). ``greedy`` lowers the
+    width whose rise of the loss per cost saved is least, until the budget holds; it can measure its
+    best candidates again with all other groups at their current widths.
     """
 
     EXACT = "exact"
@@ -41,11 +42,11 @@ class Method(StrEnum):
 
 
 class Sensitivity(StrEnum):
-    """Where the rise of the loss by one group at one width is taken from.
+    """Source of the rise of the loss by one group at one width.
 
-    ``measured`` runs the network with that group quantized; ``estimated`` weighs the error of the
-    products that read the group by squared gradients, without running it, in units of the loss
-    whose gradient the policy's search takes.
+    ``measured`` runs the network with only that group quantized. ``estimated`` weights the output
+    error of the products that read the group by squared gradients, without running the network, in
+    units of the loss whose gradient the policy's search uses.
     """
 
     MEASURED = "measured"
@@ -54,19 +55,19 @@ class Sensitivity(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Upper bounds; all that are given must hold.
+    """Upper bounds of costs; every bound that is not None must hold.
 
-    Every quantized operand of a product counts, pinned ones at their fixed width; edges left float
-    do not, nor do biases, scales and what stands between products (norms, additions). A value that
-    several edges read through one quantizer counts once.
+    Every quantized operand of a product counts, pinned operands at their fixed width. Float edges,
+    biases, scales and the operations between products (norms, additions) do not count. A value
+    that several edges read through one quantizer counts once.
 
     Attributes:
-        weight_bytes: sum over weights of values times bits, over 8.
-        bitops: for one image, sum over products with two quantized operands of multiplications
-            times bits of the left times bits of the right operand.
-        mean_weight_bits: bits of a weight, averaged over all values.
-        mean_act_bits: bits of an activation, averaged over the values of one image.
-        mean_bits: averaged over the values of all weights and of the activations of one image.
+        weight_bytes: bytes of all weights: sum of values times bits, divided by 8.
+        bitops: bit operations for one image: sum over products with two quantized operands of
+            multiplications times bits of the left times bits of the right operand.
+        mean_weight_bits: mean width of the weights, over all values.
+        mean_act_bits: mean width of the activations, over the values of one image.
+        mean_bits: mean width over the values of all weights and of the activations of one image.
     """
 
     weight_bytes: float | None = None
@@ -79,7 +80,7 @@ class Budget:
         """Checks the bounds.
 
         Raises:
-            PolicyError: none is given, or one is no positive number.
+            PolicyError: all bounds are None, or a bound is not a positive number.
         """
         for cost in Cost:
             value = getattr(self, cost)
@@ -90,28 +91,29 @@ class Budget:
 
     @property
     def limits(self) -> dict[Cost, float]:
-        """The bounds that are given."""
+        """The bounds that are not None."""
         return {cost: value for cost in Cost if (value := getattr(self, cost)) is not None}
 
 
+@renamed({"work": "max_macs"})
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
     """Choice of a width for every quantized operand of a product whose rule is not pinned.
 
     Attributes:
-        budget: what the widths may cost.
-        widths: candidates, each in 2..8.
-        method: how they are chosen.
-        sensitivity: what the choice goes by.
-        images: calibration images that losses are measured on, drawn by ``seed``; None takes as
-            many as ``work`` allows, at least four.
-        work: multiplications that measuring each operand at each width may take where ``images``
-            is None; what greedy measures again is not counted. The default is some four minutes on
-            two cores of an AVX2 server.
+        budget: upper bounds of the widths' costs.
+        widths: candidate widths, each in 2..8.
+        method: method of choosing among them.
+        sensitivity: source of the losses that the choice is based on.
+        images: number of calibration images that losses are measured on, drawn by ``seed``; None
+            uses as many as ``max_macs`` allows, at least four.
+        max_macs: multiplications that measuring each operand at each width may take where
+            ``images`` is None; losses that greedy measures again are not counted. The default
+            takes about four minutes on two cores of an AVX2 server.
         recheck: number of best candidates that greedy measures again at each step, with all
-            other groups at the widths they have by then; 0 for none. Read by greedy on measured
-            sensitivities alone.
-        seed: of the choice of images.
+            other groups at their current widths; 0 for none. Used only by greedy with measured
+            sensitivities.
+        seed: seed of the choice of images.
     """
 
     budget: Budget
@@ -119,17 +121,18 @@ class Allocation:
     method: Method = Method.EXACT
     sensitivity: Sensitivity = Sensitivity.MEASURED
     images: int | None = None
-    work: float = 1.4e13
+    max_macs: float = 1.4e13
     recheck: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks types and ranges.
 
         Raises:
-            BitWidthError: a width is no whole number in 2..8.
+            BitWidthError: a width is not a whole number in 2..8.
             UnknownKeyError: method or sensitivity is unknown.
-            PolicyError: the budget is no Budget, or a number is none, or out of its range.
+            PolicyError: the budget is not a Budget, or an option has the wrong type or is out of
+                its range.
         """
         parse_field(self, "method", Method)
         parse_field(self, "sensitivity", Sensitivity)
@@ -148,6 +151,6 @@ class Allocation:
         check_seed(self)
         if self.images is not None:
             check_whole(self, "images", 1)
-        check_number(self, "work")
-        if not 0 < self.work < math.inf:
-            raise PolicyError(f"work must be a positive number, got {self.work}")
+        check_number(self, "max_macs")
+        if not 0 < self.max_macs < math.inf:
+            raise PolicyError(f"max_macs must be a positive number, got {self.max_macs}")

@@ -1,4 +1,4 @@
-"""How large the branches are that make up for rounded weights. Frozen data."""
+"""Options of low-rank branches that correct the error of rounded weights. Frozen data."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fxquant.errors import BitWidthError, PolicyError
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """A branch beside each linear: ``up(down(x))``, which adds what rounding took from the weight.
+    """A branch parallel to each linear: ``up(down(x))`` adds the weight's rounding error back.
 
-    Either ``rank`` or ``share`` is given.
+    Set either ``rank`` or ``share``.
 
     Attributes:
-        rank: of every branch: a whole number, at most that of the layer; or a number below one,
-            a share of the smaller of the layer's input and output channels.
-        share: bytes of all branches, as a share of the bytes of the weights beside them; the ranks
-            go where they take most out of the output error for each byte.
+        rank: rank of every branch: a whole number, at most the rank of the layer; or a number
+            below one, a share of the smaller of the layer's input and output channels.
+        share: bytes of all branches as a share of the bytes of the weights they correct; ranks go
+            to the layers where each byte reduces the output error most.
         bits: width of the factors and of the activation between them, 2 to 8.
     """
 
@@ -28,11 +28,11 @@ class LowRank:
     bits: int = 8
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks types and ranges.
 
         Raises:
             BitWidthError: bits is not an integer in 2..8.
-            PolicyError: rank or share is no positive number, or not just one of them is given.
+            PolicyError: rank or share is not a positive number, or not exactly one is set.
         """
         for name in ("rank", "share"):
             value = getattr(self, name)

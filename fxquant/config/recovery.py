@@ -1,10 +1,11 @@
-"""How accuracy is won back once scales are fixed. Frozen data."""
+"""Options of compensation and reconstruction, which recover accuracy once scales are fixed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.config.renamed import renamed
 from fxquant.config.scale_search import GradientLoss
 from fxquant.config.validation import (
     check_flag,
@@ -18,12 +19,12 @@ from fxquant.errors import PolicyError
 
 
 class WeightTraining(StrEnum):
-    """What of a weight is trained.
+    """Trained form of a weight.
 
     ``straight_through``: every value, the gradient passing the rounding; ``adaround``: whether a
-    value is rounded up or down (arXiv 2004.10568); ``low_rank``: two thin factors added to the
-    weight before it is rounded (AIQViT, arXiv 2502.04628, eq. 9); ``scales``: the scale of each
-    output channel alone, codes stay; ``none``: nothing.
+    value is rounded up or down (arXiv 2004.10568); ``low_rank``: two low-rank factors added to the
+    weight before it is rounded (AIQViT, arXiv 2502.04628, eq. 9); ``scales``: only the scale of
+    each output channel, with codes unchanged; ``none``: the weight is not trained.
     """
 
     STRAIGHT_THROUGH = "straight_through"
@@ -34,10 +35,10 @@ class WeightTraining(StrEnum):
 
 
 class Scope(StrEnum):
-    """What is trained at once.
+    """Part of the network that is trained at once.
 
-    ``block``: one transformer block after another, each to give what the float block gives;
-    ``network``: all blocks together, to give the float network's outputs.
+    ``block``: one transformer block after another, each towards the float block's output;
+    ``network``: all blocks together, towards the float network's outputs.
     """
 
     BLOCK = "block"
@@ -45,13 +46,13 @@ class Scope(StrEnum):
 
 
 class BlockLoss(StrEnum):
-    """How far a quantized block's output is from the float one.
+    """Distance of a quantized block's output from the float block's output.
 
-    ``mse``: squared error; ``fisher``: weighed by the squared gradient of a loss of the network's
-    outputs (BRECQ, arXiv 2102.05426, eq. 10), of which the means over the images and along each
-    axis are kept, and their product is the weight of a value; ``feature``: squared error
-    of the block, doubled, and of the last product's input, which the float rest of the network
-    computes from the block's output, each as a share of its first value (METHODS 4.1).
+    ``mse``: squared error; ``fisher``: squared error weighted by the squared gradient of a loss of
+    the network's outputs (BRECQ, arXiv 2102.05426, eq. 10), whose means over the images and along
+    each axis are multiplied to the weight of a value; ``feature``: twice the squared error of the
+    block plus the squared error of the last product's input, which the float rest of the network
+    computes from the block's output, each divided by its first value.
     """
 
     MSE = "mse"
@@ -59,82 +60,87 @@ class BlockLoss(StrEnum):
     FEATURE = "feature"
 
 
+@renamed({"by_columns": "gptq"})
 @dataclass(frozen=True, kw_only=True)
 class Compensation:
-    """Weights that make up for quantization in closed form, layer after layer, no training.
+    """Closed-form correction of weights, layer by layer, without training.
 
     Attributes:
-        by_columns: round column after column, later ones making up for the errors of earlier ones
-            (GPTQ, arXiv 2210.17323); else to nearest.
-        ridge: first move weights to where the outputs of the quantized inputs come nearest to the
-            float outputs (ERQ, arXiv 2407.06794, eq. 10), as far as that holds on images left out,
-            with all that were made of them. It lowers the error of each layer, not always the
-            network's loss.
-        damping: share of the mean variance of the inputs that is added to each.
-        images: least number to fit to. Where fewer are given, others are made of them as in
-            :class:`Reconstruction`, as far as 0.2 TMAC run them through the network; 0 makes none.
-        memory_bytes: budget for the values that are held between blocks; more go to files.
+        gptq: round weights column by column, later columns correcting the errors of earlier ones
+            (GPTQ, arXiv 2210.17323); otherwise round to nearest.
+        ridge: first move the weights by ridge regression, so that the outputs from quantized inputs
+            come nearest to the float outputs (ERQ, arXiv 2407.06794, eq. 10), as far as held-out
+            images and the images augmented from them confirm it. The ridge lowers the error of
+            each layer, not always the network's loss.
+        damping: share of the mean variance of the inputs that is added to each variance.
+        images: least number of images to fit to. Where the loader has fewer, more are augmented
+            from them as in :class:`Reconstruction`, as many as 0.2 TMAC run through the network;
+            0 augments none.
+        memory_bytes: budget for the values held between blocks; values beyond it go to files.
     """
 
-    by_columns: bool = True
+    gptq: bool = True
     ridge: bool = False
     damping: float = 0.01
     images: int = 0
     memory_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks types and ranges.
 
         Raises:
-            PolicyError: a flag is no boolean, or a number is none, or out of its range.
+            PolicyError: an option has the wrong type or is out of its range, or both ``gptq`` and
+                ``ridge`` are off.
         """
-        check_flag(self, "by_columns")
+        check_flag(self, "gptq")
         check_flag(self, "ridge")
         check_number(self, "damping", (1e-6, 1.0))
         check_whole(self, "images", 0)
         check_whole(self, "memory_bytes", 1)
-        if not (self.by_columns or self.ridge):
-            raise PolicyError("compensation does nothing: turn on by_columns, ridge or both")
+        if not (self.gptq or self.ridge):
+            raise PolicyError("compensation does nothing: turn on gptq, ridge or both")
 
 
+@renamed({"work": "max_macs"})
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Training of each block against the float one, inputs from the quantized blocks before it.
+    """Training of each block towards the float block, on inputs from the quantized blocks before.
 
     Attributes:
-        scope: block after block, or all together.
-        weights: what of them is trained.
-        scales: train the scales and zero points of activations, those of logarithmic quantizers
-            excepted, and the scales of those weights that are trained.
+        scope: block by block, or the whole network at once.
+        weights: trained form of the weights.
+        scales: train the scales and zero points of activations, except those of logarithmic
+            quantizers, and the scales of the weights that are trained.
         biases: train the biases of products.
-        block_loss: what is minimised; the last block, and a network, are compared by their
-            outputs: logits by their divergence, others, and all with ``mse``, by squared error.
-        gradient: the loss of the outputs whose gradient weighs errors, for ``fisher``.
-        iterations: steps for each block.
-        batch: images of a step.
+        block_loss: the loss of a block. The last block and a whole network are compared by their
+            outputs: logits by their divergence, other outputs, and all with ``mse``, by squared
+            error.
+        gradient: the loss of the outputs whose gradient weights errors, for ``fisher``.
+        iterations: number of steps for each block.
+        batch: number of images in a step.
         weight_rate: first learning rate of weights, in steps of their quantizer.
         scale_rate: first learning rate of logarithms of scales, and of zero points as shares of
             the code range. Both rates fall to zero along a cosine.
         drop: share of the activations left unquantized in a step (QDrop, arXiv 2203.05740).
-        held_out: share of the images that are not trained on, at least one. By their loss,
-            looked at eight times on the way, the best state is kept, and where it never falls all
-            stays as it was; so the reported loss is the least of eight. 0 trains on all images and
-            judges by the same, or, with ``augment``, by others made of them.
+        held_out: share of the images that validate the training, at least one image. Their loss is
+            measured eight times; the state of least loss is kept, and where the loss never falls
+            nothing is changed. The reported loss is therefore the least of eight. 0 trains and
+            validates on all images; with ``augment`` it validates on images augmented from them.
         curriculum: share of the images, those of smallest loss, that the first step draws from;
-            it grows to 1 (AIQViT, section 3.3). 1 draws from all.
-        augment: take the images of each step turned, moved, recoloured and mixed, and as targets
-            what the float network gives for those; what is no image ``(B, C, H, W)`` is mixed
-            alone. Only with the scope ``network``. A curriculum sorts images as they were given.
-        work: multiplications that all steps of the training of a ``network`` may take, looks and
-            rank search not counted; fewer steps are done where they would take more, and nothing
-            is trained where fewer than 20 are left. None sets no bound.
-        ranks: of low-rank factors, each cut at half of what the weight can have; where there are
-            several, a search chooses one for each weight (AIQViT, section 3.2).
-        rank_iterations: its steps, for each block.
-        memory_bytes: budget for the values that are held between blocks, more go to files; and
-            for those of a step, whose images are taken in parts where it is too small.
+            the share grows to 1 (AIQViT, section 3.3). 1 draws from all images.
+        augment: rotate, shift, recolour and mix the images of each step; targets are the float
+            network's outputs for these. Inputs that are not images ``(B, C, H, W)`` are only
+            mixed. Needs the scope ``network``. A curriculum sorts the original images.
+        max_macs: multiplications that all steps of the training of a ``network`` may take,
+            validation and rank search not counted. Where ``iterations`` would take more, fewer
+            steps are done; where fewer than 20 fit, nothing is trained. None sets no bound.
+        ranks: ranks of low-rank factors, each at most half of the weight's full rank; from several
+            ranks a search chooses one for each weight (AIQViT, section 3.2).
+        rank_iterations: number of steps of that search for each block.
+        memory_bytes: budget for the values held between blocks, beyond which they go to files; and
+            for the values of a step, beyond which its images are split into parts.
         bf16: compute products of blocks in bfloat16.
-        seed: of images, drops and first factors.
+        seed: seed of the choice of images, of drops and of the first factors.
     """
 
     scope: Scope = Scope.BLOCK
@@ -151,7 +157,7 @@ class Reconstruction:
     held_out: float = 0.125
     curriculum: float = 1.0
     augment: bool = False
-    work: float | None = None
+    max_macs: float | None = None
     ranks: tuple[int, ...] = (16,)
     rank_iterations: int = 200
     memory_bytes: int = 2 << 30
@@ -159,12 +165,13 @@ class Reconstruction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks types and ranges.
 
         Raises:
-            UnknownKeyError: scope, rounding, loss or gradient is unknown.
-            PolicyError: a number is none, or out of its range; ``augment`` or ``work`` is given
-            with another scope than ``network``; weights' scales, or nothing at all, is trained.
+            UnknownKeyError: scope, weights, block_loss or gradient is unknown.
+            PolicyError: an option has the wrong type or is out of its range; ``augment`` or
+                ``max_macs`` is set with another scope than ``network``; ``weights`` is ``scales``
+                with ``scales`` off; or nothing is trained.
         """
         parse_field(self, "scope", Scope)
         parse_field(self, "weights", WeightTraining)
@@ -182,20 +189,20 @@ class Reconstruction:
         check_number(self, "drop", (0.0, 0.95))
         check_number(self, "held_out", (0.0, 0.5))
         check_number(self, "curriculum", (0.01, 1.0))
-        if self.work is not None:
-            check_number(self, "work", (1.0, 1e30))
+        if self.max_macs is not None:
+            check_number(self, "max_macs", (1.0, 1e30))
         whole = isinstance(self.ranks, tuple | list) and all(map(is_whole, self.ranks))
         if not whole or not self.ranks or min(self.ranks) < 1:
             raise PolicyError(f"ranks must be whole numbers >= 1, got {self.ranks!r:.80}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
-        if self.work is not None and self.scope is not Scope.NETWORK:
+        if self.max_macs is not None and self.scope is not Scope.NETWORK:
             raise PolicyError(
-                "work bounds the training of a whole network: set scope to 'network', or work to "
-                "None and iterations to fewer steps for each block"
+                "max_macs bounds the training of a whole network: set scope to 'network', or "
+                "max_macs to None and iterations to fewer steps for each block"
             )
         if self.augment and self.scope is not Scope.NETWORK:
             raise PolicyError(
-                "augment makes new images, and a block reads what earlier blocks make of them: "
+                "augment changes the images, but a block reads the outputs of earlier blocks: "
                 "set scope to 'network', or augment to False"
             )
         if self.weights is WeightTraining.SCALES and not self.scales:

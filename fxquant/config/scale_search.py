@@ -1,10 +1,11 @@
-"""How scales are searched by the output error of products. Frozen data."""
+"""Options of the search of scales by the output error of products. Frozen data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fxquant.config.renamed import renamed
 from fxquant.config.validation import (
     check_flag,
     check_number,
@@ -14,15 +15,15 @@ from fxquant.config.validation import (
 )
 from fxquant.errors import PolicyError
 
-# A step this much finer than the min-max one, at 2 to 16 bits, clips all but next to nothing.
+# At this share of the min-max scale a quantizer of 2 to 16 bits clips nearly all values.
 LEAST_LOW = 1e-6
 
 
 class Metric(StrEnum):
-    """What a search compares candidates by, in the output of the product.
+    """Error of a product's output by which a search compares candidates.
 
-    Formulas stand at ``search.metrics.losses``. Products of two activations are compared by
-    ``hessian`` where ``fisher`` is asked for: a column of q kᵀ is another key in every image.
+    The formulas are in ``fxquant.search.metrics.losses``. Products of two activations use
+    ``hessian`` where ``fisher`` is set: a column of q kᵀ is a different key in every image.
     """
 
     HESSIAN = "hessian"
@@ -37,14 +38,14 @@ GRADIENT_METRICS = (Metric.HESSIAN, Metric.FISHER)
 
 
 class GradientLoss(StrEnum):
-    """The loss whose gradient weighs errors.
+    """The loss whose gradient weights errors.
 
-    Cross-entropy of the logits against the float model's own arg-max (the paper's), or against a
-    label drawn from its softmax, whose expectation is the Fisher information. Both all but vanish
-    for images that the model is sure of. ``margin``, the log-odds of the arg-max, has a gradient
-    of the same order for every image. For outputs that are no logits: the squared distance to
-    outputs moved by unit Gaussian noise, whose expectation is the Fisher information of a
-    Gaussian (Gauss-Newton).
+    ``argmax``: cross-entropy of the logits against the float model's arg-max, as in PTQ4ViT;
+    ``sampled``: against a label drawn from the model's softmax, whose squared gradient is the
+    Fisher information in expectation. Both gradients nearly vanish where the model is confident.
+    ``margin``, the log-odds of the arg-max, has a gradient of the same order for every image.
+    ``gaussian``, for outputs that are not logits: the squared distance to outputs moved by unit
+    Gaussian noise, in expectation the Fisher information of a Gaussian (Gauss-Newton).
     """
 
     MARGIN = "margin"
@@ -53,25 +54,27 @@ class GradientLoss(StrEnum):
     GAUSSIAN = "gaussian"
 
 
+@renamed({"opt_m": "search_region_ratio"})
 @dataclass(frozen=True, kw_only=True)
 class ScaleSearch:
     """Search of scales by the output error of products (arXiv 2111.12293, section 4.3).
 
     Attributes:
-        metric: how far a product is from the float one.
-        loss: whose gradient the Hessian and the Fisher metric take.
-        rounds: alternations between the operands of a product.
-        candidates: points of the linear grid, n.
-        low: its first point, as a share of the min-max scale (the paper's alpha).
-        high: its last point (the paper's beta).
-        stride: the first pass over the grid tries every stride-th point, the second all between
-            the neighbours of the two best; 1 tries all.
-        rows: rows of each product that candidates are compared on.
-        memory_bytes: bound of what is kept of the float model between batches (besides, the
-            activations of four images at a time); rows are fewer where it is tight.
-        seed: of the choice of rows, sampled labels and noise.
-        opt_m: search the region ratio of twin quantizers with their scale, uniform grids among
-            the candidates (MPTQ-ViT, arXiv 2401.14895); False keeps the hand-set rule.
+        metric: error of a quantized product.
+        loss: the loss whose gradient the Hessian and Fisher metrics use.
+        rounds: number of alternations between the operands of a product.
+        candidates: number of points of the linear grid (n in the paper).
+        low: first point of the grid, as a share of the min-max scale (alpha in the paper).
+        high: last point of the grid (beta in the paper).
+        stride: the first pass over the grid tries every stride-th point, the second pass all points
+            between the neighbours of the two best; 1 tries all points at once.
+        rows: number of rows of each product that candidates are compared on.
+        memory_bytes: bound of the float values kept between batches, in addition to the
+            activations of four images at a time; fewer rows are sampled where it is too small.
+        seed: seed of the choice of rows, of sampled labels and of noise.
+        search_region_ratio: search the region ratio of twin quantizers with their scale, uniform
+            grids among the candidates (OPT-m of MPTQ-ViT, arXiv 2401.14895); False keeps the
+            hand-set rule.
     """
 
     metric: Metric = Metric.FISHER
@@ -84,18 +87,18 @@ class ScaleSearch:
     rows: int = 512
     memory_bytes: int = 1 << 30
     seed: int = 0
-    opt_m: bool = False
+    search_region_ratio: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks types and ranges.
 
         Raises:
             UnknownKeyError: metric or loss is unknown.
-            PolicyError: a number is none, or out of its range.
+            PolicyError: an option has the wrong type or is out of its range.
         """
         parse_field(self, "metric", Metric)
         parse_field(self, "loss", GradientLoss)
-        check_flag(self, "opt_m")
+        check_flag(self, "search_region_ratio")
         check_whole(self, "candidates", 2)
         for name in ("rounds", "stride", "rows", "memory_bytes"):
             check_whole(self, name, 1)

@@ -1,4 +1,4 @@
-"""Checks of the fields of frozen dataclasses when they are made."""
+"""Checks of the fields of frozen dataclasses, made in ``__post_init__``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from fxquant.errors import PolicyError, UnknownKeyError
 
-# What torch's generators take.
+# Largest seed of torch's generators.
 _MAX_SEED = 2**63 - 1
 
 
 def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
-    """Turns the plain string in a field of a frozen dataclass into the enum it stands for.
+    """Converts the plain string in a field of a frozen dataclass to its enum.
 
     Raises:
-        UnknownKeyError: it stands for none.
+        UnknownKeyError: the enum has no such value.
     """
     value = getattr(item, name)
     if not isinstance(value, str) or value not in list(enum):
@@ -27,33 +27,33 @@ def check_flag(item: Any, name: str) -> None:
     """Checks that a field is true or false.
 
     Raises:
-        PolicyError: it is something else, such as the string ``"no"``.
+        PolicyError: the field has another value, such as the string ``"no"``.
     """
     check_flags(**{name: getattr(item, name)})
 
 
 def check_flags(**flags: Any) -> None:
-    """Checks that options, given by name, are true or false; raises as :func:`check_flag`."""
+    """Checks that keyword arguments are true or false; raises as :func:`check_flag`."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise PolicyError(f"{name} must be true or false, got {value!r}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether an option is an ``int`` or a ``float``; a boolean is neither."""
+    """Whether an option is an ``int`` or a ``float``; a boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_whole(value: Any) -> bool:
-    """Whether an option is an ``int``; a boolean is none."""
+    """Whether an option is an ``int``; a boolean is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_number(item: Any, name: str, within: tuple[float, float] | None = None) -> None:
-    """Checks that a field is a number and, where bounds are given, not outside them.
+    """Checks that a field is a number and within bounds, where there are bounds.
 
     Raises:
-        PolicyError: it is no number, or outside, as NaN always is.
+        PolicyError: the field is not a number, or outside the bounds, as NaN always is.
     """
     value = getattr(item, name)
     if not is_number(value) or (within is not None and not within[0] <= value <= within[1]):
@@ -62,10 +62,10 @@ def check_number(item: Any, name: str, within: tuple[float, float] | None = None
 
 
 def check_whole(item: Any, name: str, least: int) -> None:
-    """Checks that a field is a whole number, at least so large.
+    """Checks that a field is a whole number of at least ``least``.
 
     Raises:
-        PolicyError: it is not.
+        PolicyError: the field is not.
     """
     value = getattr(item, name)
     if not is_whole(value) or value < least:
@@ -73,10 +73,10 @@ def check_whole(item: Any, name: str, least: int) -> None:
 
 
 def check_seed(item: Any) -> None:
-    """Checks that the field ``seed`` is a whole number that torch's generators take.
+    """Checks that the field ``seed`` is a whole number that torch's generators accept.
 
     Raises:
-        PolicyError: it is not.
+        PolicyError: the field is not.
     """
     check_whole(item, "seed", 0)
     if item.seed > _MAX_SEED:

@@ -1,4 +1,4 @@
-"""Words of a graph and its policies: stages, operations, their inputs, ends of a network."""
+"""Enums that graphs and policies share: stages, operations, their inputs, ends of a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum, StrEnum
 
 
 class Stage(IntEnum):
-    """What a graph has been through; ``gm.meta["stage"]``."""
+    """Stage of a graph in the pipeline; ``gm.meta["stage"]``."""
 
     FLOAT = 0
     ANNOTATED = 1
@@ -28,7 +28,7 @@ class OpKind(StrEnum):
 
     @property
     def is_product(self) -> bool:
-        """Whether it multiplies two tensors; the others work value by value or row by row."""
+        """Whether the operation multiplies two tensors; others work by value or by row."""
         return self in _PRODUCTS
 
 
@@ -45,7 +45,7 @@ class Arg(StrEnum):
 
 
 class End(StrEnum):
-    """The ends of a network: products with none before them, and products with none after."""
+    """Ends of a network: products with no product before them, and products with none after."""
 
     FIRST = "first"
     LAST = "last"

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Literal
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -265,6 +264,8 @@ def _augmentation_of(level: Level) -> Augmentation:
 
 @functools.cache
 def _font(name: str) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     if not path.is_file():
         raise FileNotFoundError(f"the font {path} is missing; reinstall matplotlib with its data")

@@ -10,11 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fxquant.config.vocabulary import Arg
@@ -141,6 +136,12 @@ def propagate_shapes(gm: fx.GraphModule, image_shape: tuple[int, ...]) -> None:
         gm: a graph that was rebuilt from a file, and has no shapes yet.
         image_shape: shape of one input, without the batch.
     """
+    from torch.fx.experimental.symbolic_shapes import (  # imports sympy
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * len(image_shape)]
     images = mode.from_tensor(

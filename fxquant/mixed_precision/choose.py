@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,27 +26,27 @@ from fxquant.policies.policy import Policy
 from fxquant.search.product_loss import ProductSample
 from fxquant.utils.progress import track
 
-_TOGETHER = "all groups"
+_ALL_GROUPS = "all groups"
 
 
 def reservoir_for(gm: fx.GraphModule, allocation: Allocation | None) -> ReservoirSampler:
-    """What keeps the images that losses will be measured on.
+    """A reservoir for the images that losses will be measured on.
 
     Args:
         gm: in stage OBSERVED.
-        allocation: None keeps none.
+        allocation: None keeps no images.
     """
     if allocation is None or allocation.sensitivity is Sensitivity.ESTIMATED:
         return ReservoirSampler(0, 0)
     count = allocation.images
     if count is None:
-        work = len(allocation.widths) * WidthGroups(gm).macs_after_groups()
-        count = images_for(allocation.work, work)
+        macs_per_image = len(allocation.widths) * WidthGroups(gm).macs_after_groups()
+        count = images_for(allocation.max_macs, macs_per_image)
     return ReservoirSampler(count, allocation.seed)
 
 
 def check_budget(gm: fx.GraphModule, policy: Policy) -> None:
-    """Looks whether there are widths within the policy's budget, before long work.
+    """Checks that some widths are within the policy's budget, before any long computation.
 
     Args:
         gm: in stage OBSERVED, no data seen.
@@ -55,14 +55,14 @@ def check_budget(gm: fx.GraphModule, policy: Policy) -> None:
     Raises:
         PolicyError: the budget cannot be met, or no edge has a width to choose.
     """
-    options, layout = policy.allocation, WidthGroups(gm)
+    options, width_groups = policy.allocation, WidthGroups(gm)
     assert options is not None
-    if not layout.groups:
+    if not width_groups.groups:
         raise PolicyError(
             f"policy {policy.name!r} has no width to choose: every quantized edge is pinned"
         )
-    unknown = [(0.0,) * len(options.widths)] * len(layout.groups)
-    _problem(layout, options, unknown).bounds(options.budget)
+    unknown = [(0.0,) * len(options.widths)] * len(width_groups.groups)
+    _problem(width_groups, options, unknown).bounds(options.budget)
 
 
 def choose_widths(
@@ -80,55 +80,63 @@ def choose_widths(
         gm: in stage OBSERVED, its observers with histograms, having seen data; not changed.
         picked: images that losses are measured on.
         samples: rows of each product by node name, with gradients.
-        seen: number of images that they were sampled from.
-        policy: with an allocation that :func:`check_budget` lets pass.
-        cache: folder for measured losses, so that an interrupted search goes on; None keeps none.
+        seen: number of images that the rows were sampled from.
+        policy: with an allocation that :func:`check_budget` accepts.
+        cache: folder for measured losses, from which an interrupted search goes on; None keeps
+            no files.
         progress: show progress on stderr.
 
     Returns:
-        Edge name -> bits, and what was found.
+        The width of each edge by name, and the result for the report.
 
     Raises:
         CalibrationError: losses cannot be measured or estimated for this model.
         FileFormatError: the file of measured losses is damaged.
-        OutputError: it cannot be written.
+        OutputError: the file of measured losses cannot be written.
     """
     options, search = policy.allocation, policy.samples
     assert options is not None and search is not None
-    layout = WidthGroups(gm)
-    opt_m = policy.search is not None and policy.search.opt_m
-    trials = TrialQuantizers(gm, least_squares=policy.search is not None, opt_m=opt_m)
-    estimates = _estimate(layout, Estimates(gm, trials, samples, search.metric, seen), options)
+    width_groups = WidthGroups(gm)
+    trials = TrialQuantizers(
+        gm,
+        least_squares=policy.search is not None,
+        allow_uniform=policy.search is not None and policy.search.search_region_ratio,
+    )
+    estimates = _estimate(
+        width_groups, Estimates(gm, trials, samples, search.metric, seen), options
+    )
     if options.sensitivity is Sensitivity.ESTIMATED:
-        problem = _problem(layout, options, _needed(layout, estimates))
+        problem = _problem(width_groups, options, _needed(width_groups, estimates))
         plan = allocate(problem, options.budget, options.method)
-        return _result(layout, problem, plan, options, 0, None, None)
+        return _result(width_groups, problem, plan, options, 0, None, None)
     images = picked.images.to(device_of(gm))
-    losses = _Losses(gm, layout, trials, images, policy, None if cache is None else Path(cache))
+    losses = _MeasuredLosses(
+        gm, width_groups, trials, images, policy, None if cache is None else Path(cache)
+    )
     try:
-        alone = losses.alone(options.widths, progress)
-        problem = _problem(layout, options, alone)
+        single_losses = losses.of_single_groups(options.widths, progress)
+        problem = _problem(width_groups, options, single_losses)
         plan = allocate(
             problem,
             options.budget,
             options.method,
-            measure=losses.together,
+            measure=losses.of_all_groups,
             recheck=options.recheck,
         )
-        together = losses.together(plan.bits)
+        total_loss = losses.of_all_groups(plan.bits)
     finally:
         losses.close()
-    ranks = _correlation(alone, estimates)
-    return _result(layout, problem, plan, options, len(images), together, ranks)
+    ranks = _correlation(single_losses, estimates)
+    return _result(width_groups, problem, plan, options, len(images), total_loss, ranks)
 
 
-class _Losses:
-    """Measured losses, those on disk not measured again."""
+class _MeasuredLosses:
+    """Measured losses; losses on disk are not measured again."""
 
     def __init__(
         self,
         gm: fx.GraphModule,
-        layout: WidthGroups,
+        width_groups: WidthGroups,
         trials: TrialQuantizers,
         images: Tensor,
         policy: Policy,
@@ -136,52 +144,49 @@ class _Losses:
     ) -> None:
         assert policy.samples is not None
         loss: GradientLoss = policy.samples.loss
-        self._network: Callable[[], MeasuredSensitivity] = lambda: MeasuredSensitivity(
-            gm, trials, images, loss
-        )
-        self._running: MeasuredSensitivity | None = None
-        self._groups = layout.groups
+        self._make_network = partial(MeasuredSensitivity, gm, trials, images, loss)
+        self._groups = width_groups.groups
         key = fingerprint(gm, images, loss, *trials.settings, torch.get_num_threads())
         about = {"policy": policy.name, "images": len(images), "loss": str(loss)}
         self._cache = LossCache(cache, key, about)
 
-    @property
-    def _run(self) -> MeasuredSensitivity:
-        """Made when the first loss is to be measured."""
-        if self._running is None:
-            self._running = self._network()
-        return self._running
+    @cached_property
+    def _network(self) -> MeasuredSensitivity:
+        """The network to measure, made when the first loss is not on disk."""
+        return self._make_network()
 
-    def alone(self, widths: tuple[int, ...], progress: bool) -> list[tuple[float, ...]]:
-        """The loss of each group at each width, the others float."""
-        left = [
+    def of_single_groups(self, widths: tuple[int, ...], progress: bool) -> list[tuple[float, ...]]:
+        """The loss of each group at each width, with all other groups float."""
+        unmeasured = [
             group
             for group in self._groups
             if any((group.name, (bits,)) not in self._cache for bits in widths)
         ]
-        ordered = self._run.in_order(left) if left else []
+        ordered = self._network.in_order(unmeasured) if unmeasured else []
         for group in track(
-            ordered, label="measure sensitivities", total=len(left), enabled=progress
+            ordered, label="measure sensitivities", total=len(unmeasured), enabled=progress
         ):
             for bits in widths:
                 if (group.name, (bits,)) not in self._cache:
-                    self._cache.put((group.name, (bits,)), self._run.of_group(group, bits))
+                    self._cache.put((group.name, (bits,)), self._network.of_group(group, bits))
         return [
             tuple(self._cache[group.name, (bits,)] for bits in widths) for group in self._groups
         ]
 
-    def together(self, bits: tuple[int, ...]) -> float:
-        """The loss of all groups quantized."""
-        key = (_TOGETHER, bits)
+    def of_all_groups(self, bits: tuple[int, ...]) -> float:
+        """The loss with all groups quantized, each at its width."""
+        key = (_ALL_GROUPS, bits)
         if key not in self._cache:
-            self._cache.put(key, self._run.of_all(self._groups, bits))
+            self._cache.put(key, self._network.of_all(self._groups, bits))
         return self._cache[key]
 
     def close(self) -> None:
         self._cache.close()
 
 
-def _problem(layout: WidthGroups, options: Allocation, losses: list[tuple[float, ...]]) -> Problem:
+def _problem(
+    width_groups: WidthGroups, options: Allocation, losses: list[tuple[float, ...]]
+) -> Problem:
     return Problem(
         widths=options.widths,
         groups=tuple(
@@ -189,45 +194,45 @@ def _problem(layout: WidthGroups, options: Allocation, losses: list[tuple[float,
                 name=group.name,
                 edges=tuple(edge.name for edge in group.edges),
                 is_weight=group.is_weight,
-                values=layout.values(group),
-                losses=found,
+                values=width_groups.values(group),
+                losses=group_losses,
             )
-            for group, found in zip(layout.groups, losses, strict=True)
+            for group, group_losses in zip(width_groups.groups, losses, strict=True)
         ),
-        fixed=layout.fixed,
-        products=layout.products,
+        fixed=width_groups.fixed,
+        products=width_groups.products,
     )
 
 
 def _estimate(
-    layout: WidthGroups, estimates: Estimates, options: Allocation
+    width_groups: WidthGroups, estimates: Estimates, options: Allocation
 ) -> dict[EdgeGroup, list[float] | None]:
-    return {group: estimates.losses(group, options.widths) for group in layout.groups}
+    return {group: estimates.losses(group, options.widths) for group in width_groups.groups}
 
 
 def _needed(
-    layout: WidthGroups, estimates: dict[EdgeGroup, list[float] | None]
+    width_groups: WidthGroups, estimates: dict[EdgeGroup, list[float] | None]
 ) -> list[tuple[float, ...]]:
-    """Estimates as losses.
+    """Estimates in the form of measured losses.
 
     Raises:
-        CalibrationError: one is missing.
+        CalibrationError: the estimate of a group is missing.
     """
-    missing = [group.name for group in layout.groups if estimates[group] is None]
+    missing = [group.name for group in width_groups.groups if estimates[group] is None]
     if missing:
         raise CalibrationError(
             f"{missing[0]}: its loss cannot be estimated, since no rows of its product were "
             "sampled: choose measured sensitivities, or pin its width with a rule (pinned: true)"
         )
-    return [tuple(estimates[group] or ()) for group in layout.groups]
+    return [tuple(estimates[group] or ()) for group in width_groups.groups]
 
 
 def _correlation(
-    alone: list[tuple[float, ...]], estimates: dict[EdgeGroup, list[float] | None]
+    single_losses: list[tuple[float, ...]], estimates: dict[EdgeGroup, list[float] | None]
 ) -> float | None:
     pairs = [
         pair
-        for measured, estimated in zip(alone, estimates.values(), strict=True)
+        for measured, estimated in zip(single_losses, estimates.values(), strict=True)
         if estimated is not None
         for pair in zip(measured, estimated, strict=True)
     ]
@@ -235,17 +240,17 @@ def _correlation(
 
 
 def _result(
-    layout: WidthGroups,
+    width_groups: WidthGroups,
     problem: Problem,
     plan: Plan,
     options: Allocation,
     images: int,
-    together: float | None,
+    total_loss: float | None,
     ranks: float | None,
 ) -> tuple[dict[str, int], AllocationResult]:
     widths = {
         edge.name: bits
-        for group, bits in zip(layout.groups, plan.bits, strict=True)
+        for group, bits in zip(width_groups.groups, plan.bits, strict=True)
         for edge in group.edges
     }
     return widths, AllocationResult(
@@ -256,7 +261,7 @@ def _result(
         problem=problem,
         bits=plan.bits,
         loss=plan.loss,
-        measured_loss=together,
+        measured_loss=total_loss,
         costs={str(cost): value for cost, value in plan.costs.items()},
         rank_correlation=ranks,
     )

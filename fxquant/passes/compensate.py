@@ -209,7 +209,7 @@ def _improve(
         if left < 1:
             choice.append(f"ridge, {left:.2f} of the error on images left out")
     latent = wanted.float()
-    if options.by_columns:
+    if options.gptq:
         rounded = round_weight(wanted, whole.covariance, coder, options.damping)
         latent, values = rounded.latent.float(), rounded.values.float()
         choice.append("rounding by columns")

@@ -147,18 +147,18 @@ class Reconstruct:
 
 def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int:
     """Number of steps within the bound on work."""
-    if options.work is None:
+    if options.max_macs is None:
         return options.iterations
     # The quantized network forward and, at twice the work, backward; the float one on new images.
     step = MacCounter(gm).total * min(options.batch, images) * (4 if options.augment else 3)
-    return min(options.iterations, int(options.work // max(step, 1)))
+    return min(options.iterations, int(options.max_macs // max(step, 1)))
 
 
 def _too_much_work(steps: int, options: Reconstruction, images: int) -> str:
     return (
-        f"not trained: {options.work:g} multiplications are no more than {steps} steps of "
+        f"not trained: {options.max_macs:g} multiplications are no more than {steps} steps of "
         f"{min(options.batch, images)} images, and fewer than {_FEWEST} are not begun with; raise "
-        "work, or set it to None for all steps"
+        "max_macs, or set it to None for all steps"
     )
 
 

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fxquant.config.effort import Effort
 from fxquant.errors import PolicyError, UnknownPresetError
 from fxquant.policies.policy import Policy
-from fxquant.policies.presets.best import Effort, best
+from fxquant.policies.presets.best import best
 from fxquant.policies.presets.plain import minmax, w8a8, w8a8_full
 from fxquant.policies.presets.searched import base_ptq, mptq_vit, ptq4vit
 from fxquant.policies.presets.shared_rules import elementwise_rules, end_rules

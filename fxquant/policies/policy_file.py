@@ -15,6 +15,7 @@ from fxquant import policies
 from fxquant.config.allocation import Allocation, Budget, Method, Sensitivity
 from fxquant.config.low_rank import LowRank
 from fxquant.config.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
+from fxquant.config.renamed import both_names_error, new_names_of, warn_renamed
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, End, OpKind
@@ -250,9 +251,15 @@ def _mapping(
         raise PolicyError(
             f"{where(at)}: expected the fields of a {cls.__name__}, got {values!r:.80}"
         )
-    known = [item.name for item in fields(cls)]
+    known, new_names = [item.name for item in fields(cls)], new_names_of(cls)
     parsed: dict[str, Any] = {}
-    for key, value in values.items():
+    for name, value in values.items():
+        key = name
+        if name in new_names:
+            key, place = new_names[name], where((*at, name))
+            if key in values:
+                raise both_names_error(place, name, key)
+            warn_renamed(place, name, key)
         if key not in known:
             raise UnknownKeyError(
                 f"{where((*at, str(key)))}: unknown key {key!r}{did_you_mean(str(key), known)}; "

@@ -82,7 +82,7 @@ def _unit(quantizer: UniformQuantizer, site: SearchSite) -> Unit | None:
 
 
 def _twin(quantizer: TwinUniformQuantizer, site: SearchSite) -> Searched:
-    kind = SearchedRegionRatio if site.search.opt_m else SearchedTwin
+    kind = SearchedRegionRatio if site.search.search_region_ratio else SearchedTwin
     return kind(quantizer, site.spec, site.search, site.values)
 
 

@@ -272,8 +272,8 @@ def test_what_cannot_be_estimated_asks_for_measured_sensitivities() -> None:
         ({"images": 0}, PolicyError, "images must be a whole number >= 1, got 0"),
         ({"recheck": -1}, PolicyError, "recheck must be a whole number >= 0"),
         ({"seed": True}, PolicyError, "seed must be a whole number"),
-        ({"work": 0.0}, PolicyError, "work must be a positive number"),
-        ({"work": "much"}, PolicyError, "work must be a number"),
+        ({"max_macs": 0.0}, PolicyError, "max_macs must be a positive number"),
+        ({"max_macs": "much"}, PolicyError, "max_macs must be a number"),
     ],
 )
 def test_wrong_options_are_explained(
@@ -311,8 +311,8 @@ def test_images_are_as_many_as_the_work_allows() -> None:
         list(picked.observe([(torch.zeros(100, 1), None)]))
         return len(picked.images)
 
-    assert count() == 32 and count(work=1.0) == 4 and count(images=50, work=1.0) == 50
-    some = [count(work=float(work)) for work in range(200_000, 2_000_000, 100_000)]
+    assert count() == 32 and count(max_macs=1.0) == 4 and count(images=50, max_macs=1.0) == 50
+    some = [count(max_macs=float(macs)) for macs in range(200_000, 2_000_000, 100_000)]
     assert some == sorted(some) and len(set(some)) > 3
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import fxquant
-from fxquant.policies.policy_file import policy_to_dict, read_policy
+from fxquant.config.renamed import RenamedOptionWarning
+from fxquant.policies.policy_file import policy_to_dict, read_policy, to_yaml
 
 DATA = Path(__file__).parents[1] / "data"
 POLICIES = sorted((DATA / "policies").glob("*.yaml"))
@@ -47,15 +50,27 @@ def test_a_pickled_model_loads() -> None:
     assert_computes_what_it_did(model)
 
 
+def read_old_policy(path: Path) -> fxquant.Policy:
+    """The policy, and as many warnings as the file has options under old names."""
+    count = len(re.findall(r"^ +(?:opt_m|by_columns|work):", path.read_text(), re.MULTILINE))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policy = read_policy(path)
+    assert [warning.category for warning in caught] == [RenamedOptionWarning] * count
+    return policy
+
+
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
-def test_policies_load(path: Path) -> None:
-    policy = read_policy(path)
+def test_policies_load(path: Path, tmp_path: Path) -> None:
+    policy = read_old_policy(path)
     assert policy.rules
     assert policy_to_dict(policy)["name"] == policy.name
+    (tmp_path / "new.yaml").write_text(to_yaml(policy))
+    assert read_policy(tmp_path / "new.yaml") == policy  # without a warning
 
 
 @pytest.mark.parametrize("preset", ["best", "w8a8", "aiqvit"])
 def test_policies_of_presets_are_what_they_were(preset: str) -> None:
     widths = {} if preset == "w8a8" else {"weight_bits": 4, "act_bits": 4}
     wanted = fxquant.policies.preset(preset, **widths)
-    assert read_policy(DATA / "policies" / f"{preset}.yaml") == wanted
+    assert read_old_policy(DATA / "policies" / f"{preset}.yaml") == wanted

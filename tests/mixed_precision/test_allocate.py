@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import rankdata, spearmanr
 
 from fxquant.config.allocation import Budget, Cost, Method
 from fxquant.errors import PolicyError
@@ -130,12 +131,12 @@ def test_the_change_of_a_move_is_the_difference_of_totals(
     size = len(problem.groups)
     bits = np.array(data.draw(st.lists(width, min_size=size, max_size=size)))
     widths = np.array(problem.widths)
-    for meter in problem.meters.values():
-        changes = meter.changes(bits, widths)
+    for cost_function in problem.cost_functions.values():
+        changes = cost_function.changes(bits, widths)
         for i, j in itertools.product(range(size), range(len(widths))):
             moved = bits.copy()
             moved[i] = widths[j]
-            assert changes[i, j] == meter.total(moved) - meter.total(bits)
+            assert changes[i, j] == cost_function.total(moved) - cost_function.total(bits)
 
 
 @pytest.mark.parametrize("method", Method)
@@ -277,6 +278,18 @@ def test_a_sweep_holds_greedy_exact_and_uniform_plans() -> None:
 @given(problem=problems())
 def test_a_problem_survives_json(problem: Problem) -> None:
     assert Problem.from_dict(json.loads(json.dumps(asdict(problem)))) == problem
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-1e9, 1e9)), min_size=2, max_size=30))
+def test_rank_correlation_is_scipys(pairs: list[tuple[int, float]]) -> None:
+    one, two = ([float(pair[i]) for pair in pairs] for i in (0, 1))
+    mine = rank_correlation(one, two)
+    if len(set(one)) == 1 or len(set(two)) == 1:
+        assert mine is None
+    else:
+        ranks = rankdata(one), rankdata(two)
+        assert mine == float(np.corrcoef(*ranks)[0, 1])  # to the bit
+        assert mine == pytest.approx(spearmanr(one, two).statistic, abs=1e-12)
 
 
 def test_rank_correlation_is_spearmans() -> None:

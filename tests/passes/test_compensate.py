@@ -64,7 +64,7 @@ def test_a_ridge_is_judged_by_images_left_out_where_there_are_few() -> None:
     assert any("ridge" in gain.choice for gain in result.gains)
 
 
-@pytest.mark.parametrize("options", [{"ridge": True}, {"by_columns": False, "ridge": True}])
+@pytest.mark.parametrize("options", [{"ridge": True}, {"gptq": False, "ridge": True}])
 def test_each_part_does_something_of_its_own(options: dict[str, bool]) -> None:
     gm, other = frozen(), frozen()
     assert compensate(gm, **options).changed == 6
@@ -247,8 +247,8 @@ def test_files_hold_it() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(PolicyError, match="turn on by_columns, ridge or both"):
-        Compensation(by_columns=False)
+    with pytest.raises(PolicyError, match="turn on gptq, ridge or both"):
+        Compensation(gptq=False)
     with pytest.raises(PolicyError, match=r"damping must be a number in \[1e-06, 1\], got 0"):
         Compensation(damping=0)
     with pytest.raises(PolicyError, match="low_rank adds branches"):

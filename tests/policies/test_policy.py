@@ -85,7 +85,7 @@ allocations = st.builds(
     method=st.sampled_from(Method),
     sensitivity=st.sampled_from(Sensitivity),
     images=st.none() | st.integers(1, 64),
-    work=st.floats(1, 1e18),
+    max_macs=st.floats(1, 1e18),
     recheck=st.integers(0, 4),
     seed=st.integers(0, 9),
 )
@@ -243,10 +243,11 @@ def test_a_malformed_file_is_explained(
 
 @pytest.mark.parametrize("number", ["1e13", "1.0e+13", "10000000000000"])
 def test_numbers_with_an_exponent(tmp_path: Path, number: str) -> None:
-    text = f"rules: [{{spec: {{bits: 8}}}}]\nreconstruction: {{scope: network, work: {number}}}\n"
+    part = f"{{scope: network, max_macs: {number}}}"
+    text = f"rules: [{{spec: {{bits: 8}}}}]\nreconstruction: {part}\n"
     policy = read_policy(written(tmp_path, text))
     assert policy.reconstruction is not None
-    assert policy.reconstruction.work == 1e13
+    assert policy.reconstruction.max_macs == 1e13
 
 
 def test_a_malformed_dict_is_explained() -> None:

@@ -243,8 +243,8 @@ def test_progress_has_the_loss(
 def test_blocks_cannot_be_trained_on_new_images() -> None:
     with pytest.raises(PolicyError, match="set scope to 'network', or augment to False"):
         Reconstruction(augment=True)
-    with pytest.raises(PolicyError, match="set scope to 'network', or work to None"):
-        Reconstruction(work=1e12)
+    with pytest.raises(PolicyError, match="set scope to 'network', or max_macs to None"):
+        Reconstruction(max_macs=1e12)
 
 
 def test_scales_of_weights_alone_keep_the_codes() -> None:
@@ -276,7 +276,7 @@ def codes(gm: torch.fx.GraphModule) -> dict[str, tuple[torch.Tensor, torch.Tenso
 def test_work_bounds_the_steps() -> None:
     def took(work: float | None) -> int:
         gm, steps = frozen(), []
-        options = Reconstruction(**{**SHORT, **NETWORK, "iterations": 25, "work": work})
+        options = Reconstruction(**{**SHORT, **NETWORK, "iterations": 25, "max_macs": work})
 
         class Counted(training._Run):
             def take(self, images: torch.Tensor) -> None:
@@ -290,7 +290,7 @@ def test_work_bounds_the_steps() -> None:
             ]
         if not steps:
             (skip,) = result.skips
-            assert "raise work, or set it to None" in skip.reason
+            assert "raise max_macs, or set it to None" in skip.reason
         return len(steps)
 
     assert took(None) == 25

@@ -21,7 +21,7 @@ from fxquant.search.region_ratio import SearchedRegionRatio
 from fxquant.search.scales import SearchedTwin, stacked
 from fxquant.testing import Block, seeded, tokens
 
-SEARCH = ScaleSearch(metric=Metric.MSE, opt_m=True, candidates=12, stride=1, rounds=2)
+SEARCH = ScaleSearch(metric=Metric.MSE, search_region_ratio=True, candidates=12, stride=1, rounds=2)
 
 
 def operand(values: Tensor) -> Consumer:
@@ -90,7 +90,9 @@ def test_every_ratio_with_every_step_is_tried(bits: int, two_sided: bool) -> Non
 
 def test_what_is_chosen_is_annotated_reported_and_exported(tmp_path: Path) -> None:
     model, batch = seeded(Block()), tokens(8)
-    policy = policies.ptq4vit(4, 4, search=ScaleSearch(rows=64, opt_m=True, candidates=20))
+    policy = policies.ptq4vit(
+        4, 4, search=ScaleSearch(rows=64, search_region_ratio=True, candidates=20)
+    )
     compiled = fxquant.compile(model, [batch], policy)
     gains = {site: (choice, ratio) for _, site, choice, _, ratio in compiled.report.gains}
     twins = {e.edge: e for e in compiled.plan if e.fed_by in ("softmax", "gelu")}

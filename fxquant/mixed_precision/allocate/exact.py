@@ -15,7 +15,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 from fxquant.mixed_precision.allocate.greedy import greedy
 from fxquant.mixed_precision.allocate.problem import CostFunction, Floats, Ints, Problem, within
 
-# The solver may leave a bound by its tolerance; the bound is then drawn in by what it took.
+# The solver may exceed a bound by its tolerance; the bound is then lowered by the excess.
 _ATTEMPTS = 20
 
 
@@ -24,44 +24,45 @@ def exact(problem: Problem, bounds: list[tuple[CostFunction, int]]) -> tuple[int
 
     Args:
         problem: with at least one solution.
-        bounds: each meter and the largest total that it allows.
+        bounds: cost functions, each with the largest total that it allows.
     """
     plain = greedy(problem, bounds)
-    program = _Program(problem, [meter for meter, _ in bounds], plain)
+    program = _Program(problem, [cost_function for cost_function, _ in bounds], plain)
     limits = [allowed for _, allowed in bounds]
     for _ in range(_ATTEMPTS):
-        found = program.solve(limits)
-        if found is None:
+        bits = program.solve(limits)
+        if bits is None:
             return plain
-        if within(bounds, found):
+        if within(bounds, bits):
             # Within the solver's tolerance of the least loss, the better of the two.
-            return min(tuple(found.tolist()), plain, key=problem.loss)
-        for i, (meter, allowed) in enumerate(bounds):
-            limits[i] -= max(0, meter.total(found) - allowed)
+            return min(tuple(bits.tolist()), plain, key=problem.loss)
+        for i, (cost_function, allowed) in enumerate(bounds):
+            limits[i] -= max(0, cost_function.total(bits) - allowed)
     return plain
 
 
 class _Program:
-    """The integer program of a problem, but for the values of its bounds.
+    """The integer program of a problem; the limits of its bounds are given to ``solve``.
 
     Args:
         problem: the problem.
-        meters: of the bounds.
-        known: widths within the bounds, whose loss is the unit: what alone costs more than a plan
-            that is there counts as twice that, or the solver's tolerances would hide all the rest.
+        cost_functions: those of the bounds.
+        known: widths within the bounds, whose loss is the unit. A single loss above that of this
+            known plan is cut at twice the unit: it would hide all others below the solver's
+            tolerances.
     """
 
     def __init__(
-        self, problem: Problem, meters: list[CostFunction], known: tuple[int, ...]
+        self, problem: Problem, cost_functions: list[CostFunction], known: tuple[int, ...]
     ) -> None:
-        self._problem, self._meters = problem, meters
+        self._problem, self._cost_functions = problem, cost_functions
         self._widths = np.array(problem.widths, dtype=np.int64)
         self._groups, self._choices = len(problem.groups), len(problem.widths)
         pairs = {
             (int(i), int(j))
-            for meter in meters
-            if meter.pairs is not None
-            for i, j in zip(*np.nonzero(meter.pairs), strict=True)
+            for cost_function in cost_functions
+            if cost_function.pairs is not None
+            for i, j in zip(*np.nonzero(cost_function.pairs), strict=True)
             if i != j
         }
         self._pairs = sorted(pairs)
@@ -94,36 +95,35 @@ class _Program:
             block = self._block(number)
             for group, side in ((one, block), (two, block.T)):
                 for choice, variables in enumerate(side):
-                    own = group * self._choices + choice
-                    places = np.append(variables, own)
+                    places = np.append(variables, group * self._choices + choice)
                     rows.append(self._row(places, np.append(np.ones(self._choices), -1.0)))
         return rows
 
-    def _cost(self, meter: CostFunction) -> csr_array:
-        """The coefficients of a meter, its constant left out."""
-        linear = meter.linear[:, None] * self._widths[None, :].astype(float)
-        if meter.pairs is not None:
-            linear = linear + np.diag(meter.pairs)[:, None] * self._widths[None, :] ** 2
+    def _cost(self, cost_function: CostFunction) -> csr_array:
+        """The coefficients of a cost function without its constant."""
+        linear = cost_function.linear[:, None] * self._widths[None, :].astype(float)
+        if cost_function.pairs is not None:
+            linear = linear + np.diag(cost_function.pairs)[:, None] * self._widths[None, :] ** 2
         values = np.zeros(self._size)
         values[: linear.size] = linear.ravel()
         squares = np.outer(self._widths, self._widths)
         for number, (one, two) in enumerate(self._pairs):
-            if meter.pairs is not None:
-                values[self._block(number)] = meter.pairs[one, two] * squares
+            if cost_function.pairs is not None:
+                values[self._block(number)] = cost_function.pairs[one, two] * squares
         return csr_array(values[None, :])
 
     def solve(self, limits: list[int]) -> Ints | None:
-        """Widths ``(G,)``; None where the solver finds none."""
+        """Widths ``(G,)``; None where the solver finds no solution."""
         count = self._groups * self._choices
         objective = np.zeros(self._size)
         objective[:count] = self._objective.ravel()
         target = np.r_[np.ones(self._groups), np.zeros(self._rows.shape[0] - self._groups)]
         constraints = [LinearConstraint(self._rows, target, target)]
-        for meter, limit in zip(self._meters, limits, strict=True):
-            cost = self._cost(meter)
+        for cost_function, limit in zip(self._cost_functions, limits, strict=True):
+            cost = self._cost(cost_function)
             # Totals near 1000 lie well within what the solver's tolerances are made for.
             size = max(float(cost.sum()), 1.0) / 1000
-            most = (limit - meter.constant) / size
+            most = (limit - cost_function.constant) / size
             constraints.append(LinearConstraint(cost / size, -np.inf, most))
         result: OptimizeResult = milp(
             objective,

@@ -1,10 +1,10 @@
-"""Greedy allocation: the widest first, then down where it hurts least for what it saves.
+"""Greedy allocation: from the widest, lower the width that costs least loss for what it saves.
 
 State: every group at the widest. While the budget is exceeded, the move to any lower width of any
-group with the smallest ``(rise of the loss) / (cost saved)``; cost saved is counted in shares of
-what is still to be saved, summed over the bounds exceeded, at most 1 each. In the end what the
-last move saved too much is spent again where the loss falls most. (MPTQ-ViT, arXiv 2401.14895,
-names a greedy mixed precision; the algorithm is ours.)
+group with the smallest ``(rise of the loss) / (cost saved)`` is made; cost saved is counted in
+shares of each bound's excess, at most 1 each, summed over the bounds exceeded. In the end, widths
+are raised again within the budget where the loss falls most. (MPTQ-ViT, arXiv 2401.14895, names a
+greedy mixed precision; the algorithm is ours.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def greedy(
 
     Args:
         problem: with at least one solution.
-        bounds: each meter and the largest total that it allows.
+        bounds: cost functions, each with the largest total that it allows.
         measure: gives the loss of a whole plan, to measure moves in context.
         recheck: number of best moves that are measured at each step.
     """
@@ -68,12 +68,12 @@ class _Descent:
         return rises
 
     def _savings(self) -> Floats:
-        """What each move saves, ``(G, W)``; 0 for those that do not lower a width."""
+        """Share of the excess that each move saves, ``(G, W)``; 0 for moves that save nothing."""
         savings = np.zeros((len(self._bits), len(self._widths)))
-        for meter, allowed in self._bounds:
-            excess = meter.total(self._bits) - allowed
+        for cost_function, allowed in self._bounds:
+            excess = cost_function.total(self._bits) - allowed
             if excess > 0:
-                saved = -meter.changes(self._bits, self._widths) / excess
+                saved = -cost_function.changes(self._bits, self._widths) / excess
                 savings += np.clip(saved, 0, 1)
         return savings
 
@@ -89,8 +89,10 @@ class _Descent:
         """Makes the move to a wider width that lowers the loss most; whether there was one."""
         rises = self._rises()
         allowed = self._widths[None, :] > self._bits[:, None]
-        for meter, limit in self._bounds:
-            allowed &= meter.changes(self._bits, self._widths) <= limit - meter.total(self._bits)
+        for cost_function, limit in self._bounds:
+            allowed &= cost_function.changes(
+                self._bits, self._widths
+            ) <= limit - cost_function.total(self._bits)
         rises = np.where(allowed, rises, 0.0)
         group, width = divmod(int(rises.argmin()), len(self._widths))
         if rises[group, width] >= 0:
@@ -100,17 +102,17 @@ class _Descent:
 
 
 def _lowest_rate(rises: Floats, savings: Floats) -> tuple[int, int]:
-    """The move whose loss rises least for what it saves, of those that save anything."""
+    """The move of the least rise of the loss per cost saved, among moves that save anything."""
     rates = np.where(savings > 0, rises / np.where(savings > 0, savings, 1), np.inf)
     group, width = divmod(int(rates.argmin()), rates.shape[1])
     return group, width
 
 
 class _Measured(_Descent):
-    """Measures the best moves again, all other groups at the widths they have by then.
+    """Greedy descent that measures its best moves again, other groups at their current widths.
 
-    What a move adds in context, over what was predicted, then corrects the predictions of its
-    group, so that one put off is not taken at its old rate in the next step.
+    The ratio of the measured to the predicted rise then corrects all predictions of the move's
+    group, so that a rejected move is not taken at its old rate in the next step.
     """
 
     def __init__(
@@ -133,9 +135,9 @@ class _Measured(_Descent):
             if rise <= self._negligible or best in known or len(known) == self._recheck:
                 return best
             known.add(best)
-            tried = self._bits.copy()
-            tried[group] = self._widths[width]
-            added = self._loss(tried) - self._loss(self._bits)
+            candidate = self._bits.copy()
+            candidate[group] = self._widths[width]
+            added = self._loss(candidate) - self._loss(self._bits)
             self._factors[group] = min(max(added / rise, 1 / _TRUSTED), _TRUSTED)
 
     def _loss(self, bits: Ints) -> float:

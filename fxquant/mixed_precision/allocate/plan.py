@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxquant.config.allocation import Budget, Cost, Method
-from fxquant.mixed_precision.allocate.exact import exact
 from fxquant.mixed_precision.allocate.greedy import MeasureLoss, greedy
 from fxquant.mixed_precision.allocate.problem import Problem
 
@@ -20,9 +19,9 @@ class Plan:
     """Widths for the groups of a problem.
 
     Attributes:
-        bits: one a group.
-        loss: predicted, the sum of what each group does alone.
-        costs: what they cost in each way.
+        bits: the widths, one for each group.
+        loss: predicted loss, the sum of the losses of single groups.
+        costs: each cost of the widths.
     """
 
     bits: tuple[int, ...]
@@ -47,18 +46,20 @@ def allocate(
 
     Args:
         problem: groups with their losses.
-        budget: what must hold.
-        method: how.
-        measure: loss of a whole plan, which greedy measures its best moves with.
+        budget: upper bounds of costs.
+        method: exact or greedy.
+        measure: measures the loss of a whole plan; greedy checks its best moves by it.
         recheck: number of moves measured at each step; 0 for none.
 
     Raises:
-        PolicyError: the budget cannot be met; the message has the least that can.
+        PolicyError: the budget cannot be met; the message has the least budget that can.
     """
     bounds = problem.bounds(budget)
     if not problem.groups:
         return plan_of(problem, ())
     if method is Method.EXACT:
+        from fxquant.mixed_precision.allocate.exact import exact  # imports scipy.optimize
+
         return plan_of(problem, exact(problem, bounds))
     return plan_of(problem, greedy(problem, bounds, measure, recheck))
 
@@ -84,15 +85,15 @@ def sweep(problem: Problem, cost: Cost, count: int = 25) -> list[SweepPoint]:
 
     Args:
         problem: groups with their losses.
-        cost: the one that is bounded.
-        count: of the even steps, at least 2.
+        cost: the cost that is bounded.
+        count: number of even steps, at least 2.
 
     Raises:
         PolicyError: the problem has no such cost.
     """
     groups = len(problem.groups)
     uniform = [plan_of(problem, (bits,) * groups) for bits in problem.widths]
-    problem.meter(cost)
+    problem.cost_function(cost)
     limits = [plan.costs[cost] for plan in uniform]
     limits += np.linspace(limits[0], limits[-1], count).tolist()
     points = [SweepPoint(method="uniform", plan=plan) for plan in uniform]
@@ -104,7 +105,7 @@ def sweep(problem: Problem, cost: Cost, count: int = 25) -> list[SweepPoint]:
 
 
 def sweep_csv(points: Iterable[SweepPoint]) -> str:
-    """A row a plan: method, predicted loss, every cost, and the widths of the groups in order."""
+    """CSV text with a row for each plan: method, predicted loss, every cost, widths by group."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["method", "loss", *Cost, "widths"])

@@ -27,7 +27,7 @@ class Group:
         edges: names of its edges.
         is_weight: weights, else activations.
         values: numbers stored, of an activation those of one image.
-        losses: rise of the loss with this group alone quantized, one for each of the problem's
+        losses: rise of the loss with only this group quantized, one for each of the problem's
             widths.
     """
 
@@ -61,8 +61,8 @@ class Product:
 
     Attributes:
         macs: multiplications for one image.
-        left: name of the group of the left operand, or its width where that is fixed.
-        right: likewise of the right one.
+        left: name of the left operand's group, or its width where that is fixed.
+        right: name of the right operand's group, or its width.
     """
 
     macs: int
@@ -75,10 +75,10 @@ class CostFunction:
     """One cost as ``constant + linear @ bits + bits @ pairs @ bits``, in whole numbers.
 
     Attributes:
-        constant: of what is fixed.
-        linear: ``(G,)``.
+        constant: cost of the quantizers whose width is fixed.
+        linear: coefficients of the widths, ``(G,)``.
         pairs: ``(G, G)``, nothing below the diagonal; None where no cost is a product.
-        unit: what a cost is divided by where it is shown.
+        unit: divisor of a total for display.
     """
 
     constant: int
@@ -98,26 +98,26 @@ class CostFunction:
         return next(t for t in (total + 1, total, total - 1) if t / self.unit <= limit)
 
     def changes(self, bits: Ints, widths: Ints) -> Ints:
-        """What each group's move to each width adds to the cost, ``(G, W)``."""
+        """Change of the cost by each group's move to each width, ``(G, W)``."""
         step = widths[None, :] - bits[:, None]
         if self.pairs is None:
-            moved: Ints = step * self.linear[:, None]
-            return moved
-        own = np.diag(self.pairs)
-        others = (self.pairs + self.pairs.T) @ bits - 2 * own * bits
-        slope = (self.linear + others)[:, None]
+            linear_change: Ints = step * self.linear[:, None]
+            return linear_change
+        square = np.diag(self.pairs)
+        mixed = (self.pairs + self.pairs.T) @ bits - 2 * square * bits
+        slope = (self.linear + mixed)[:, None]
         squares = widths[None, :] ** 2 - bits[:, None] ** 2
-        change: Ints = step * slope + own[:, None] * squares
+        change: Ints = step * slope + square[:, None] * squares
         return change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Which widths there are to choose, and for what.
+    """The widths to choose from, and the groups to choose them for.
 
     Attributes:
         widths: candidates, ascending.
-        groups: each gets one of them.
+        groups: groups of edges; each gets one of the widths.
         fixed: quantizers that keep their width.
         products: multiplications of quantized operands.
     """
@@ -128,7 +128,7 @@ class Problem:
     products: tuple[Product, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks that the parts fit together; what does not is a bug of the caller."""
+        """Asserts that groups, widths and products fit together."""
         names = {group.name for group in self.groups}
         assert len(names) == len(self.groups), "names of groups are not unique"
         assert list(self.widths) == sorted(set(self.widths)), "widths are not ascending"
@@ -142,10 +142,10 @@ class Problem:
         return np.array([group.losses for group in self.groups], dtype=np.float64)
 
     @cached_property
-    def meters(self) -> dict[Cost, CostFunction]:
-        """Every cost that this problem has; a mean over no values is none."""
+    def cost_functions(self) -> dict[Cost, CostFunction]:
+        """The function that counts each cost; a mean over no values is left out."""
         size = len(self.groups)
-        found = {Cost.BITOPS: self._bitops()}
+        functions = {Cost.BITOPS: self._bitops()}
         kinds = {
             Cost.MEAN_WEIGHT_BITS: (True,),
             Cost.MEAN_ACT_BITS: (False,),
@@ -158,10 +158,10 @@ class Problem:
             total = sum(values) + sum(f.values for f in fixed)
             linear = np.array(values, dtype=np.int64).reshape(size)
             if total:
-                found[cost] = CostFunction(constant, linear, None, total)
+                functions[cost] = CostFunction(constant, linear, None, total)
             if cost is Cost.MEAN_WEIGHT_BITS:
-                found[Cost.WEIGHT_BYTES] = CostFunction(constant, linear, None, 8)
-        return found
+                functions[Cost.WEIGHT_BYTES] = CostFunction(constant, linear, None, 8)
+        return functions
 
     def _bitops(self) -> CostFunction:
         place = {group.name: i for i, group in enumerate(self.groups)}
@@ -182,46 +182,50 @@ class Problem:
         return CostFunction(constant, linear, pairs, 1)
 
     def costs(self, bits: Sequence[int] | Ints) -> dict[Cost, float]:
-        """What widths, one a group, cost in each way."""
+        """Each cost of widths, one for each group."""
         chosen = np.asarray(bits, dtype=np.int64)
-        return {cost: meter.total(chosen) / meter.unit for cost, meter in self.meters.items()}
+        return {
+            cost: cost_function.total(chosen) / cost_function.unit
+            for cost, cost_function in self.cost_functions.items()
+        }
 
     def loss(self, bits: Sequence[int] | Ints) -> float:
-        """Predicted loss of widths, one a group: the sum of what each does alone."""
+        """Predicted loss of widths, one for each group: the sum of the losses of single groups."""
         place = np.searchsorted(self.widths, bits)
         return math.fsum(self.losses[np.arange(len(place)), place])
 
-    def meter(self, cost: Cost) -> CostFunction:
-        """The meter of a cost.
+    def cost_function(self, cost: Cost) -> CostFunction:
+        """The function that counts a cost.
 
         Raises:
-            PolicyError: it is a mean over nothing.
+            PolicyError: the cost is a mean over no values.
         """
-        if cost not in self.meters:
+        if cost not in self.cost_functions:
             raise PolicyError(f"{cost} cannot be bounded: the model has no such quantized edge")
-        return self.meters[cost]
+        return self.cost_functions[cost]
 
     def bounds(self, budget: Budget) -> list[tuple[CostFunction, int]]:
-        """Each meter of the budget and the largest total that it allows.
+        """The cost functions of a budget, each with the largest total that it allows.
 
         Raises:
-            PolicyError: a bound is below the least that the widths can cost, or of a mean over
-                nothing; the message has the least.
+            PolicyError: a bound is below the least cost that the widths can have, which the
+                message names, or bounds a mean over no values.
         """
         narrow = np.full(len(self.groups), self.widths[0], dtype=np.int64)
-        found = []
+        bounds = []
         for cost, limit in budget.limits.items():
-            meter = self.meter(cost)
-            allowed, least = meter.allowed(limit), meter.total(narrow)
+            cost_function = self.cost_function(cost)
+            allowed, least = cost_function.allowed(limit), cost_function.total(narrow)
             if least > allowed:
                 pinned = f" and {len(self.fixed)} pinned ones at theirs" if self.fixed else ""
                 raise PolicyError(
-                    f"the budget cannot be met: {cost} is at least {least / meter.unit:,.6g}, with "
-                    f"every group at {self.widths[0]} bits{pinned}; the budget allows "
-                    f"{limit:,.6g}. Raise it, or allow narrower widths"
+                    f"the budget cannot be met: {cost} is at least "
+                    f"{least / cost_function.unit:,.6g}, with every group at {self.widths[0]} "
+                    f"bits{pinned}; the budget allows {limit:,.6g}. Raise it, or allow narrower "
+                    "widths"
                 )
-            found.append((meter, allowed))
-        return found
+            bounds.append((cost_function, allowed))
+        return bounds
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -229,7 +233,7 @@ class Problem:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Problem:
-        """The inverse of :meth:`to_dict`, also of what JSON makes of it."""
+        """The inverse of :meth:`to_dict`, also after a round trip through JSON."""
         groups = [
             Group(**{**g, "edges": tuple(g["edges"]), "losses": tuple(g["losses"])})
             for g in values["groups"]
@@ -244,4 +248,4 @@ class Problem:
 
 def within(bounds: Sequence[tuple[CostFunction, int]], bits: Ints) -> bool:
     """Whether widths keep all bounds."""
-    return all(meter.total(bits) <= allowed for meter, allowed in bounds)
+    return all(cost_function.total(bits) <= allowed for cost_function, allowed in bounds)

@@ -1,4 +1,4 @@
-"""What an allocation of bits found, for the report."""
+"""The result of an allocation of bits, for the report."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy.stats import rankdata
 
 from fxquant.config.allocation import Cost
-from fxquant.mixed_precision.allocate.problem import Problem
+from fxquant.mixed_precision.allocate.problem import Floats, Problem
 
 
 def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Spearman's: Pearson's of the ranks, ties sharing theirs; None where one does not vary."""
-    ranks = rankdata(one), rankdata(two)
+    """Spearman's rank correlation: Pearson's of the ranks, tied values sharing their mean rank.
+
+    Args:
+        one: numbers.
+        two: as many numbers.
+
+    Returns:
+        A number in -1..1; None where either sequence does not vary.
+    """
+    ranks = _ranks(one), _ranks(two)
     if len(one) < 2 or not all(np.ptp(r) for r in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Floats:
+    """Ranks from 1, tied values sharing the mean of theirs."""
+    _, distinct, counts = np.unique(values, return_inverse=True, return_counts=True)
+    means: Floats = np.cumsum(counts) - (counts - 1) / 2
+    return means[distinct]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +41,17 @@ class AllocationResult:
     """The widths chosen and why.
 
     Attributes:
-        method: how they were chosen.
+        method: ``exact`` or ``greedy``.
         sensitivity: ``measured`` or ``estimated`` losses.
         images: number of images that losses were measured on; 0 if none were.
-        budget: the bounds that were given, by name.
-        problem: groups with their losses, and costs; what a sweep over budgets starts from.
-        bits: one a group of the problem.
-        loss: predicted rise of the loss, the sum of what each group does alone; a mean over images.
-        measured_loss: of all groups quantized so, by trial quantizers; None if not measured.
-        costs: what the widths cost in each way.
+        budget: the bounds asked for, by name.
+        problem: groups with their losses, and costs; a sweep over budgets starts from it.
+        bits: the widths, one for each group of the problem.
+        loss: predicted rise of the loss, the sum over single groups; a mean over images.
+        measured_loss: loss with all groups quantized by trial quantizers; None if not measured.
+        costs: each cost of the widths.
         rank_correlation: Spearman's, of measured and estimated losses over all groups and widths;
-            None where not both are there.
+            None where one of them is missing.
     """
 
     method: str
@@ -53,7 +67,7 @@ class AllocationResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AllocationResult:
-        """The inverse of ``dataclasses.asdict``, also of what JSON makes of it."""
+        """The inverse of ``dataclasses.asdict``, also after a round trip through JSON."""
         problem = Problem.from_dict(values["problem"])
         return cls(**{**values, "problem": problem, "bits": tuple(values["bits"])})
 
@@ -62,7 +76,7 @@ class AllocationResult:
         return asdict(self)
 
     def table(self) -> Table:
-        """A row a group: edges, values, width, and the loss at each width."""
+        """Table of groups: edges, values, width, and the loss at each width."""
         table = Table(
             "group", "edges", "values", "bits", *(f"loss at {w}" for w in self.problem.widths)
         )
@@ -74,12 +88,12 @@ class AllocationResult:
         return table
 
     def summary(self) -> str:
-        """Two lines: what was asked and reached, and how good the prediction is."""
+        """Two lines: budget and costs, and how good the prediction of the loss is."""
         reached = ", ".join(
             f"{name} {self.costs[name]:,.6g} of at most {limit:,.6g}"
             for name, limit in self.budget.items()
         )
-        others = ", ".join(
+        unbounded = ", ".join(
             f"{cost} {self.costs[cost]:,.4g}"
             for cost in Cost
             if cost in self.costs and cost not in self.budget
@@ -92,6 +106,7 @@ class AllocationResult:
         )
         on = f" on {self.images} images" if self.images else ""
         return (
-            f"widths by {self.method}, {self.sensitivity} sensitivities{on}: {reached} ({others})\n"
+            f"widths by {self.method}, {self.sensitivity} sensitivities{on}: {reached} "
+            f"({unbounded})\n"
             f"loss predicted {self.loss:.3g}{measured}{ranks}"
         )

@@ -1,5 +1,5 @@
-"""What each group of edges at each width does to the loss, measured and estimated.
+"""The rise of the loss by each group of edges at each width, measured and estimated.
 
-All of it runs on a graph in stage OBSERVED, whose observers have seen the calibration images, and
-changes nothing in it.
+Both run on a graph in stage OBSERVED, whose observers have seen the calibration images, and change
+nothing in the graph.
 """

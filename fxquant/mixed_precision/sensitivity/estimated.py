@@ -1,6 +1,6 @@
 """The loss of a group at a width, estimated without running the network.
 
-With ``e`` the error that the quantized group makes in the output O of a product that reads it, the
+Let ``e`` be the error of the quantized group in the output O of a product that reads the group: the
 loss rises by about ``0.5 sum (dL/dO)^2 e^2``: half the metric ``fisher`` or ``hessian`` of
 :func:`fxquant.search.metrics.losses`, on the sampled rows, scaled to all rows of an image.
 """
@@ -29,10 +29,10 @@ class Estimates:
 
     Args:
         gm: in stage OBSERVED.
-        trials: its quantizers.
+        trials: quantizers of the graph at any width.
         samples: rows of each product by node name, with gradients.
-        metric: ``fisher`` or ``hessian``, the one that rows were sampled for.
-        images: number of images that they were sampled from.
+        metric: ``fisher`` or ``hessian``, the metric that rows were sampled for.
+        images: number of images that the rows were sampled from.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Estimates:
             sample = self._samples.get(edge.node.name)
             if sample is None:
                 return None
-            if sample.gradient is not None:  # else the loss does not depend on it
+            if sample.gradient is not None:  # otherwise the loss does not depend on the product
                 for i, bits in enumerate(widths):
                     totals[i] += self._loss(edge, bits, sample)
         return totals
@@ -75,11 +75,11 @@ class Estimates:
             left = quantizer(left)
         outputs = (left @ right).unsqueeze(2)
         metric = sample.metric(self._metric)
-        found = losses(outputs, sample.lhs @ sample.rhs, sample.gradient, metric, Unit.TENSOR)
-        return float(found) / 2 * self._scale(edge.node, sample)
+        loss = losses(outputs, sample.lhs @ sample.rhs, sample.gradient, metric, Unit.TENSOR)
+        return float(loss) / 2 * self._scale(edge.node, sample)
 
     def _scale(self, node: fx.Node, sample: ProductSample) -> float:
-        """How many rows of one image a row of the sample stands for."""
+        """Number of rows of one image that a row of the sample represents."""
         assert sample.gradient is not None
         samples, heads, rows, columns = sample.gradient.shape
         sizes = example_shape(node)

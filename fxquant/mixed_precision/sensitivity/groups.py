@@ -1,4 +1,4 @@
-"""Which edges of an observed graph share a width, and what a bit of each costs."""
+"""Edges of an observed graph that share a width, and the cost of their bits."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from fxquant.mixed_precision.allocate.problem import FixedWidth, Product
 class EdgeGroup:
     """Edges that must share a width.
 
-    Activations that go through one observer; weights that are one parameter or were cut from one
-    (q, k and v of a packed projection, marked by SplitProjections).
+    Activations that go through one observer; weights that are one parameter, or were cut from one
+    packed parameter (q, k and v of a projection, marked by SplitProjections).
     """
 
     edges: tuple[Edge, ...]
 
     @property
     def name(self) -> str:
-        """That of the first edge."""
+        """Name of the first edge."""
         return self.edges[0].name
 
     @property
     def is_weight(self) -> bool:
-        """Weights, else activations."""
+        """Whether the edges are weights; otherwise they are activations."""
         return self.edges[0].arg is Arg.WEIGHT
 
     @property
     def sources(self) -> list[fx.Node]:
-        """The nodes that the edges read, each once."""
+        """The nodes that the edges read, each listed once."""
         return list(dict.fromkeys(edge.source for edge in self.edges))
 
 
@@ -50,8 +50,8 @@ class WidthGroups:
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm, self._work = gm, MacCounter(gm)
-        found: dict[tuple[str, ...], list[Edge]] = {}
+        self._gm, self._macs = gm, MacCounter(gm)
+        groups: dict[tuple[str, ...], list[Edge]] = {}
         operands = list(_operands(gm))
         pinned = {e.source for e in operands if _pinned(e) and e.arg is not Arg.WEIGHT}
         # An observer that an addition or a norm reads as well stays at the width of the rules.
@@ -61,19 +61,19 @@ class WidthGroups:
             if edge.source in pinned or _pinned(edge):
                 fixed.setdefault((str(edge.source.target),), []).append(edge)
             else:
-                found.setdefault(_key(edge), []).append(edge)
-        self.groups = tuple(EdgeGroup(tuple(group)) for group in found.values())
+                groups.setdefault(_key(edge), []).append(edge)
+        self.groups = tuple(EdgeGroup(tuple(group)) for group in groups.values())
         self._fixed = [EdgeGroup(tuple(group)) for group in fixed.values()]
 
     def values(self, group: EdgeGroup) -> int:
-        """Values of a group, of activations for one image."""
+        """Number of values of a group, for activations those of one image."""
         if group.is_weight:
             return sum(get_parameter(self._gm, node).numel() for node in group.sources)
-        return sum(self._work.values(node) for node in group.sources)
+        return sum(self._macs.values(node) for node in group.sources)
 
     @property
     def fixed(self) -> tuple[FixedWidth, ...]:
-        """What keeps its width."""
+        """Quantizers that keep the width of their rule."""
         return tuple(
             FixedWidth(
                 name=group.name,
@@ -88,25 +88,25 @@ class WidthGroups:
     def products(self) -> tuple[Product, ...]:
         """Products of two quantized operands."""
         names = {edge.name: group.name for group in self.groups for edge in group.edges}
-        sides: dict[fx.Node, list[str | int]] = {}
+        operands: dict[fx.Node, list[str | int]] = {}
         for edge in _operands(self._gm):
-            sides.setdefault(edge.node, []).append(names.get(edge.name, _bits(edge)))
+            operands.setdefault(edge.node, []).append(names.get(edge.name, _bits(edge)))
         return tuple(
-            Product(macs=self._work.macs(node), left=both[0], right=both[1])
-            for node, both in sides.items()
-            if len(both) == 2
+            Product(macs=self._macs.macs(node), left=pair[0], right=pair[1])
+            for node, pair in operands.items()
+            if len(pair) == 2
         )
 
     def macs_after_groups(self) -> int:
-        """Multiplications for one image of running what lies behind each group."""
+        """Multiplications for one image of the nodes behind each group, summed over groups."""
         order = {node: i for i, node in enumerate(self._gm.graph.nodes)}
-        return self._work.macs_after(
+        return self._macs.macs_after(
             min((edge.node for edge in group.edges), key=order.__getitem__) for group in self.groups
         )
 
 
 def _operands(gm: fx.GraphModule) -> Iterator[Edge]:
-    """Annotated operands of products; what stands between products keeps the width of its rule."""
+    """Annotated operands of products; other edges keep the width of their rule."""
     return (edge for edge in annotated_edges(gm) if edge.kind.is_product)
 
 

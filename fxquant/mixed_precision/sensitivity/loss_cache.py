@@ -1,7 +1,7 @@
-"""Measured losses on disk, one line each, written as measured, so that a search can go on.
+"""Measured losses on disk, one line each, so that an interrupted search goes on.
 
-The first line says what the losses belong to. A file is named by a fingerprint of all that a loss
-depends on, so losses of another model, other images or other specs are never read.
+The first line names the model, images and policy. A file is named by a fingerprint of everything
+that a loss depends on, so losses of another model, other images or other specs are never read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fxquant.errors import FileFormatError, OutputError
+from fxquant.utils.log import LOGGER
 
 # A group at a width, or all groups each at its own.
 Key = tuple[str, tuple[int, ...]]
@@ -21,12 +22,12 @@ class LossCache:
     """Losses measured so far.
 
     Args:
-        folder: where the file is; None keeps them in memory alone.
-        fingerprint: of what they depend on.
-        about: what a reader of the file may want to know, plain JSON values.
+        folder: folder of the file; None keeps losses in memory only.
+        fingerprint: fingerprint of everything that the losses depend on.
+        about: description for readers of the file, plain JSON values.
 
     Raises:
-        FileFormatError: the file is not what this class wrote.
+        FileFormatError: the file was not written by this class.
         OutputError: the folder cannot be written.
     """
 
@@ -42,13 +43,14 @@ class LossCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             data = path.read_bytes() if path.exists() else b""
-            # What an interrupted run left of a line has no end.
-            whole = data[: data.rfind(b"\n") + 1]
-            self._read(path, whole.splitlines(), fingerprint)
-            if whole != data:
-                os.truncate(path, len(whole))
+            # A line that an interrupted run did not finish has no line break.
+            complete = data[: data.rfind(b"\n") + 1]
+            self._read(path, complete.splitlines(), fingerprint)
+            if complete != data:
+                os.truncate(path, len(complete))
+            LOGGER.info("%d measured losses read from %s", len(self._losses), path)
             self._file = path.open("a", encoding="utf-8")
-            if not whole:
+            if not complete:
                 self._write(self._head)
         except OSError as error:
             raise self._not_written(error) from error
@@ -57,9 +59,9 @@ class LossCache:
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
-                if number == 1 or "fingerprint" in values:  # a run at the same time made it too
+                if number == 1 or "fingerprint" in values:  # a simultaneous run wrote a head too
                     if values["fingerprint"] != fingerprint:
-                        raise ValueError("the fingerprint in it is another than in its name")
+                        raise ValueError("its fingerprint is not the one in its name")
                     continue
                 loss = float(values["loss"])
                 if not 0 <= loss < float("inf"):
@@ -67,13 +69,13 @@ class LossCache:
                 self._losses[values["what"], tuple(values["bits"])] = loss
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise FileFormatError(
-                    f"{path}, line {number} is damaged ({error}): delete the file to measure anew"
+                    f"{path}, line {number} is damaged ({error}): delete the file to measure again"
                 ) from error
 
     def _not_written(self, error: OSError) -> OutputError:
         return OutputError(
             f"cannot write {self._path}: {error.strerror or error}. Choose a writable folder with "
-            "enough free space; what was measured so far is kept in it"
+            "enough free space; losses measured so far are kept in the file"
         )
 
     def __contains__(self, key: Key) -> bool:
@@ -83,12 +85,13 @@ class LossCache:
         return self._losses[key]
 
     def put(self, key: Key, loss: float) -> None:
-        """Keeps a loss, on disk too, bit for bit.
+        """Stores a loss, in memory and on disk, bit for bit.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the loss cannot be written.
         """
         self._losses[key] = loss
+        LOGGER.debug("loss of %s at %s bits: %.6g", *key, loss)
         try:
             self._write(json.dumps({"what": key[0], "bits": list(key[1]), "loss": loss}))
         except OSError as error:

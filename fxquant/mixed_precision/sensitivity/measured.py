@@ -20,9 +20,9 @@ class MeasuredSensitivity:
 
     Args:
         gm: in stage OBSERVED.
-        trials: its quantizers.
+        trials: quantizers of the graph at any width.
         images: ``(B, …)`` on the graph's device.
-        loss: that the policy's search names.
+        loss: the loss that the policy's search names.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class MeasuredSensitivity:
         self._network, self._trials = NetworkLoss(gm, images, loss), trials
 
     def in_order(self, groups: Sequence[EdgeGroup]) -> list[EdgeGroup]:
-        """Groups as the graph reaches them."""
+        """Groups in the order in which the graph computes them."""
 
         def first(group: EdgeGroup) -> int:
             nodes = [e.node for e in group.edges] if group.is_weight else group.sources
@@ -40,7 +40,7 @@ class MeasuredSensitivity:
         return sorted(groups, key=first)
 
     def of_group(self, group: EdgeGroup, bits: int) -> float:
-        """The loss with one group quantized; groups are to come in the order of the graph."""
+        """The loss with one group quantized; call in the order of :meth:`in_order`."""
         loss = self._network.changed(self._overrides(group, bits))
         return _checked(loss, f"{group.name} at {bits} bits")
 
@@ -68,6 +68,6 @@ def _checked(loss: float, what: str) -> float:
     if not loss < float("inf"):
         raise NonFiniteError(
             f"with {what} the outputs hold NaN or infinity; pin the width of that edge with a "
-            "rule (pinned: true), or leave narrow widths out"
+            "rule (pinned: true), or remove narrow widths"
         )
     return loss

@@ -1,4 +1,4 @@
-"""Quantizers of any width for the edges of an observed graph, from what its observers saw."""
+"""Quantizers of any width for the edges of an observed graph, from its observers' statistics."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ class TrialQuantizers:
 
     Args:
         gm: in stage OBSERVED, its observers with histograms, having seen data.
-        least_squares: fit by least squared error, as a stand-in for a search of scales that
-            would take too long at every width; else as each edge's spec says.
-        opt_m: a uniform quantizer may stand in for a twin one, as in a search of the region ratio.
+        least_squares: fit by least squared error, in place of a search of scales, which would
+            take too long at every width; otherwise fit by the observer of each edge's spec.
+        allow_uniform: fit a uniform quantizer instead of a twin one where its squared error is
+            less, as the search of region ratios does.
 
     Attributes:
-        settings: the two.
+        settings: ``(least_squares, allow_uniform)``.
     """
 
-    def __init__(self, gm: fx.GraphModule, *, least_squares: bool, opt_m: bool = False) -> None:
-        self._gm, self._least_squares, self._opt_m = gm, least_squares, opt_m
-        self.settings = least_squares, opt_m
+    def __init__(
+        self, gm: fx.GraphModule, *, least_squares: bool, allow_uniform: bool = False
+    ) -> None:
+        self._gm, self._least_squares, self._allow_uniform = gm, least_squares, allow_uniform
+        self.settings = least_squares, allow_uniform
         self._fitted: dict[tuple[str, int], Quantizer] = {}
 
     @torch.no_grad()
@@ -54,7 +57,7 @@ class TrialQuantizers:
         if self._least_squares:
             spec = replace(spec, observer=ObserverKind.MSE, percentile=None)
         observer = submodule(self._gm, edge.source)
-        ratio = self._opt_m and spec.scheme.limits.has_regions
+        ratio = self._allow_uniform and spec.scheme.limits.has_regions
         if ratio and isinstance(observer, HistogramObserver):
             uniform = replace(spec, scheme=Scheme.UNIFORM, max_shift=None)
             return observer.best([observer.fit(spec), observer.fit(uniform)])

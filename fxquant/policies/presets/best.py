@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import StrEnum
 
 from fxquant.config.allocation import Allocation, Budget
+from fxquant.config.effort import Effort
 from fxquant.config.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.spec import MAX_KERNEL_BITS, TensorSpec
@@ -17,20 +17,6 @@ from fxquant.policies.presets.plain import w8a8
 from fxquant.policies.presets.searched import mptq_vit, ptq4vit
 from fxquant.policies.presets.shared_rules import elementwise_rules, end_rules
 from fxquant.utils.suggest import did_you_mean
-
-
-class Effort(StrEnum):
-    """How long a compilation may take.
-
-    ``seconds``: scales of small networks are trained on what is made of a few images, others not at
-    all; ``minutes``: weights as well, of all but the largest, for longer, on hundreds of images;
-    ``hours``: of all.
-    """
-
-    SECONDS = "seconds"
-    MINUTES = "minutes"
-    HOURS = "hours"
-
 
 _END_BITS = 8
 # Of each product, for the search: half of what other presets take, for speed.
@@ -47,7 +33,7 @@ _SECONDS = Reconstruction(
     drop=0.0,
     held_out=0.0,
     augment=True,
-    work=1e13,
+    max_macs=1e13,
 )
 # Hundreds of images carry the weights too. 1,000 steps of a small network, 400 of DeiT-S.
 _MINUTES = replace(
@@ -56,12 +42,12 @@ _MINUTES = replace(
     weight_rate=3e-3,
     iterations=1000,
     held_out=0.125,
-    work=2.5e14,
+    max_macs=2.5e14,
 )
 _TRAINING = {
     Effort.SECONDS: _SECONDS,
     Effort.MINUTES: _MINUTES,
-    Effort.HOURS: replace(_MINUTES, iterations=10_000, work=None),
+    Effort.HOURS: replace(_MINUTES, iterations=10_000, max_macs=None),
 }
 # To round weights by: 32 have fewer rows than a wide layer columns where tokens are merged.
 _IMAGES = 128

@@ -124,7 +124,8 @@ def mptq_vit(
         PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
     """
     check_flags(full=full)
-    base = ptq4vit(weight_bits, act_bits, image_bits=image_bits, search=ScaleSearch(opt_m=True))
+    search = ScaleSearch(search_region_ratio=True)
+    base = ptq4vit(weight_bits, act_bits, image_bits=image_bits, search=search)
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     return replace(
         base,

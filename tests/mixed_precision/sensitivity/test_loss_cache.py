@@ -65,7 +65,7 @@ def test_a_damaged_line_or_another_fingerprint_raises(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match=r"line 2 is damaged .*delete the file"):
         LossCache(tmp_path, "f" * 64, {})
     path.write_text("\n".join(whole) + "\n")
-    with pytest.raises(FileFormatError, match="another than in its name"):
+    with pytest.raises(FileFormatError, match="is not the one in its name"):
         LossCache(tmp_path, "f" * 16 + "e" * 48, {})
 
 

@@ -241,11 +241,9 @@ def test_fewer_images_than_wanted_are_all_taken() -> None:
 def test_a_uniform_grid_stands_in_for_twins_where_the_ratio_is_searched(setup: Setup) -> None:
     (edge,) = (e for g in setup.layout.groups for e in g.edges if fed_by(e) == "gelu")
     kinds = {
-        opt_m: [
-            type(TrialQuantizers(setup.gm, least_squares=True, opt_m=opt_m).quantizer(edge, bits))
-            for bits in (2, 3, 4)
-        ]
-        for opt_m in (False, True)
+        allowed: [type(trials.quantizer(edge, bits)) for bits in (2, 3, 4)]
+        for allowed in (False, True)
+        for trials in [TrialQuantizers(setup.gm, least_squares=True, allow_uniform=allowed)]
     }
     assert set(kinds[False]) == {TwinUniformQuantizer}
     assert UniformQuantizer in kinds[True]

@@ -49,7 +49,7 @@ def test_fewer_bits_are_compensated_and_trained_given_time(
     trained = policy.reconstruction
     assert trained is not None
     assert trained.scope is Scope.NETWORK
-    assert (trained.work is None) == (effort is Effort.HOURS)
+    assert (trained.max_macs is None) == (effort is Effort.HOURS)
     few = effort is Effort.SECONDS
     assert policy.compensation.ridge != few, "of few images the ridge fits their noise"
     assert (trained.weights is WeightTraining.SCALES) == few
@@ -69,7 +69,7 @@ def test_more_effort_takes_more_steps() -> None:
 def test_a_network_that_is_too_large_for_seconds_is_not_trained() -> None:
     policy = policies.best(4, 6)
     assert policy.reconstruction is not None
-    small = replace(policy, reconstruction=replace(policy.reconstruction, work=1e4))
+    small = replace(policy, reconstruction=replace(policy.reconstruction, max_macs=1e4))
     report = fxquant.compile(seeded(Stack()), [tokens(24)], small).report
     assert report.changes["Reconstruct"] == 0
     assert "not trained: 10000 multiplications are no more than 0 steps" in str(report)
@@ -83,7 +83,7 @@ def test_with_minutes_weights_are_moved_and_trained_within_the_work() -> None:
     report = fxquant.compile(model, [batch], few).report
     assert report.changes["Reconstruct"] == 1
     assert "ridge" in str(report) and "straight_through" in str(report)
-    none = replace(few, reconstruction=replace(policy.reconstruction, work=1e4))
+    none = replace(few, reconstruction=replace(policy.reconstruction, max_macs=1e4))
     assert fxquant.compile(model, [batch], none).report.changes["Reconstruct"] == 0
 
 

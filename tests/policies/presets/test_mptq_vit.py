@@ -24,7 +24,7 @@ def test_files_hold_the_policy() -> None:
     assert policy_from_dict(policy_to_dict(MIXED)) == MIXED
     assert MIXED.smooth
     assert MIXED.search is not None
-    assert MIXED.search.opt_m
+    assert MIXED.search.search_region_ratio
 
 
 @pytest.mark.slow

@@ -1,0 +1,98 @@
+"""Results of benchmarks as JSON, with the machine that they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fxquant._version import __version__
+
+FORMAT = 1
+# Instructions that decide how fast and how exact integer kernels are.
+_FLAGS = ("avx2", "avx512_vnni", "amx_int8")
+_PACKAGES = ("torch", "onnxruntime", "onnx", "timm", "numpy")
+
+
+def machine(threads: int | None = None) -> dict[str, Any]:
+    """What a figure depends on, as plain JSON values.
+
+    Args:
+        threads: that the benchmark used; None where it does not set them.
+
+    Returns:
+        ``cpu`` (its name), ``flags`` (whether the CPU has each of avx2, avx512_vnni, amx_int8),
+        ``cores``, ``threads``, ``python`` and ``versions`` of packages that are installed.
+    """
+    name, flags = _cpu()
+    versions = {package: found for package in _PACKAGES if (found := _version(package))}
+    return {
+        "cpu": name,
+        "flags": {flag: flag in flags for flag in _FLAGS},
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": {"fxquant": __version__, **versions},
+    }
+
+
+def write_results(
+    path: Path,
+    benchmark: str,
+    options: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    threads: int | None = None,
+) -> None:
+    """Writes the rows of a table and the machine they were measured on.
+
+    Args:
+        path: the JSON file; its folder is made.
+        benchmark: name of the script.
+        options: it was run with; paths are written as text.
+        rows: of the table, one dict each.
+        threads: see :func:`machine`.
+    """
+    values = {
+        "format": FORMAT,
+        "benchmark": benchmark,
+        "machine": machine(threads),
+        "options": dict(options),
+        "rows": [dict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What :func:`write_results` wrote.
+
+    Raises:
+        ValueError: the file is not of this format.
+    """
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{path} does not hold results of format {FORMAT}")
+    return values
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """Name and flags of the CPU, as far as the system tells them."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return platform.processor() or platform.machine(), set()
+    lines = [line.partition(":") for line in file.read_text(encoding="utf-8").splitlines()]
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,112 @@
+"""Options under their old names: accepted in Python, dicts and YAML, with a warning."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxquant import Allocation, Budget, Compensation, Policy, Reconstruction, Rule, TensorSpec
+from fxquant.config.renamed import RenamedOptionWarning, new_names_of
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.errors import PolicyError, UnknownKeyError
+from fxquant.policies.policy_file import policy_from_dict, read_policy, to_yaml
+
+BUDGET = Budget(mean_bits=4)
+RULES = [{"spec": {"bits": 8}}]
+# Class, old name, new name, value, other fields, key in a policy file.
+CASES: list[tuple[Any, str, str, Any, dict[str, Any], str]] = [
+    (ScaleSearch, "opt_m", "search_region_ratio", True, {}, "search"),
+    (Compensation, "by_columns", "gptq", False, {"ridge": True}, "compensation"),
+    (Reconstruction, "work", "max_macs", 1e9, {"scope": "network"}, "reconstruction"),
+    (Allocation, "work", "max_macs", 1e9, {"budget": BUDGET}, "allocation"),
+]
+cases = pytest.mark.parametrize(
+    ("cls", "old", "new", "value", "fields", "key"), CASES, ids=lambda value: None
+)
+
+
+def plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields as a policy file has them."""
+    return {k: {"mean_bits": 4} if v is BUDGET else v for k, v in fields.items()}
+
+
+@cases
+def test_old_keywords_and_attributes(
+    cls: Any, old: str, new: str, value: Any, fields: dict[str, Any], key: str
+) -> None:
+    wanted = cls(**fields, **{new: value})
+    with pytest.warns(RenamedOptionWarning, match=f"{cls.__name__}: {old} is now called {new}"):
+        assert cls(**fields, **{old: value}) == wanted
+    with pytest.warns(RenamedOptionWarning, match=f"{old} is now called {new}") as caught:
+        assert getattr(wanted, old) == value
+    assert caught[0].filename == __file__  # the user's line
+    with pytest.warns(RenamedOptionWarning, match=f"{old} is now called {new}") as caught:
+        assert replace(cls(**fields), **{old: value}) == wanted
+    assert caught[0].filename == __file__
+    with pytest.raises(PolicyError, match=f"{old} is the old name of {new}, and both are given"):
+        cls(**fields, **{old: value, new: value})
+    assert new_names_of(cls) == {old: new}
+
+
+@cases
+def test_old_keys_in_dicts(
+    cls: Any, old: str, new: str, value: Any, fields: dict[str, Any], key: str
+) -> None:
+    values = {"rules": RULES, key: {**plain(fields), old: value}}
+    with pytest.warns(RenamedOptionWarning, match=rf"{key}\.{old}: {old} is now called {new}"):
+        policy = policy_from_dict(values)
+    assert getattr(policy, key) == cls(**fields, **{new: value})
+    values[key][new] = value
+    with pytest.raises(PolicyError, match=rf"{key}\.{old}: {old} is the old name of {new}"):
+        policy_from_dict(values)
+
+
+@cases
+def test_old_keys_in_yaml(
+    cls: Any, old: str, new: str, value: Any, fields: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    policy = Policy(
+        name="p", rules=(Rule(spec=TensorSpec()),), **{key: cls(**fields, **{new: value})}
+    )
+    path, text = tmp_path / "mine.yaml", to_yaml(policy)
+    path.write_text(text)
+    assert f"{new}: " in text and read_policy(path) == policy
+    path.write_text(text.replace(f"{new}: ", f"{old}: "))
+    line = 1 + path.read_text().splitlines().index(f"  {old}: {str(value).lower()}")
+    message = rf"mine\.yaml:{line}: {old} is now called {new}"
+    with pytest.warns(RenamedOptionWarning, match=message) as caught:
+        assert read_policy(path) == policy
+    assert caught[0].filename == __file__
+    number = str(value).lower()
+    path.write_text(text.replace(f"  {new}: ", f"  {old}: {number}\n  {new}: "))
+    with pytest.raises(PolicyError, match=rf"mine\.yaml:{line}: {old} is the old name of {new}"):
+        read_policy(path)
+
+
+@cases
+def test_copies_and_pickles_do_not_warn(
+    cls: Any, old: str, new: str, value: Any, fields: dict[str, Any], key: str
+) -> None:
+    item = cls(**fields, **{new: value})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert copy.deepcopy(item) == item == replace(item)
+        older = cls.__new__(cls)
+        names = {old if name == new else name: v for name, v in vars(item).items()}
+        older.__setstate__(names)  # what an older version pickled
+        assert older == item
+    assert old not in inspect.signature(cls).parameters
+    assert new in inspect.signature(cls).parameters
+
+
+def test_old_names_belong_to_their_class_alone() -> None:
+    with pytest.raises(UnknownKeyError, match="unknown key 'work'"):
+        policy_from_dict({"rules": RULES, "search": {"work": 1}})
+    with pytest.raises(TypeError, match="opt_m"):
+        Compensation(opt_m=True)  # type: ignore[call-arg]
