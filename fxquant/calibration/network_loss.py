@@ -1,4 +1,4 @@
-"""The loss of a network some of whose nodes compute something else."""
+"""The loss of a network in which some nodes compute something else."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.liveness import dead_after
 from fxquant.graph.outputs import float_outputs, is_logits
 
-# What a node computes instead, from the arguments of its call.
+# A function that is called in the place of a node, with the arguments of the node.
 Override = Callable[..., Any]
 
 
 class OutputDistance:
-    """How far outputs are from the float ones, a mean over images.
+    """Distance of outputs from the float ones, as a mean over images.
 
-    Logits ``(B, C)`` by the Kullback-Leibler divergence ``KL(float || quantized)`` in nats; other
-    outputs, and all where the policy's loss is gaussian, by half the squared distance: the
-    losses whose second derivatives the gradients of the same outputs stand for
-    (:class:`fxquant.config.scale_search.GradientLoss`).
+    The distance of logits ``(B, C)`` is the Kullback-Leibler divergence ``KL(float || quantized)``
+    in nats. For other outputs, and for all where the policy's loss is gaussian, it is half the
+    squared distance. The gradients of the policy's search estimate the second derivatives of these
+    losses (:class:`fxquant.config.scale_search.GradientLoss`).
 
     Args:
         reference: the float outputs.
-        loss: that the policy's search names.
+        loss: the loss of the policy's search.
     """
 
     def __init__(self, reference: Any, loss: GradientLoss) -> None:
@@ -40,13 +40,13 @@ class OutputDistance:
             )
 
     def __call__(self, outputs: Any) -> float:
-        """The distance of outputs of the same images."""
-        found = float_outputs(outputs)
-        return sum(self._of(a, b) for a, b in zip(self._reference, found, strict=True))
+        """The distance of outputs for the same images."""
+        pairs = zip(self._reference, float_outputs(outputs), strict=True)
+        return sum(self._distance(reference, output) for reference, output in pairs)
 
-    def _of(self, reference: Tensor, output: Tensor) -> float:
+    def _distance(self, reference: Tensor, output: Tensor) -> float:
         one, two = reference.double(), output.double()
-        # What the model masks with infinity is masked in both.
+        # Values that the model masks with infinity are infinite in both, and count as equal.
         if self._loss is GradientLoss.GAUSSIAN or not is_logits(one):
             return float(_gap(one, two).square().sum() / 2 / len(one))
         one, two = one.log_softmax(1), two.log_softmax(1)
@@ -58,15 +58,16 @@ def _gap(one: Tensor, two: Tensor) -> Tensor:
 
 
 class NetworkLoss(GraphInterpreter):
-    """Runs a graph, its observers recording nothing, with other computations in some nodes.
+    """Measures the loss of a graph in which some nodes compute something else.
 
-    The float run advances through the graph once, holding only the values still to be read; a
-    run that changes a node starts from them. So changes are to come in the order of the graph.
+    The float run goes through the graph once and keeps the values that later nodes read; a run with
+    changed nodes starts from these values at the first of the nodes. Therefore changes must come in
+    the order of the graph. Observers in the graph record nothing.
 
     Args:
         gm: the float graph.
         images: ``(B, …)`` on the graph's device.
-        loss: that the policy's search names.
+        loss: the loss of the policy's search.
     """
 
     def __init__(self, gm: fx.GraphModule, images: Tensor, loss: GradientLoss) -> None:
@@ -82,7 +83,7 @@ class NetworkLoss(GraphInterpreter):
 
     @torch.no_grad()
     def changed(self, overrides: Mapping[fx.Node, Override]) -> float:
-        """The loss with some nodes changed, the first of them behind those of earlier calls."""
+        """The loss with some nodes changed, none of which may lie before those of earlier calls."""
         start = min(self.place[node] for node in overrides)
         self._advance(start)
         self._overrides = overrides
@@ -90,12 +91,12 @@ class NetworkLoss(GraphInterpreter):
 
     @torch.no_grad()
     def anew(self, overrides: Mapping[fx.Node, Override]) -> float:
-        """The loss with any nodes changed, from a run of all the network."""
+        """The loss with any nodes changed, from a run of the whole network."""
         self._overrides = overrides
         return self._distance(self._run({}, 0))
 
     def _advance(self, place: int) -> None:
-        """Takes the float run up to a node, which is not yet run."""
+        """Continues the float run up to a node, which itself is not run."""
         assert place >= self._reached, "changes come in the order of the graph"
         self._overrides, self.env = {}, self._float
         for node in self._nodes[self._reached : place]:
@@ -115,13 +116,13 @@ class NetworkLoss(GraphInterpreter):
             del self.env[value]
 
     def run_node(self, n: fx.Node) -> Any:
-        """Runs one node, or what stands in its place."""
+        """Runs one node, or its override."""
         if n.op == "placeholder":
             return self._images.clone()  # some models change their input in place
         override = self._overrides.get(n)
         if override is not None:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             return override(*args, **kwargs)
-        if n.op == "call_module":  # an observer, which is to record nothing
+        if n.op == "call_module":  # an observer, which must record nothing
             return self.fetch_args_kwargs_from_env(n)[0][0]
         return super().run_node(n)

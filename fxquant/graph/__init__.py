@@ -23,12 +23,14 @@ from fxquant.graph.nodes import (
     stage,
     submodule,
 )
+from fxquant.graph.products import Product, weighted_products
 
 __all__ = [
     "DATA_MOVEMENT_OPS",
     "PRODUCER_NAMES",
     "UNSUPPORTED",
     "Edge",
+    "Product",
     "arguments",
     "aten",
     "constant",
@@ -48,4 +50,5 @@ __all__ = [
     "source_line",
     "stage",
     "submodule",
+    "weighted_products",
 ]

@@ -1,13 +1,13 @@
-"""Moves an affine map of channels out of the output of a norm or linear into the linears behind it.
+"""Folds an affine map of channels into a norm or linear and into the linears that read it.
 
 Before: ``y = xbar gamma + beta``, then ``W y + b`` in each linear
 After:  ``y' = (y - shift) / divide = xbar gamma' + beta'``, then ``W' y' + b'``
 
 ``gamma' = gamma / divide``, ``beta' = (beta - shift) / divide``, ``W' = W diag(divide)``,
 ``b' = b + W shift`` (MPTQ-ViT's SQ-b, arXiv 2401.14895; with other values RepQ-ViT, arXiv
-2212.08254, eq. 8). A linear in the place of the norm has its rows for gamma. The
-function is unchanged for any ``divide`` above zero and any ``shift``, and nothing is added to the
-run time but a bias where a linear had none.
+2212.08254, eq. 8). Where the source is a linear, its rows take the place of gamma. The function is
+unchanged for any ``divide`` above zero and any ``shift``; the run time grows by a bias at most,
+where a linear had none.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from fxquant.smoothing.fold_sites import Site, added_bias
 
 @torch.no_grad()
 def fold(gm: fx.GraphModule, site: Site, divide: Tensor, shift: Tensor) -> None:
-    """Makes the linears of ``site`` read ``(y - shift) / divide``, the function unchanged.
+    """Folds ``(y - shift) / divide`` into a site; the function of the graph is unchanged.
 
-    Parameters are replaced, never written to, so that others may share them. What is computed is
-    computed in double precision and stored in the precision of the parameter.
+    Parameters are replaced and never written to, since other nodes may share them. New parameters
+    are computed in double precision and stored in the precision of the old ones.
 
     Args:
-        gm: edited in place; dead parameters are left to the caller.
-        site: of this graph.
+        gm: edited in place; the caller removes dead parameters.
+        site: a site of this graph.
         divide: ``(C,)``, above zero.
         shift: ``(C,)``; zero where ``site`` is not shiftable.
 
     Raises:
-        PassError: ``divide`` or ``shift`` is not as stated.
+        PassError: ``divide`` or ``shift`` has another shape or a value that is not allowed.
     """
     source = site.source
     weight = get_parameter(gm, operand(source, _weight_index(source)))
@@ -47,33 +47,33 @@ def fold(gm: fx.GraphModule, site: Site, divide: Tensor, shift: Tensor) -> None:
     divide, shift = divide.to(weight.device).double(), shift.to(weight.device).double()
     bias = constant(gm, added_bias(source))
     rows = divide.view(-1, *[1] * (weight.ndim - 1))
-    start = 0.0 if bias is None else bias.double()
-    written = (start - shift) / divide if bias is not None or bool(shift.any()) else None
-    _replace(gm, source, weight.double() / rows, written)
+    old_bias = 0.0 if bias is None else bias.double()
+    new_bias = (old_bias - shift) / divide if bias is not None or bool(shift.any()) else None
+    _replace(gm, source, weight.double() / rows, new_bias)
     for linear in site.linears:
         weight, bias = Product(gm, linear).weight, Product(gm, linear).bias
-        added = None
+        new_bias = None
         if bool(shift.any()):
-            added = weight.double() @ shift + (0.0 if bias is None else bias.double())
-        _replace(gm, linear, weight.double() * divide, added)
+            new_bias = weight.double() @ shift + (0.0 if bias is None else bias.double())
+        _replace(gm, linear, weight.double() * divide, new_bias)
 
 
 def _weight_index(node: fx.Node) -> int:
-    """Position of the weight among the arguments; a bias stands behind it."""
+    """Position of the weight among the arguments; the bias is the next argument."""
     return 1 if node.target is aten.linear.default else 2
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, weight: Tensor, bias: Tensor | None) -> None:
-    """Gives a norm or linear new parameters, in the precision of the old weight."""
-    at = _weight_index(node)
-    dtype = get_parameter(gm, operand(node, at)).dtype
+    """Replaces the parameters of a norm or linear, in the precision of the old weight."""
+    index = _weight_index(node)
+    dtype = get_parameter(gm, operand(node, index)).dtype
     with gm.graph.inserting_before(node):
-        parts: list[Any] = [
+        parameters: list[Any] = [
             add_constant(gm, value.to(dtype), f"{node.name}_{name}", like=node)
             for name, value in (("weight", weight), ("bias", bias))
             if value is not None
         ]
-    node.args = (*node.args[:at], *parts, *node.args[at + len(parts) :])
+    node.args = (*node.args[:index], *parameters, *node.args[index + len(parameters) :])
 
 
 def _check(site: Site, shape: torch.Size, divide: Tensor, shift: Tensor) -> None:

@@ -1,14 +1,14 @@
-"""SQ-b: which affine maps of channels let products be quantized best (arXiv 2401.14895).
+"""Candidates of SQ-b: affine maps of channels for a lower output error (arXiv 2401.14895).
 
 Activations are divided by ``eps_j = max|y_j - mu_j|^a / max_i|W_ij|^(1-a)`` (SmoothQuant's factor,
 arXiv 2211.10438, eq. 4, of the shifted channel) and shifted by ``mu``, the mean of the channel or
-the middle of its range (Outlier Suppression+, arXiv 2304.09145). For each shift the ``a`` of least
-output error is a finalist, and so is the shift alone.
+the middle of its range (Outlier Suppression+, arXiv 2304.09145). For each shift, the finalists are
+the ``a`` of least output error and the shift alone.
 
-A finalist may be worse than nothing although its output error is less: where channels lie around
-zero and vary less than a step, rounding shrinks all of them, and such errors add up over channels
-and tokens, where those of channels that lie anywhere cancel. So the choice among finalists is left
-to the network's own output.
+A finalist with a lower output error may still be worse for the network than no map: where channels
+lie around zero and vary less than a step, rounding shrinks all of them, and these errors add up
+over channels and tokens, while errors of channels that lie anywhere cancel. Therefore the loss of
+the network decides among the finalists (:mod:`fxquant.smoothing.choose`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from fxquant.search.metrics import Unit
 from fxquant.search.product_loss import Consumer, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 
-# Exponents in twentieths: every other one, then the two beside the best.
-_COARSE, _AROUND = range(0, 21, 2), (-1, 1)
-# Of the whole range: what clipping a search would choose afterwards, roughly.
-_SHARES = (1.0, 0.85, 0.7, 0.55)
+# Exponents in twentieths: every other one first, then the two neighbours of the best.
+_COARSE_EXPONENTS, _NEIGHBOURS = range(0, 21, 2), (-1, 1)
+# Clipped ranges as shares of the whole range: about as a search of scales would choose afterwards.
+_CLIPPING_SHARES = (1.0, 0.85, 0.7, 0.55)
 
 
 @dataclass(frozen=True)
 class ConsumerSample:
-    """A product that reads the channels.
+    """Sampled rows of a product that reads the channels.
 
     Attributes:
-        sample: its rows.
-        spec: of the operand that holds the channels, quantized uniformly.
-        weight: of the weight of a linear; None where it stays float, and in attention.
-        left: the channels are the columns K of a linear's left operand; otherwise those of the
-            right operand of an attention product, ``heads x N``.
+        sample: rows of the product.
+        spec: spec of the operand that holds the channels, of the uniform scheme.
+        weight: spec of a linear's weight; None where the weight stays float, and in attention.
+        left: whether the channels are the columns K of a linear's left operand; otherwise they are
+            the columns of the right operand of an attention product, ``heads x N``.
     """
 
     sample: ProductSample
@@ -59,7 +59,7 @@ class Smoothing:
     Attributes:
         divide: ``(C,)``, above zero.
         shift: ``(C,)``.
-        name: what it is, in words.
+        name: description for the report.
     """
 
     divide: Tensor
@@ -68,13 +68,13 @@ class Smoothing:
 
 
 def folded_sample(sample: ProductSample, smoothing: Smoothing, *, left: bool) -> ProductSample:
-    """A product after its channels folded_sample; what it gives is the same but for a constant.
+    """Rows of a product after a fold; its output differs by a constant alone.
 
     Args:
-        sample: of a linear, the channels being those of its input, or of an attention product,
-            whose right operand and output hold them.
+        sample: rows of a linear, whose input holds the channels, or of an attention product, whose
+            right operand and output hold them.
         smoothing: the map.
-        left: of a linear.
+        left: whether the product is a linear.
     """
     if left:
         lhs = (sample.lhs - smoothing.shift) / smoothing.divide
@@ -85,62 +85,62 @@ def folded_sample(sample: ProductSample, smoothing: Smoothing, *, left: bool) ->
 
 
 def finalists(
-    readings: list[ConsumerSample], metric: Metric, *, shiftable: bool
+    consumers: list[ConsumerSample], metric: Metric, *, shiftable: bool
 ) -> list[Smoothing]:
-    """No change, and for each kind of map the one of least output error.
+    """The finalists: no change first, then the map of least output error of each kind.
 
     Args:
-        readings: all that reads the channels; at least one linear.
-        metric: of the output error.
+        consumers: all products that read the channels; at least one is a linear.
+        metric: metric of the output error.
         shiftable: whether channels may be shifted.
     """
-    values = torch.cat([_channels(reading) for reading in readings])
+    values = torch.cat([_channels(consumer) for consumer in consumers])
     lo, hi = values.amin(0), values.amax(0)
     zeros, ones = torch.zeros_like(lo), torch.ones_like(lo)
     shifts = {"not shifted": zeros}
     if shiftable:
         shifts = {"shifted by the mean": values.mean(0), "shifted by the middle": (lo + hi) / 2}
-    found = [Smoothing(ones, zeros, "as it is")]
+    maps = [Smoothing(ones, zeros, "as it is")]
     for name, shift in shifts.items():
-        found.append(
-            _best_scaled(readings, name, shift, torch.maximum(hi - shift, shift - lo), metric)
+        maps.append(
+            _best_scaled(consumers, name, shift, torch.maximum(hi - shift, shift - lo), metric)
         )
         if shiftable:
-            found.append(Smoothing(ones, shift, name))
-    return found
+            maps.append(Smoothing(ones, shift, name))
+    return maps
 
 
 def _best_scaled(
-    readings: list[ConsumerSample], name: str, shift: Tensor, peak: Tensor, metric: Metric
+    consumers: list[ConsumerSample], name: str, shift: Tensor, peak: Tensor, metric: Metric
 ) -> Smoothing:
-    """The exponent of least output error, for channels of largest absolute values ``peak``."""
+    """The map of least output error over exponents; ``peak`` are the largest absolute values."""
 
     @cache
     def at(twentieths: int) -> Smoothing:
         exponent = twentieths / 20
-        return Smoothing(_factors(readings, peak, exponent), shift, f"{name}, a = {exponent:g}")
+        return Smoothing(_factors(consumers, peak, exponent), shift, f"{name}, a = {exponent:g}")
 
     @cache
     def error(twentieths: int) -> float:
-        return TrialFold(readings, at(twentieths), metric).error
+        return TrialFold(consumers, at(twentieths), metric).error
 
-    best = min(_COARSE, key=error)
-    near = (best + step for step in _AROUND if 0 <= best + step <= 20)
+    best = min(_COARSE_EXPONENTS, key=error)
+    near = (best + step for step in _NEIGHBOURS if 0 <= best + step <= 20)
     return at(min((best, *near), key=error))
 
 
-def _channels(reading: ConsumerSample) -> Tensor:
-    """Values ``(n, C)``."""
-    if reading.left:
-        return reading.sample.lhs[0, 0]
-    return reading.sample.rhs.transpose(1, 2).flatten(2).flatten(0, 1)
+def _channels(consumer: ConsumerSample) -> Tensor:
+    """Sampled values of the channels, ``(n, C)``."""
+    if consumer.left:
+        return consumer.sample.lhs[0, 0]
+    return consumer.sample.rhs.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _factors(readings: list[ConsumerSample], peak: Tensor, exponent: float) -> Tensor:
-    """``eps``, its geometric mean 1."""
-    weights = torch.cat([r.sample.rhs[0, 0] for r in readings if r.left], dim=1)
+def _factors(consumers: list[ConsumerSample], peak: Tensor, exponent: float) -> Tensor:
+    """The factors ``eps``, ``(C,)``, scaled to a geometric mean of 1."""
+    weights = torch.cat([r.sample.rhs[0, 0] for r in consumers if r.left], dim=1)
     largest = weights.abs().amax(1)
-    # Channels that do not vary, or that no one reads, have nothing to smooth.
+    # Channels that do not vary, or that weights ignore, have nothing to smooth.
     live = (peak > 1e-6 * peak.max()) & (largest > 1e-6 * largest.max())
     logs = exponent * peak.clamp(min=1e-30).log()
     logs -= (1 - exponent) * largest.clamp(min=1e-30).log()
@@ -148,50 +148,51 @@ def _factors(readings: list[ConsumerSample], peak: Tensor, exponent: float) -> T
 
 
 class TrialFold:
-    """Quantizers for a map of channels, roughly as a search would choose them.
+    """A map of channels on trial, with quantizers about as a search would choose them.
 
     Args:
-        readings: all that reads the channels, not yet folded_sample.
+        consumers: all products that read the channels, before the fold.
         smoothing: the map.
-        metric: of the output error.
+        metric: metric of the output error.
 
     Attributes:
-        error: of all products, in the metric.
-        instead: for each reading what computes its product, from the arguments of the call.
+        error: output error of all products, in the metric.
+        overrides: for each consumer, a function that computes its product as after the fold, from
+            the arguments of the product.
     """
 
     def __init__(
-        self, readings: list[ConsumerSample], smoothing: Smoothing, metric: Metric
+        self, consumers: list[ConsumerSample], smoothing: Smoothing, metric: Metric
     ) -> None:
-        here = [
-            replace(r, sample=folded_sample(r.sample, smoothing, left=r.left)) for r in readings
+        folded = [
+            replace(c, sample=folded_sample(c.sample, smoothing, left=c.left)) for c in consumers
         ]
-        linears = [reading for reading in here if reading.left]
-        weights = [_quantized_weight(reading) for reading in linears]
+        linears = [consumer for consumer in folded if consumer.left]
+        weights = [_quantized_weight(consumer) for consumer in linears]
         shared, self.error = _input_quantizer(linears, weights, metric)
-        self.instead: list[Callable[..., Tensor]] = []
-        for reading in here:
-            if reading.left:
-                self.instead.append(_linear(smoothing, shared, weights.pop(0)[0, 0].t()))
+        self.overrides: list[Callable[..., Tensor]] = []
+        for consumer in folded:
+            if consumer.left:
+                self.overrides.append(_linear(smoothing, shared, weights.pop(0)[0, 0].t()))
             else:
-                quantizer, error = _value_quantizer(reading, metric)
-                self.instead.append(_attention(smoothing, quantizer, reading.sample.heads))
+                quantizer, error = _value_quantizer(consumer, metric)
+                self.overrides.append(_attention(smoothing, quantizer, consumer.sample.heads))
                 self.error += error
 
 
-def _quantized_weight(reading: ConsumerSample) -> Tensor:
-    """The right operand of a linear, ``(1, 1, K, N)``, each column clipped where it is best."""
-    weight, spec = reading.sample.rhs, reading.weight
+def _quantized_weight(consumer: ConsumerSample) -> Tensor:
+    """Weight of a linear, ``(1, 1, K, N)``, quantized with the best clipping of each column."""
+    weight, spec = consumer.sample.rhs, consumer.weight
     if spec is None:
         return weight
     rows = weight[0, 0].t()
-    energy = reading.sample.lhs[0, 0].square().mean(0)
+    energy = consumer.sample.lhs[0, 0].square().mean(0)
     best, least = rows, torch.full((len(rows),), torch.inf, device=rows.device)
-    for share in _SHARES:
+    for share in _CLIPPING_SHARES:
         lo, hi = rows.amin(1) * share, rows.amax(1) * share
-        tried = uniform_class(spec).from_range(lo, hi, spec, 0)(rows)
-        error = ((tried - rows).square() * energy).sum(1)
-        best = torch.where((error < least).unsqueeze(1), tried, best)
+        quantized = uniform_class(spec).from_range(lo, hi, spec, 0)(rows)
+        error = ((quantized - rows).square() * energy).sum(1)
+        best = torch.where((error < least).unsqueeze(1), quantized, best)
         least = torch.minimum(error, least)
     return best.t()[None, None]
 
@@ -199,39 +200,38 @@ def _quantized_weight(reading: ConsumerSample) -> Tensor:
 def _input_quantizer(
     linears: list[ConsumerSample], weights: list[Tensor], metric: Metric
 ) -> tuple[Quantizer, float]:
-    """One quantizer for what all linears read, and their error with it."""
-    ends = [reading.sample.lhs.aminmax() for reading in linears]
+    """One quantizer for the input that all linears share, and their output error with it."""
+    ends = [consumer.sample.lhs.aminmax() for consumer in linears]
     lo, hi = torch.stack([e.min for e in ends]).min(), torch.stack([e.max for e in ends]).max()
     spec = linears[0].spec
-    tried = [uniform_class(spec).from_range(lo * s, hi * s, spec, None) for s in _SHARES]
+    trials = [uniform_class(spec).from_range(lo * s, hi * s, spec, None) for s in _CLIPPING_SHARES]
     operands = [Consumer(r.sample, True, w) for r, w in zip(linears, weights, strict=True)]
-    index = torch.arange(len(tried), device=lo.device)
-    error = candidate_losses(operands, index, stacked(tried), metric, Unit.TENSOR)
-    return tried[int(error.argmin())], float(error.min())
+    index = torch.arange(len(trials), device=lo.device)
+    error = candidate_losses(operands, index, stacked(trials), metric, Unit.TENSOR)
+    return trials[int(error.argmin())], float(error.min())
 
 
-def _value_quantizer(reading: ConsumerSample, metric: Metric) -> tuple[Quantizer, float]:
-    """The quantizer of attention values, a scale a head, and the error of the product with it."""
-    values = reading.sample.rhs
+def _value_quantizer(consumer: ConsumerSample, metric: Metric) -> tuple[Quantizer, float]:
+    """The quantizer of attention values, with a scale per head, and the output error with it."""
+    values, spec = consumer.sample.rhs, consumer.spec
     lo, hi = values.amin((0, 2, 3)), values.amax((0, 2, 3))
-    kind = uniform_class(reading.spec)
-    tried = [kind.from_range(lo * s, hi * s, reading.spec, -3) for s in _SHARES]
-    index = torch.arange(len(tried), device=lo.device).unsqueeze(1).expand(-1, len(lo))
-    operand = Consumer(reading.sample, False, reading.sample.lhs)
+    trials = [uniform_class(spec).from_range(lo * s, hi * s, spec, -3) for s in _CLIPPING_SHARES]
+    index = torch.arange(len(trials), device=lo.device).unsqueeze(1).expand(-1, len(lo))
+    operand = Consumer(consumer.sample, False, consumer.sample.lhs)
 
     def quantize(values: Tensor, candidates: Tensor, axis: int) -> Tensor:
-        return stacked(tried)(values, candidates[:, 0], axis)
+        return stacked(trials)(values, candidates[:, 0], axis)
 
     error = candidate_losses([operand], index, quantize, metric, Unit.HEAD)
-    share = torch.tensor(_SHARES, device=lo.device)[error.argmin(0)]
-    best = kind.from_range(lo * share, hi * share, reading.spec, -3)
+    share = torch.tensor(_CLIPPING_SHARES, device=lo.device)[error.argmin(0)]
+    best = uniform_class(spec).from_range(lo * share, hi * share, spec, -3)
     return best, float(error.min(0).values.sum())
 
 
 def _linear(smoothing: Smoothing, quantizer: Quantizer, weight: Tensor) -> Callable[..., Tensor]:
     def compute(x: Tensor, exact: Tensor, bias: Tensor | None = None) -> Tensor:
-        read = quantizer((x - smoothing.shift) / smoothing.divide)
-        return functional.linear(read, weight, bias) + exact @ smoothing.shift
+        quantized = quantizer((x - smoothing.shift) / smoothing.divide)
+        return functional.linear(quantized, weight, bias) + exact @ smoothing.shift
 
     return compute
 
@@ -240,8 +240,8 @@ def _attention(smoothing: Smoothing, quantizer: Quantizer, heads: int) -> Callab
     divide, shift = (x.view(heads, 1, -1) for x in (smoothing.divide, smoothing.shift))
 
     def compute(shares: Tensor, values: Tensor) -> Tensor:
-        read = quantizer((values - shift) / divide)
-        product: Tensor = shares @ (read * divide + shift)
+        quantized = quantizer((values - shift) / divide)
+        product: Tensor = shares @ (quantized * divide + shift)
         return product
 
     return compute

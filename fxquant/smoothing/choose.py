@@ -1,4 +1,4 @@
-"""Chooses the smoothing of every site of a graph by the loss of the network."""
+"""Chooses the smoothing of each site of a graph by the loss of the network."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from fxquant.smoothing.candidates import (
 from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.utils.progress import track
 
-# Of the loss without. What finalists are tried with is rougher than the search of scales to follow,
-# which makes up for smaller gains: on glyph_vit at 4 bits, folds of 0.5 to 0.8 raised the loss of
-# the whole network by a twentieth.
+# Largest loss with the map over the loss without. The search of scales that follows is finer than
+# the quantizers on trial, and makes up for smaller gains: on glyph_vit at 4 bits, folds with 0.5 to
+# 0.8 raised the loss of the whole network by a twentieth.
 MAX_LOSS_RATIO = 0.5
-# Multiplications that measuring the loss may take: some half a minute on two AVX2 cores.
-_WORK = 2e12
-# Finalists of a site where channels may be shifted.
-_FINALISTS = 5
+# Multiplications for measuring losses: about half a minute on two AVX2 cores.
+_MAX_MACS = 2e12
+# Number of finalists at a site where channels may be shifted.
+_FINALISTS_PER_SITE = 5
 
 
 @dataclass(frozen=True)
 class FoldDecision:
-    """What was decided for a site.
+    """The decision for a site.
 
     Attributes:
-        site: of the graph.
-        smoothing: the map of its channels.
-        gain: loss of the network with its products quantized, with the map over without.
+        site: the site.
+        smoothing: the map of the site's channels.
+        gain: loss of the network with the site's products quantized: with the map over without.
     """
 
     site: Site
@@ -57,12 +57,12 @@ class FoldDecision:
 
 @dataclass(frozen=True)
 class FoldDecisions:
-    """What was decided for a graph.
+    """The decisions for a graph.
 
     Attributes:
-        folds: by name of the site's source.
-        refused: why the other sites stay as they are, by the same names.
-        samples: rows of each product by node name, as they are after the folds.
+        folds: decision by name of the site's source.
+        refused: reason by name of the source, for the sites that stay unchanged.
+        samples: rows of each product by node name, as after the folds.
     """
 
     folds: Mapping[str, FoldDecision]
@@ -78,31 +78,33 @@ def choose_smoothing(
     *,
     progress: bool = False,
 ) -> FoldDecisions:
-    """The map of channels at each site whose loss is at most half of that without.
+    """Chooses a map of channels at each site where it halves the loss of the network.
 
-    The loss is that of the network's outputs, on some of the images, with only the products of the
-    site quantized.
+    The loss compares the network's outputs with the float ones, on some of the images, with the
+    products of the site alone quantized.
 
     Args:
         gm: in stage ANNOTATED, not changed.
         batches: images ``(B, …)`` with labels.
-        search: the metric that finalists are chosen by, and the loss.
-        loss: of outputs and labels, as in `sample_products`.
+        search: the metric of the output error for finalists, and the loss.
+        loss: user's loss of outputs and labels, as in `sample_products`.
         progress: show progress on stderr.
     """
     sites = [*norm_sites(gm), *linear_sites(gm)]
     starts = [site.source for _, site in sites if isinstance(site, Site)]
-    picked = ReservoirSampler(
-        images_for(_WORK, _FINALISTS * MacCounter(gm).macs_after(starts)), search.seed
+    sampler = ReservoirSampler(
+        images_for(_MAX_MACS, _FINALISTS_PER_SITE * MacCounter(gm).macs_after(starts)), search.seed
     )
-    samples, _ = sample_products(gm, picked.observe(batches), search, loss)
-    found, refused = _compared(sites, samples)
+    samples, _ = sample_products(gm, sampler.observe(batches), search, loss)
+    comparable, refused = _comparable_sites(sites, samples)
     folds = {}
     with torch.no_grad():
-        network = NetworkLoss(gm, picked.images.to(device_of(gm)), search.loss)
-        found.sort(key=lambda item: min(network.place[node] for node in _nodes(item[0])))
-        for site, readings in track(found, label="smooth", total=len(found), enabled=progress):
-            choice = _choose(network, site, readings, search.metric)
+        network = NetworkLoss(gm, sampler.images.to(device_of(gm)), search.loss)
+        comparable.sort(key=lambda item: min(network.place[node] for node in _nodes(item[0])))
+        for site, consumers in track(
+            comparable, label="smooth", total=len(comparable), enabled=progress
+        ):
+            choice = _choose(network, site, consumers, search.metric)
             if choice.gain <= MAX_LOSS_RATIO:
                 folds[site.source.name] = choice
             else:
@@ -114,79 +116,77 @@ def choose_smoothing(
 
 
 def _choose(
-    network: NetworkLoss, site: Site, readings: list[ConsumerSample], metric: Metric
+    network: NetworkLoss, site: Site, consumers: list[ConsumerSample], metric: Metric
 ) -> FoldDecision:
-    """The finalist of least loss, the first of which is no change."""
-    tried = finalists(readings, metric, shiftable=site.shiftable)
+    """The finalist of least loss; the first finalist is no change."""
+    candidates = finalists(consumers, metric, shiftable=site.shiftable)
     losses = []
-    for smoothing in tried:
-        trial = TrialFold(readings, smoothing, metric)
-        instead = dict(zip(_nodes(site), trial.instead, strict=True))
-        losses.append(network.changed(instead))
+    for smoothing in candidates:
+        trial = TrialFold(consumers, smoothing, metric)
+        overrides = dict(zip(_nodes(site), trial.overrides, strict=True))
+        losses.append(network.changed(overrides))
     best = losses.index(min(losses))
-    return FoldDecision(site, tried[best], losses[best] / losses[0] if best else 1.0)
+    return FoldDecision(site, candidates[best], losses[best] / losses[0] if best else 1.0)
 
 
-def _compared(
+def _comparable_sites(
     sites: Iterable[tuple[fx.Node, Site | str]], samples: Mapping[str, ProductSample]
 ) -> tuple[list[tuple[Site, list[ConsumerSample]]], dict[str, str]]:
-    """Sites with what reads them; and why others cannot be compared, by name of the source."""
-    found: list[tuple[Site, list[ConsumerSample]]] = []
+    """Sites with their consumers, and reasons for the other sites by name of the source."""
+    comparable: list[tuple[Site, list[ConsumerSample]]] = []
     refused: dict[str, str] = {}
     for source, site in sites:
-        readings = site if isinstance(site, str) else _readings(site, samples)
-        if isinstance(readings, str) or isinstance(site, str):
-            refused[source.name] = f"not smoothed: {readings}"
+        consumers = site if isinstance(site, str) else _consumer_samples(site, samples)
+        if isinstance(consumers, str) or isinstance(site, str):
+            refused[source.name] = f"not smoothed: {consumers}"
         else:
-            found.append((site, readings))
-    return found, refused
+            comparable.append((site, consumers))
+    return comparable, refused
 
 
 def _nodes(site: Site) -> tuple[fx.Node, ...]:
-    """All products that read the channels of a site and are quantized there."""
+    """All linears of a site, and the attention products whose values are quantized."""
     values = [node for node in site.products if Edge(node, Arg.RHS).spec is not None]
     return (*site.linears, *values)
 
 
-def _readings(site: Site, samples: Mapping[str, ProductSample]) -> list[ConsumerSample] | str:
-    """What reads a site's channels, or a clause why it cannot be compared."""
-    found = []
-    channels = _channels(site)
+def _consumer_samples(
+    site: Site, samples: Mapping[str, ProductSample]
+) -> list[ConsumerSample] | str:
+    """Rows of the products that read a site's channels, or why they cannot be compared."""
+    consumers = []
+    channels = int(site.source.meta["val"].shape[-1])
     for node in _nodes(site):
         left = node in site.linears
         spec = Edge(node, Arg.INPUT if left else Arg.RHS).spec
         sample = samples.get(node.name)
         if spec is None:
             return f"the input of {node} stays float"
-        wanted = Granularity.TENSOR if left else Granularity.HEAD
-        if not spec.scheme.limits.is_general or spec.granularity is not wanted:
-            return f"the quantizer of what {node} reads is not uniform with a scale a {wanted}"
+        expected = Granularity.TENSOR if left else Granularity.HEAD
+        if not spec.scheme.limits.is_general or spec.granularity is not expected:
+            return f"the quantizer of what {node} reads is not uniform with a scale a {expected}"
         if sample is None or (not left and sample.heads * sample.columns != channels):
             return f"no rows of {node} were sampled in a form that shows its channels"
-        found.append(ConsumerSample(sample, spec, Edge(node, Arg.WEIGHT).spec, left))
-    if len({reading.spec for reading in found if reading.left}) > 1:
+        consumers.append(ConsumerSample(sample, spec, Edge(node, Arg.WEIGHT).spec, left))
+    if len({consumer.spec for consumer in consumers if consumer.left}) > 1:
         return "the linears that read it quantize it differently"
-    return found
-
-
-def _channels(site: Site) -> int:
-    return int(site.source.meta["val"].shape[-1])
+    return consumers
 
 
 def _folded_samples(
     samples: Mapping[str, ProductSample], choices: Iterable[FoldDecision]
 ) -> dict[str, ProductSample]:
-    """The rows of all products as they are after the folds."""
-    found = dict(samples)
+    """Rows of all products, as after the folds."""
+    folded = dict(samples)
     for choice in choices:
         site, smoothing = choice.site, choice.smoothing
         for node in (*site.linears, *site.products):
-            if node.name in found:
+            if node.name in folded:
                 left = node in site.linears
-                found[node.name] = folded_sample(found[node.name], smoothing, left=left)
-        own = found.get(site.source.name)
-        if own is not None and site.source.target is aten.linear.default:
-            gradient = None if own.gradient is None else own.gradient * smoothing.divide
-            rhs = own.rhs / smoothing.divide
-            found[site.source.name] = replace(own, rhs=rhs, gradient=gradient)
-    return found
+                folded[node.name] = folded_sample(folded[node.name], smoothing, left=left)
+        source = folded.get(site.source.name)
+        if source is not None and site.source.target is aten.linear.default:
+            gradient = None if source.gradient is None else source.gradient * smoothing.divide
+            rhs = source.rhs / smoothing.divide
+            folded[site.source.name] = replace(source, rhs=rhs, gradient=gradient)
+    return folded

@@ -1,9 +1,10 @@
-"""Where an affine map of channels can move from what writes them into the linears that read them.
+"""Sites at which an affine map of channels can be folded into the linears that read them.
 
-A norm writes channels by its weight and bias, a linear by its rows. Between the two, values may
-only move, or be averaged over tokens by attention: ``A (V - shift) / divide`` is ``A V`` divided
-alike and, where the rows of A sum to one, shifted alike. So values ``V`` fold into the output
-projection behind them.
+The source of the channels is a norm, which scales and shifts them by its weight and bias, or a
+linear, whose rows yield them. Between the source and the linears, data movement alone is allowed,
+and attention that averages the channels over tokens: ``A (V - shift) / divide`` is ``A V`` with the
+same division and, where the rows of A sum to one, the same shift. In this way, a map of attention
+values ``V`` folds into the output projection.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 @dataclass(frozen=True)
 class Site:
-    """A norm or linear whose output reaches linears alone, its channels in order on the last axis.
+    """A norm or linear whose output linears alone read, with channels in order on the last axis.
 
     Attributes:
         source: a layer norm or an rms norm with a constant weight ``(C,)``, or a linear with a
             constant weight ``(C, in)``.
-        linears: all that reads the source, data movement looked through; constant weights
-            ``(out, C)``.
+        linears: all readers of the source behind data movement and attention products; each has a
+            constant weight ``(out, C)``.
         products: the attention products in between, whose right operand holds the channels.
-        shiftable: whether the fold may shift. Not where zeros are padded in between, which would
-            have to become ``-shift / divide``; at an rms norm, which adds no ``beta``; or where an
-            attention product is no average.
+        shiftable: whether the fold may shift channels. It may not where zeros are padded in
+            between, which would have to become ``-shift / divide``; at an rms norm, which adds no
+            ``beta``; and where an attention product does not average.
     """
 
     source: fx.Node
@@ -54,12 +55,12 @@ class Site:
 
 
 def norm_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | str]]:
-    """Each norm that feeds a linear: its site, or a clause saying why the fold is not exact."""
+    """Each norm that feeds a linear, with its site or the reason why a fold is not exact."""
     return _find(gm, _NORMS)
 
 
 def linear_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | str]]:
-    """The same of each linear that feeds a linear."""
+    """Each linear that feeds a linear, with its site or the reason why a fold is not exact."""
     return _find(gm, (_LINEAR,))
 
 
@@ -72,20 +73,20 @@ def _find(gm: fx.GraphModule, targets: tuple[Any, ...]) -> Iterator[tuple[fx.Nod
 
 
 def added_bias(node: fx.Node) -> Any:
-    """What a layer norm or a linear adds, None for nothing."""
+    """The bias that a layer norm or a linear adds, None without one."""
     index = 2 if node.target is _LINEAR else 3
     adds = node.target is not aten.rms_norm.default and len(node.args) > index
     return node.args[index] if adds else None
 
 
 class _Flow:
-    """Where the values of a node go.
+    """The readers of a node's values.
 
     Attributes:
         source: the node.
-        readers: all that reads its values, moves and attention products looked through, each with
-            the node it reads.
-        products: those attention products, in graph order.
+        readers: readers of the values behind data movement and attention products, each with the
+            node that it reads.
+        products: the attention products in between, in graph order.
     """
 
     def __init__(self, source: fx.Node) -> None:
@@ -97,15 +98,15 @@ class _Flow:
             for user in data_users(node):
                 if user.target in DATA_MOVEMENT_OPS:
                     pending.append(user)
-                elif user.target is aten.matmul.default and _carries(user, node, source):
+                elif user.target is aten.matmul.default and _averages_rows_of(user, node, source):
                     pending.append(user)
                     self.products.append(user)
                 else:
                     self.readers.append((user, node))
 
 
-def _carries(product: fx.Node, node: fx.Node, source: fx.Node) -> bool:
-    """Whether a product averages rows of ``node``, its right operand, that come from a linear."""
+def _averages_rows_of(product: fx.Node, node: fx.Node, source: fx.Node) -> bool:
+    """Whether an attention product has ``node``, whose rows a linear yields, on its right alone."""
     return source.target is _LINEAR and product.args[1] is node and product.args[0] is not node
 
 
@@ -115,54 +116,53 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
     if reason:
         return reason
     shape = example_shape(source)
-    # Channels count from one, so that zero is what was padded.
+    # Channels are numbered from one: zeros are padding.
     numbers = torch.arange(1.0, shape[-1] + 1, dtype=torch.float64)
     memo: dict[fx.Node, Any] = {}
     averaged = True
     for product in flow.products:
-        seen = evaluate_moves(operand(product, 1), source, numbers.expand(shape), memo)
-        if not bool((seen == seen[..., :1, :]).all()):
+        channels = evaluate_moves(operand(product, 1), source, numbers.expand(shape), memo)
+        if not bool((channels == channels[..., :1, :]).all()):
             return f"its channels do not stay on the last axis on their way to {product}"
-        lead = seen[..., :1, :]
-        given = example_shape(product)
-        memo[product] = lead.expand(*given[:-2], -1, -1).expand(given)
-        averaged &= _averages(operand(product, 0))
+        output = example_shape(product)
+        memo[product] = channels[..., :1, :].expand(*output[:-2], -1, -1).expand(output)
+        averaged &= _rows_sum_to_one(operand(product, 0))
     padded = False
     for reader, node in flow.readers:
         reason = _reader_refusal(gm, reader)
         if reason:
             return reason
-        seen = evaluate_moves(node, source, numbers.expand(shape), memo)
-        if seen.shape[-1] != shape[-1] or bool(((seen != numbers) & (seen != 0)).any()):
+        channels = evaluate_moves(node, source, numbers.expand(shape), memo)
+        if channels.shape[-1] != shape[-1] or bool(((channels != numbers) & (channels != 0)).any()):
             return f"its channels do not stay in order on the last axis on their way to {reader}"
-        padded |= bool((seen == 0).any())
+        padded |= bool((channels == 0).any())
     shiftable = source.target is not aten.rms_norm.default and averaged and not padded
     linears = tuple(reader for reader, _ in flow.readers)
     return Site(source, linears, tuple(flow.products), shiftable)
 
 
-def _averages(weights: fx.Node) -> bool:
-    """Whether rows of a matrix sum to one: its last axis is that of a softmax, in its order."""
+def _rows_sum_to_one(weights: fx.Node) -> bool:
+    """Whether rows of a matrix sum to one: its last axis is the axis of a softmax, in order."""
     softmax = skip_data_movement(weights)
     if softmax.target not in _SOFTMAX or softmax.args[1] not in (-1, rank(softmax) - 1):
         return False
     shape = example_shape(softmax)
     numbers = torch.arange(1.0, shape[-1] + 1)
-    seen: Tensor = evaluate_moves(weights, softmax, numbers.expand(shape), {})
-    return seen.shape[-1] == shape[-1] and bool((seen == numbers).all())
+    columns: Tensor = evaluate_moves(weights, softmax, numbers.expand(shape), {})
+    return columns.shape[-1] == shape[-1] and bool((columns == numbers).all())
 
 
 def _source_refusal(gm: fx.GraphModule, source: fx.Node) -> str | None:
     if source.target is _LINEAR:
-        given = [source.args[1], added_bias(source)]
+        parameters = [source.args[1], added_bias(source)]
     else:
         axes = source.args[1]
         if isinstance(axes, list | tuple) and len(axes) != 1:
             return f"it normalises over {len(axes)} axes, and a linear reads one"
         if len(source.args) < 3 or source.args[2] is None:
             return "it has no weight to fold into"
-        given = [source.args[2], added_bias(source)]
-    if any(value is not None and constant(gm, value) is None for value in given):
+        parameters = [source.args[2], added_bias(source)]
+    if any(value is not None and constant(gm, value) is None for value in parameters):
         return "its weight or bias is computed"
     return None
 
@@ -172,7 +172,7 @@ def _reader_refusal(gm: fx.GraphModule, reader: fx.Node) -> str | None:
         return "the model outputs it too"
     if reader.target is not _LINEAR:
         kind = str(getattr(reader.target, "__name__", reader.target)).split(".")[0]
-        return f"{reader} ({kind}) reads it too, which is no linear"
+        return f"{reader} ({kind}) reads it too, and is not a linear"
     linear = Product(gm, reader)
     if not linear.has_constant_weight or linear.has_computed_bias:
         return f"the weight or bias of {reader} is computed"

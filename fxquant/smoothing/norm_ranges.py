@@ -1,4 +1,4 @@
-"""Ranges of the channels behind each norm, over the calibration images."""
+"""Ranges of the channels that each norm yields, over the calibration images."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from fxquant.smoothing.fold_sites import Site, norm_sites
 
 
 def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Smallest and largest value in each channel of what linears read of a norm's output.
+    """Measures the range of each channel of the values that linears read from a norm.
 
-    Of the norm before a classifier that is what the class token holds, not what the others do.
+    Values that no linear reads do not count: behind the last norm, a classifier may read the class
+    token alone.
 
     Args:
         gm: in stage FLOAT, not changed.
         batches: images ``(B, …)`` each, moved to the device of the graph.
 
     Returns:
-        ``(lo, hi)`` by name of the norm, each ``(C,)`` on the graph's device, of every norm that
+        ``(lo, hi)`` by name of the norm, each ``(C,)`` on the graph's device, for every norm that
         `affine_fold` can fold into linears.
 
     Raises:
-        BatchError: the model does not take the images.
+        BatchError: the model does not run on the images.
         CalibrationError: there are no images.
         NonFiniteError: an output of a norm holds NaN or infinity.
         PassError: the graph is in another stage.
@@ -46,22 +47,22 @@ def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tupl
 
 
 class _Recorder(GraphInterpreter):
-    """Runs a graph and shows what the linears of each site read to an observer."""
+    """Runs a graph; one observer for each site records the inputs of the site's linears."""
 
     def __init__(self, gm: fx.GraphModule, sites: Iterable[Site]) -> None:
         super().__init__(gm)
         self.observers: dict[str, MinMaxObserver] = {}
-        self._watched: dict[fx.Node, MinMaxObserver] = {}
+        self._observed: dict[fx.Node, MinMaxObserver] = {}
         spec = TensorSpec(granularity=Granularity.CHANNEL)
         for site in sites:
             where = module_path(site.source) or site.source.name
             observer = MinMaxObserver(spec, axis=-1, where=where)
             self.observers[site.source.name] = observer
-            self._watched |= {operand(linear, 0): observer for linear in site.linears}
+            self._observed |= {operand(linear, 0): observer for linear in site.linears}
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
         value = super().run_node(n)
-        if n in self._watched:
-            self._watched[n](value)
+        if n in self._observed:
+            self._observed[n](value)
         return value

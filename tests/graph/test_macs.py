@@ -65,7 +65,7 @@ def test_large_networks_are_smoothed_by_fewer_images(
         site.source for _, site in (*norm_sites(gm), *linear_sites(gm)) if isinstance(site, Site)
     ]
     limit = images_worth * 5 * MacCounter(gm).macs_after(sources)
-    monkeypatch.setattr(smoothing_sites, "_WORK", limit)
+    monkeypatch.setattr(smoothing_sites, "_MAX_MACS", limit)
     monkeypatch.setattr(smoothing_sites, "NetworkLoss", Watched)
     smoothing_sites.choose_smoothing(gm, [(tokens(40), None)], ScaleSearch(rows=32))
     assert found == [count]

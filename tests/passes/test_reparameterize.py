@@ -125,7 +125,7 @@ def test_a_constant_norm_stays() -> None:
 def test_a_norm_that_others_read_stays_and_says_so() -> None:
     _, result = reparameterized(seeded(Norm(lambda m, y: m.one(y) + y.sum())), tokens(), 0)
     assert [skip.reason for skip in result.skips] == [
-        "the norm stays: sum_1 (sum) reads it too, which is no linear"
+        "the norm stays: sum_1 (sum) reads it too, and is not a linear"
     ]
 
 

@@ -82,7 +82,7 @@ def test_values_that_the_fold_cannot_take(divide: Tensor, shift: Tensor, reason:
 @pytest.mark.parametrize(
     ("read", "norm", "reason"),
     [
-        (lambda m, y: m.one(y) + y.sum(), None, "sum_1 (sum) reads it too, which is no linear"),
+        (lambda m, y: m.one(y) + y.sum(), None, "sum_1 (sum) reads it too, and is not a linear"),
         (lambda m, y: (m.one(y), y.flatten(1)), None, "the model outputs it too"),
         (
             lambda m, y: m.one(y),
@@ -102,7 +102,7 @@ def test_values_that_the_fold_cannot_take(divide: Tensor, shift: Tensor, reason:
         (
             lambda m, y: F.linear(y, m.own * y.mean()),
             None,
-            "mean (mean) reads it too, which is no linear",
+            "mean (mean) reads it too, and is not a linear",
         ),
         (
             lambda m, y: F.linear(m.norm(y.sin()), m.own * y[0, 0].tanh()),
@@ -113,7 +113,7 @@ def test_values_that_the_fold_cannot_take(divide: Tensor, shift: Tensor, reason:
         (
             lambda m, y: m.one(y.flip(-1)) + m.two(y),
             None,
-            "flip (flip) reads it too, which is no linear",
+            "flip (flip) reads it too, and is not a linear",
         ),
         (
             lambda m, y: m.one(y.roll(1, -1)),

@@ -158,7 +158,7 @@ def test_few_exponents_find_what_all_would(seed: int, outlier: float) -> None:
     _, found = finalists(readings, Metric.MSE, shiftable=False)
     error = TrialFold(readings, found, Metric.MSE).error
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smoothing, "_COARSE", range(21))
+        patch.setattr(smoothing, "_COARSE_EXPONENTS", range(21))
         _, best = finalists(readings, Metric.MSE, shiftable=False)
     assert error < 1.1 * TrialFold(readings, best, Metric.MSE).error
 
@@ -186,9 +186,9 @@ def test_a_trial_computes_what_the_folded_product_would() -> None:
     )
     x, weight, bias = sample.lhs[0, 0], sample.rhs[0, 0].t(), torch.randn(6)
     exact = F.linear(x, weight, bias)
-    torch.testing.assert_close(trial.instead[0](x, weight, bias), exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(trial.overrides[0](x, weight, bias), exact, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(
-        trial.instead[1](value.lhs, value.rhs), value.lhs @ value.rhs, rtol=1e-2, atol=1e-2
+        trial.overrides[1](value.lhs, value.rhs), value.lhs @ value.rhs, rtol=1e-2, atol=1e-2
     )
 
 

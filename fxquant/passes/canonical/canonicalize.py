@@ -1,4 +1,4 @@
-"""Brings a captured graph to the canonical dialect, and checks what it computes."""
+"""Brings a captured graph to the canonical dialect, and checks that its function is unchanged."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from fxquant.passes import (
     run_passes,
 )
 
-# Each pass relies on those before it: all know moves by one name, attention and einsum must be open
-# before products are sorted, a transposed weight folded before a product is seen to be a linear,
-# and batch norm folded before a projection's weight is cut in parts.
+# Each pass relies on the passes before it: data movement has one name each; attention and einsum
+# are split before products become linears; transposed weights are folded before a product with a
+# constant can be recognized; batch norm is folded before the weight of a projection is split.
 CANONICAL: tuple[Pass, ...] = (
     CanonicalizeDataMovement(),
     DropNoOps(),
@@ -46,22 +46,23 @@ CANONICAL: tuple[Pass, ...] = (
 )
 HOOKS_NOTE = "its hooks are not in the compiled model; what they change is missing there"
 MIXES_NOTE = (
-    "what one image gives depends on the others of its batch: a layer may take the batch for "
-    "another axis, as nn.MultiheadAttention does without batch_first=True"
+    "the outputs of an image depend on the other images of its batch: a layer may take the batch "
+    "for another axis, as nn.MultiheadAttention does without batch_first=True"
 )
 ALONE_NOTE = "it does not run on one image alone, for batches of two or more only"
-# Differences of the same function computed in another order, over the largest output.
-_CLOSE = 1e-3
+# Largest difference between outputs of the same function, computed in another order, over the
+# largest output.
+_MAX_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True)
 class FloatModel:
-    """What the report compares the quantized model with.
+    """Outputs and size of the float model, with which the report compares the quantized one.
 
     Attributes:
-        images: a few, on the device of the graph.
-        outputs: the float tensors that it gives for them.
-        bytes: of its parameters.
+        images: a few images, on the device of the graph.
+        outputs: the float tensors among the model's outputs for the images.
+        bytes: bytes of the model's parameters.
     """
 
     images: Tensor
@@ -71,19 +72,20 @@ class FloatModel:
 
 @torch.no_grad()
 def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResult], FloatModel]:
-    """Runs the passes, and checks that the function stays what it was.
+    """Runs the canonical passes, and checks that the function is unchanged.
 
     Args:
-        gm: as captured, in stage FLOAT; changed.
-        images: a few, ``(B, …)``, on any device.
+        gm: as captured, in stage FLOAT; edited in place.
+        images: a few images ``(B, …)``, on any device.
 
     Returns:
-        What the passes did, with what is noted of the model under ``capture``; and the model.
+        Results of the passes by name, with notes on the model under ``capture``; and the float
+        model.
 
     Raises:
-        BatchError: the model does not take the images.
-        CaptureError: it gives other outputs when run again.
-        NonFiniteError: it gives NaN.
+        BatchError: the model does not run on the images.
+        CaptureError: a second run on the same images has other outputs.
+        NonFiniteError: an output is NaN.
         PassError: a pass changed the function.
     """
     images = images.to(device_of(gm))
@@ -96,14 +98,14 @@ def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResu
     if any(not torch.equal(old, new) for old, new in zip(before, again, strict=True)):
         raise CaptureError(
             "the model gives other outputs when run again: it draws random numbers or changes a "
-            "buffer in eval mode, and cannot be compiled so: turn that off"
+            "buffer in eval mode, and cannot be compiled in this way: turn that off"
         )
     notes = [Skip(path, HOOKS_NOTE) for path in HOOKED_MODULES.get(gm) or ()]
     notes += [Skip("model", note) for note in _notes_of_batches(gm, images, before)]
     results = {"capture": PassResult(0, tuple(notes))} | run_passes(gm, CANONICAL)
     for old, new in zip(before, _outputs(gm, images), strict=True):
         error = _difference(old, new)
-        if not error < _CLOSE:
+        if not error < _MAX_DIFFERENCE:
             raise PassError(
                 f"the canonical graph differs from the captured one by {error:.1e} of its largest "
                 "output. This is a bug; please report it with the model's definition"
@@ -112,7 +114,7 @@ def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResu
 
 
 def _notes_of_batches(gm: fx.GraphModule, images: Tensor, together: list[Tensor]) -> list[str]:
-    """What is odd of the first image alone, if anything is, beside its outputs in the batch."""
+    """Notes on how outputs of the first image alone differ from its outputs in the batch."""
     if len(images) == 1:
         return []
     try:
@@ -120,7 +122,7 @@ def _notes_of_batches(gm: fx.GraphModule, images: Tensor, together: list[Tensor]
     except BatchError:
         return [ALONE_NOTE]
     mixes = any(
-        old[:1].shape == new.shape and not _difference(old[:1], new) < _CLOSE
+        old[:1].shape == new.shape and not _difference(old[:1], new) < _MAX_DIFFERENCE
         for old, new in zip(together, alone, strict=True)
         if old.ndim and len(old) == len(images)
     )
@@ -131,7 +133,7 @@ def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
     """The float tensors among the outputs.
 
     Raises:
-        BatchError: the model does not take the images.
+        BatchError: the model does not run on the images.
     """
     try:
         return float_outputs(gm(images))

@@ -1,4 +1,4 @@
-"""Gives operations that only move values one name each.
+"""Replaces operations that only move values by one operator for each kind of movement.
 
 Before: ``x.mT``, ``swapaxes(x, 1, 2)``, ``movedim(x, (0, 1), (1, 2))``, ``x.T``
 After:  ``permute(x, order)``
@@ -20,7 +20,8 @@ from fxquant.graph.dialect import aten
 from fxquant.graph.nodes import operand, rank
 from fxquant.passes.base import PassResult
 
-_ORDERS: set[Any] = {
+# Operators that change the order of axes, and become permute.
+_AXIS_ORDERS: set[Any] = {
     aten.mT.default,
     aten.adjoint.default,  # of real numbers
     aten.numpy_T.default,
@@ -31,7 +32,9 @@ _ORDERS: set[Any] = {
     aten.movedim.int,
     aten.movedim.intlist,
 }
-_SAME: dict[Any, Any] = {
+
+# Operators with another name in the dialect.
+_SYNONYMS: dict[Any, Any] = {
     aten.ravel.default: aten.flatten.using_ints,
     aten.concat.default: aten.cat.default,
     aten.concatenate.default: aten.cat.default,
@@ -39,19 +42,19 @@ _SAME: dict[Any, Any] = {
 
 
 def _order(node: fx.Node) -> list[int]:
-    """Which axis of the input each one of the output is: the sizes of axes sized by their place."""
+    """Axis of the input for each axis of the output, from an input whose sizes number its axes."""
     target: Any = node.target
     axes = torch.empty(tuple(range(rank(operand(node, 0)))), device="meta")
     return list(target(axes, *node.args[1:], **node.kwargs).shape)
 
 
 def _rename(node: fx.Node) -> bool:
-    """Whether the node was another name's."""
-    if node.target in _ORDERS:
+    """Renames a node to its operator in the dialect; False where the node stays."""
+    if node.target in _AXIS_ORDERS:
         node.args, node.kwargs = (node.args[0], _order(node)), {}
         node.target = aten.permute.default
-    elif node.target in _SAME:
-        node.target = _SAME[node.target]
+    elif node.target in _SYNONYMS:
+        node.target = _SYNONYMS[node.target]
     elif node.target is aten.narrow.default:
         source, axis, start, length = node.args
         if not isinstance(start, int) or not isinstance(length, int):
@@ -70,11 +73,11 @@ def _rename(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class CanonicalizeDataMovement:
-    """See the module's text."""
+    """Renames operations that only move values."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Renames all of them; a ``narrow`` whose place changes with the batch stays."""
+        """Renames all operations; a ``narrow`` whose start changes with the batch stays."""
         return PassResult(sum([_rename(node) for node in gm.graph.nodes]))

@@ -1,12 +1,11 @@
-"""Removes what computes nothing in eval mode.
+"""Removes operations that compute nothing in eval mode.
 
 Before: ``y = dropout(x, p, train=False)``, ``y = clone(x)``, ``y = to(x, x.dtype)``
 After:  ``y = x``
 
-A copy stays where an operation behind it may ask how its input lies in memory. ``view`` becomes
-``reshape``, since a dropped ``clone`` may have been what made its input contiguous;
-``reshape_as`` becomes ``reshape`` to that size, so that it no longer looks like a use of the other
-tensor's values.
+A copy stays where a later operation may depend on the strides of its input. ``view`` becomes
+``reshape``, since its input may be contiguous because of a dropped ``clone`` alone. ``reshape_as``
+becomes ``reshape`` to that size, and in this way no longer reads the other tensor's values.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from fxquant.graph.nodes import operand
 from fxquant.graph.rewrite import emit
 from fxquant.passes.base import PassResult
 
+# Checks at run time, which export adds.
 _CHECKS = {
     aten._assert_scalar.default,
     aten._assert_async.msg,
@@ -31,12 +31,11 @@ _CHECKS = {
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 }
+
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-
-
 _LIKE = {aten.reshape_as.default, aten.view_as.default}
 
-# What changes how values lie in memory, and the operators of aten to which that matters.
+# Operators that change the strides of a value, and operators that depend on strides.
 _COPIES = {aten.clone.default, aten.contiguous.default, aten._to_copy.default}
 _STRIDED = {
     aten.view_as_complex.default,
@@ -48,6 +47,7 @@ _STRIDED = {
 
 
 def _reshape_to_size(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Turns ``reshape_as`` into ``reshape`` to the size of the other tensor."""
     other = operand(node, 1)
     with gm.graph.inserting_before(node):
         sizes = [
@@ -67,12 +67,12 @@ def _same_type(node: fx.Node) -> bool:
     )
 
 
-def _layout_matters(node: fx.Node) -> bool:
-    """Whether a user, behind moves or not, may depend on the strides of a node's value."""
+def _strides_matter(node: fx.Node) -> bool:
+    """Whether a reader, directly or behind data movement, may depend on a value's strides."""
     for user in node.users:
         target = user.target
         if target in DATA_MOVEMENT_OPS or target in _NOOPS or target in _LIKE:
-            if _layout_matters(user):
+            if _strides_matter(user):
                 return True
         elif target in _STRIDED or (
             isinstance(target, torch._ops.HigherOrderOperator)
@@ -90,6 +90,7 @@ def _not_training(node: fx.Node) -> bool:
     return bool(node.args[1] == 0) or not (len(node.args) > 2 and node.args[2])
 
 
+# Operator -> whether a node of it computes nothing.
 _NOOPS: dict[Any, Callable[[fx.Node], bool]] = {
     aten.clone.default: _always,
     aten.contiguous.default: _always,
@@ -109,7 +110,7 @@ _NOOPS: dict[Any, Callable[[fx.Node], bool]] = {
 
 @dataclass(frozen=True)
 class DropNoOps:
-    """See the module's text."""
+    """Removes operations that compute nothing in eval mode."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
@@ -121,7 +122,7 @@ class DropNoOps:
             if node.target in _CHECKS:
                 gm.graph.erase_node(node)
                 changed += 1
-            elif node.target in _COPIES and _layout_matters(node):
+            elif node.target in _COPIES and _strides_matter(node):
                 continue
             elif node.target in _NOOPS and _NOOPS[node.target](node):
                 node.replace_all_uses_with(node.args[0])

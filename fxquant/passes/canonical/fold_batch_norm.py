@@ -28,7 +28,7 @@ _FLATTEN = {aten.reshape.default, aten.flatten.using_ints}
 
 
 def _producer(norm: fx.Node, channels: int) -> fx.Node | str:
-    """The foldable operation before ``norm``, or the reason why there is none."""
+    """The linear or convolution to fold ``norm`` into, or the reason why the norm stays."""
     node = operand(norm, 0)
     flattened = node.target in _FLATTEN
     if flattened:
@@ -40,7 +40,7 @@ def _producer(norm: fx.Node, channels: int) -> fx.Node | str:
             return "its input is reshaped in a way that mixes channels"
     kind = op_kind(node)
     if kind not in (OpKind.LINEAR, OpKind.CONV):
-        return f"it follows {node.name}, which is no linear or convolution"
+        return f"it follows {node.name}, which is not a linear or convolution"
     if kind is OpKind.LINEAR and not flattened and node.meta["val"].ndim != 2:
         return "it normalises another axis than the linear's output channels"
     if kind is OpKind.CONV and flattened:
@@ -51,7 +51,7 @@ def _producer(norm: fx.Node, channels: int) -> fx.Node | str:
 
 
 def _fold(gm: fx.GraphModule, norm: fx.Node, node: fx.Node) -> bool:
-    """Rewrites weight and bias of ``node``; False where one of them is no constant."""
+    """Folds into weight and bias of ``node``; False where a parameter is not a constant."""
     gamma, beta, mean, var = (constant(gm, norm.args[i]) for i in range(1, 5))
     product = Product(gm, node)
     if not product.has_constant_weight or product.has_computed_bias or mean is None or var is None:
@@ -63,15 +63,15 @@ def _fold(gm: fx.GraphModule, norm: fx.Node, node: fx.Node) -> bool:
     shift: Tensor = (-mean if bias is None else bias - mean) * ratio
     new_bias = shift if beta is None else shift + beta
     with gm.graph.inserting_before(node):
-        first = add_constant(gm, new_weight, f"{node.name}_weight", like=node)
-        second = add_constant(gm, new_bias, f"{node.name}_bias", like=node)
-    node.args = (node.args[0], first, second, *node.args[3:])
+        weight_node = add_constant(gm, new_weight, f"{node.name}_weight", like=node)
+        bias_node = add_constant(gm, new_bias, f"{node.name}_bias", like=node)
+    node.args = (node.args[0], weight_node, bias_node, *node.args[3:])
     return True
 
 
 @dataclass(frozen=True)
 class FoldBatchNorm:
-    """See the module's text."""
+    """Folds batch norm into the linear or convolution before it."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
@@ -86,7 +86,7 @@ class FoldBatchNorm:
             if isinstance(node, str):
                 skips.append(Skip(norm.name, f"batch norm stays: {node}"))
             elif not _fold(gm, norm, node):
-                skips.append(Skip(norm.name, "batch norm stays: a parameter is no constant"))
+                skips.append(Skip(norm.name, "batch norm stays: a parameter is not a constant"))
             else:
                 outputs = [norm]
                 if norm.target is not aten.batch_norm.default:

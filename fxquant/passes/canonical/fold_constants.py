@@ -1,11 +1,11 @@
-"""Computes once what depends on parameters alone.
+"""Computes operations on parameters alone once, at compile time.
 
 Before: ``bias = permute(index(table, position), …)`` in every forward
 After:  ``bias = get_attr``
 
-Swin's relative position bias, a transposed weight and a normalised kernel all become plain
-constants, which lets other passes see a weight as one. So does torchvision's attention mask, which
-starts from ``x.new_zeros(…)`` and takes but the type and device of ``x``.
+Swin's relative position bias, a transposed weight and a normalized kernel become plain constants,
+so that other passes recognize a weight. torchvision's attention mask becomes a constant too: it
+starts from ``x.new_zeros(…)``, which depends on the type and device of ``x`` alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from fxquant.graph.nodes import get_parameter
 from fxquant.graph.rewrite import add_constant
 from fxquant.passes.base import PassResult
 
-# expand costs nothing at run time and much memory as a constant.
-_KEPT = {aten.expand.default, aten.sym_size.int}
+# expand costs nothing at run time, and much memory as a constant.
+_NOT_FOLDED = {aten.expand.default, aten.sym_size.int}
 
 
-def _foldable(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
-    if node.op != "call_function" or node.target in _KEPT:
+def _is_foldable(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
+    """Whether an operation reads constants alone, and yields the same value in each run."""
+    if node.op != "call_function" or node.target in _NOT_FOLDED:
         return False
     if not all(source in known for source in node.all_input_nodes):
         return False
@@ -38,7 +39,7 @@ def _foldable(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
 
 
 def _zeros(node: fx.Node) -> Tensor | None:
-    """The tensor of zeros that a node makes, None where it does not or the size is not known."""
+    """The tensor that ``new_zeros`` yields, None for other nodes and for a symbolic size."""
     if node.target is not aten.new_zeros.default:
         return None
     val = node.meta["val"]
@@ -49,14 +50,14 @@ def _zeros(node: fx.Node) -> Tensor | None:
 
 @dataclass(frozen=True)
 class FoldConstants:
-    """See the module's text."""
+    """Folds operations on parameters alone into constants."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Folds every operation whose inputs are constants."""
+        """Folds each operation whose inputs are constants."""
         known: dict[fx.Node, Any] = {}
         folded = []
         for node in list(gm.graph.nodes):
@@ -65,7 +66,7 @@ class FoldConstants:
             elif (zeros := _zeros(node)) is not None:
                 known[node] = zeros
                 folded.append(node)
-            elif _foldable(node, known):
+            elif _is_foldable(node, known):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = node.target(*args, **kwargs)
                 folded.append(node)

@@ -1,12 +1,12 @@
-"""Brings an einsum of two operands to a matmul.
+"""Rewrites an einsum of two operands as a matmul.
 
 Before: ``y = einsum("bhid,bhjd->bhij", a, b)``
 After:  ``y = a @ permute(b)``
 
-Letters fall in four groups: in both operands and the result (batch), in both operands alone
-(summed), in the left and the result, in the right and the result. Each operand is permuted to
-``(batch, left, summed)`` or ``(batch, summed, right)``, its groups flattened, and the product
-given the wanted order.
+Letters fall in four groups: batch (in both operands and the result), summed (in both operands
+alone), left (in the left operand and the result) and right (in the right operand and the result).
+The left operand is permuted to ``(batch, left, summed)``, the right one to ``(batch, summed,
+right)``; groups are flattened, and the product is permuted to the order of the result.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class _Plan:
 
 
 def _plan(equation: str, operands: int) -> _Plan | str:
-    """The groups, or the reason why the equation is no matmul."""
+    """The groups, or the reason why the equation is not a matmul."""
     inputs, arrow, result = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if operands != 2 or len(terms) != 2 or not arrow or "." in equation:
-        return "an einsum of other than two operands, or with an ellipsis, is no matrix product"
+        return "an einsum of other than two operands, or with an ellipsis, is not a matrix product"
     a, b = terms
     if any(len(set(term)) != len(term) for term in (a, b, result)):
-        return "an einsum that repeats a letter in one operand is no matrix product"
+        return "an einsum that repeats a letter in one operand is not a matrix product"
     if any(letter not in result and letter not in b for letter in a) or any(
         letter not in result and letter not in a for letter in b
     ):
-        return "an einsum that sums an axis of one operand alone is no matrix product"
+        return "an einsum that sums an axis of one operand alone is not a matrix product"
     summed = "".join(letter for letter in a if letter in b and letter not in result)
     if not summed:
-        return "an einsum that sums over nothing is no matrix product"
+        return "an einsum that sums over nothing is not a matrix product"
     return _Plan(
         left_letters=a,
         right_letters=b,
@@ -116,7 +116,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, plan: _Plan) -> fx.Node:
 
 @dataclass(frozen=True)
 class OpenEinsum:
-    """See the module's text."""
+    """Rewrites einsums of two operands as matmuls."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT

@@ -3,8 +3,8 @@
 Before: ``y = (c a) @ b``, ``y = a @ (c b)`` or ``y = (a / d) @ b`` with ``c = 1 / d``
 After:  ``y = c (a @ b)``
 
-Attention then has one form, whichever way its author scaled the queries, and a backend folds the
-factor into the product's output scale.
+Attention then has one form, whether its author scaled queries, keys or scores, and a backend folds
+the factor into the output scale of the product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxquant.passes.base import PassResult
 
 @dataclass(frozen=True)
 class _Scaling:
-    """An operation that multiplies by one number: ``node = source * factor``."""
+    """An operation that multiplies by a number: ``node = source * factor``."""
 
     node: fx.Node
     source: fx.Node
@@ -31,7 +31,7 @@ class _Scaling:
 
 
 def _number(gm: fx.GraphModule, value: object) -> float | None:
-    """A Python number, or that of a constant with one element."""
+    """The value of a Python number or of a constant with one element, else None."""
     if isinstance(value, int | float):
         return float(value)
     tensor = constant(gm, value)
@@ -39,11 +39,12 @@ def _number(gm: fx.GraphModule, value: object) -> float | None:
 
 
 def _as_scaling(gm: fx.GraphModule, node: fx.Node) -> _Scaling | None:
+    """The scalar multiplication or division that a node is, None for other nodes."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor):
         return None
     divides = node.target is aten.div.Tensor
-    for source, by in (node.args, node.args[::-1])[: 1 if divides else 2]:
-        number = _number(gm, by)
+    for source, factor in (node.args, node.args[::-1])[: 1 if divides else 2]:
+        number = _number(gm, factor)
         if not isinstance(source, fx.Node) or number is None or (divides and number == 0):
             continue
         old, new = source.meta["val"], node.meta["val"]
@@ -53,20 +54,20 @@ def _as_scaling(gm: fx.GraphModule, node: fx.Node) -> _Scaling | None:
 
 
 def _scaling(gm: fx.GraphModule, node: object) -> _Scaling | None:
-    """The scalar multiplication that alone feeds a chain of moves ending in ``node``."""
+    """The scalar multiplication that alone feeds the data movement that ends in ``node``."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
-        found = _as_scaling(gm, node)
-        if found is not None:
-            return found
+        scaling = _as_scaling(gm, node)
+        if scaling is not None:
+            return scaling
         if node.target not in DATA_MOVEMENT_OPS or node.target is aten.pad.default:
-            return None  # what is padded with need not be zero
+            return None  # the padding value need not be zero
         node = node.args[0]
     return None
 
 
 @dataclass(frozen=True)
 class ScaleAfterMatmul:
-    """See the module's text."""
+    """Moves scalar factors from operands of matmuls to their results."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT

@@ -1,11 +1,12 @@
-"""Opens fused attention, so that each of its products can be quantized.
+"""Splits fused attention into its products, each of which can then be quantized.
 
 Before: ``y = scaled_dot_product_attention(q, k, v, mask, scale=s)``
 After:  ``y = softmax(q @ k^T * s + mask) @ v``
 
-The scale stands behind the product (``(s q) @ k^T = s (q @ k^T)``), where a backend can fold it
-into the product's own output scale. A boolean mask becomes 0 / -inf, a causal one a triangle;
-grouped queries repeat k and v. Where a mask may hide a whole row, its probabilities are set to 0.
+The factor s multiplies the result of the product (``(s q) @ k^T = s (q @ k^T)``), where a backend
+can fold it into the output scale of the product. A boolean mask becomes 0 / -inf, a causal one a
+triangle; grouped queries repeat k and v. Where a mask may hide a whole row, the probabilities of
+that row are set to 0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _FUSED = aten.scaled_dot_product_attention.default
 
 
 def _causal(gm: fx.GraphModule, call: Callable[..., fx.Node], scores: fx.Node) -> fx.Node:
-    """The mask that shows each token those up to itself, as booleans: ``(N, M)``."""
+    """The causal mask, ``(N, M)``: true where the key is not behind the query."""
     value = scores.meta["val"]
     sizes = value.shape[-2:]
     if not any(isinstance(size, SymInt) for size in sizes):
@@ -44,7 +45,7 @@ def _causal(gm: fx.GraphModule, call: Callable[..., fx.Node], scores: fx.Node) -
 
 
 def _additive(call: Callable[..., fx.Node], mask: fx.Node, scores: fx.Node) -> fx.Node:
-    """The mask to add to the scores."""
+    """The mask in the form that is added to the scores: 0 / -inf for a boolean one."""
     if mask.meta["val"].dtype != torch.bool:
         return mask
     hidden = call(aten.logical_not.default, mask)
@@ -53,34 +54,36 @@ def _additive(call: Callable[..., fx.Node], mask: fx.Node, scores: fx.Node) -> f
 
 
 def _split(gm: fx.GraphModule, node: fx.Node, fixed: set[fx.Node]) -> fx.Node:
+    """Emits the products of a fused attention, and returns the node that replaces it."""
+
     def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return emit(gm, target, *args, like=node, **kwargs)
 
-    given = arguments(node)
-    query, key, value = given["query"], given["key"], given["value"]
-    if given["enable_gqa"]:
+    options = arguments(node)
+    query, key, value = options["query"], options["key"], options["value"]
+    if options["enable_gqa"]:
         repeat = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
         key = call(aten.repeat_interleave.self_int, key, repeat, -3)
         value = call(aten.repeat_interleave.self_int, value, repeat, -3)
-    scale = given["scale"]
+    scale = options["scale"]
     if scale is None:
         scale = float(query.meta["val"].shape[-1]) ** -0.5
     scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
     scores = call(aten.mul.Tensor, scores, scale)
-    mask = _causal(gm, call, scores) if given["is_causal"] else given["attn_mask"]
+    mask = _causal(gm, call, scores) if options["is_causal"] else options["attn_mask"]
     if mask is not None:
         scores = call(aten.add.Tensor, scores, _additive(call, mask, scores))
     probabilities = call(aten.softmax.int, scores, -1)
-    if given["attn_mask"] is not None and _may_hide_rows(gm, given["attn_mask"], fixed):
-        blind = _blind(given["attn_mask"], call)
-        probabilities = call(aten.masked_fill.Scalar, probabilities, blind, 0.0)
+    if options["attn_mask"] is not None and _may_hide_rows(gm, options["attn_mask"], fixed):
+        hidden = _hidden_rows(options["attn_mask"], call)
+        probabilities = call(aten.masked_fill.Scalar, probabilities, hidden, 0.0)
     return call(aten.matmul.default, probabilities, value)
 
 
-def _blind(mask: Any, call: Callable[..., Any]) -> Any:
-    """The rows that a mask hides completely, their last axis kept; of tensors or of nodes.
+def _hidden_rows(mask: Any, call: Callable[..., Any]) -> Any:
+    """Rows that a mask hides completely, ``(…, N, 1)``, as a tensor or as a node like the mask.
 
-    Attention of a token that sees no other is zero, where the softmax of -inf alone is NaN.
+    The attention of such a row is zero, where a softmax of -inf alone would be NaN.
     """
     dtype = (mask.meta["val"] if isinstance(mask, fx.Node) else mask).dtype
     if dtype == torch.bool:
@@ -89,24 +92,25 @@ def _blind(mask: Any, call: Callable[..., Any]) -> Any:
 
 
 def _may_hide_rows(gm: fx.GraphModule, mask: fx.Node, fixed: set[fx.Node]) -> bool:
-    """Whether a mask may hide a whole row; of one that depends on no image, whether it does."""
+    """Whether a mask may hide a whole row. A mask that depends on no image is computed."""
     if mask not in fixed:
         return True
-    blind = _blind(_value(gm, mask, {}), lambda target, *args: target(*args))
-    return bool(blind.any())
+    hidden = _hidden_rows(_value(gm, mask, {}), lambda target, *args: target(*args))
+    return bool(hidden.any())
 
 
-def _fixed(gm: fx.GraphModule) -> set[fx.Node]:
+def _image_independent(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose values depend on parameters and sizes alone."""
-    found: set[fx.Node] = set()
+    fixed: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        computed = _pure(node) and found.issuperset(node.all_input_nodes)
+        computed = _is_pure(node) and fixed.issuperset(node.all_input_nodes)
         if node.op == "get_attr" or is_size(node) or computed:
-            found.add(node)
-    return found
+            fixed.add(node)
+    return fixed
 
 
-def _pure(node: fx.Node) -> bool:
+def _is_pure(node: fx.Node) -> bool:
+    """Whether an operation yields the same value whenever it reads the same inputs."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return target in DATA_MOVEMENT_OPS
@@ -114,7 +118,7 @@ def _pure(node: fx.Node) -> bool:
 
 
 def _value(gm: fx.GraphModule, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
-    """Value of a fixed node, the batch size being that of the example."""
+    """Value of a node that depends on no image, for the batch size of the example."""
     if node not in memo:
         if is_size(node):
             memo[node] = example_size(node.meta["val"])
@@ -128,7 +132,7 @@ def _value(gm: fx.GraphModule, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
 
 @dataclass(frozen=True)
 class SplitAttention:
-    """See the module's text."""
+    """Splits fused attention into its products."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
@@ -137,7 +141,7 @@ class SplitAttention:
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Splits every fused attention."""
         fused = [node for node in gm.graph.nodes if node.target is _FUSED]
-        fixed = _fixed(gm)
+        fixed = _image_independent(gm)
         for node in fused:
             with gm.graph.inserting_before(node):
                 node.replace_all_uses_with(_split(gm, node, fixed))

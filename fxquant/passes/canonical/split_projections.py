@@ -5,11 +5,11 @@ After:  ``q = permute(reshape(linear(x, W[rows of q])))``, likewise k and v
 
 ``meta["packed"]`` of the new products is the name of the parameter that they were cut from.
 
-Each of q, k and v then has a weight of its own to be quantized, and a backend can write its codes
-straight from the product. Which rows a branch takes is not read off the operations: the moves are
-run on a tensor of output-channel numbers, so that every packing (ViT's, LeViT's per-head one, that
-of nn.MultiheadAttention) is handled alike. A branch whose axes mix tokens and channels, or whose
-tokens are not all there in their order, is refused.
+Each of q, k and v then has its own weight to quantize, and a backend can write codes directly from
+each product. The rows of a branch are not derived from the operations: the data movement runs on a
+tensor that numbers output channels. In this way every packing (ViT's, LeViT's per-head one, that of
+nn.MultiheadAttention) is handled alike. A branch that mixes tokens and channels on one axis, lacks
+tokens or changes their order is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fxquant.graph.rewrite import add_constant, emit
 from fxquant.graph.shapes import example_shape
 from fxquant.passes.base import PassResult, Skip
 
-# Moves that can drop a part of their input: where branches of a packed projection part.
+# Data movement that can drop a part of its input: where branches of a packed projection begin.
 _SELECTS = {
     aten.select.int,
     aten.slice.Tensor,
@@ -42,13 +42,13 @@ _SELECTS = {
 
 @dataclass(frozen=True)
 class _Branch:
-    """One part of a packed projection.
+    """One projection of a packed projection.
 
     Attributes:
-        node: the node that yields it.
+        node: the node that yields its values.
         rows: output channels of the linear, in the order of the branch's channel axes.
-        axes: for each axis of the branch, the axis of the linear's output it runs along; -1 for
-            a channel axis.
+        axes: for each axis of the branch, the axis of the linear's output that it is; -1 for a
+            channel axis.
     """
 
     node: fx.Node
@@ -57,7 +57,7 @@ class _Branch:
 
 
 def _leaves(linear: fx.Node) -> list[fx.Node]:
-    """The nodes at which the projection has parted into branches; none if it is not packed."""
+    """The first nodes of the branches; empty where the projection is not packed."""
     node = linear
     while node.target not in _SELECTS:
         users = data_users(node)
@@ -72,7 +72,7 @@ def _leaves(linear: fx.Node) -> list[fx.Node]:
 
 
 def _varies(index: Tensor) -> tuple[bool, ...]:
-    """For each axis, whether the values change along it."""
+    """For each axis, whether values change along the axis."""
     return tuple(
         index.shape[axis] > 1 and not torch.equal(index, index.narrow(axis, 0, 1).expand_as(index))
         for axis in range(index.ndim)
@@ -80,6 +80,7 @@ def _varies(index: Tensor) -> tuple[bool, ...]:
 
 
 def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
+    """The branch that begins at ``node``, or the reason why it cannot be a projection itself."""
     shape = example_shape(linear)
     if any(size == 1 for size in shape[:-1]):
         return "an axis of length one hides which axis it is"
@@ -103,11 +104,11 @@ def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
 
 
 def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | str:
-    """The axis of a branch that is one leading axis of the linear; the reason if there is none.
+    """The axis of a branch that one leading axis of the linear becomes, or why there is none.
 
     Args:
-        index: at each place of the branch, where it came from along the linear's axis.
-        size: length of that axis.
+        index: for each value of the branch, its position along the linear's axis.
+        size: length of the linear's axis.
         of_channels: for each axis of the branch, whether output channels change along it.
     """
     along = [axis for axis, varies in enumerate(_varies(index)) if varies]
@@ -124,7 +125,7 @@ def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | str
 
 
 def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
-    """Replaces the branch by a projection of its own, which is returned."""
+    """Replaces a branch by its own projection, and returns the new linear."""
     packed = Product(gm, linear)
     weight, bias = packed.weight, packed.bias
     rows = branch.rows.flatten()
@@ -133,11 +134,11 @@ def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
         return emit(gm, target, *args, like=linear)
 
     with gm.graph.inserting_before(branch.node):
-        parts = [add_constant(gm, weight[rows], f"{linear.name}_weight", like=linear)]
+        parameters = [add_constant(gm, weight[rows], f"{linear.name}_weight", like=linear)]
         if bias is not None:
-            parts.append(add_constant(gm, bias[rows], f"{linear.name}_bias", like=linear))
-        product = call(aten.linear.default, packed.input, *parts)
-        # A projection packed in a part of another belongs to the whole.
+            parameters.append(add_constant(gm, bias[rows], f"{linear.name}_bias", like=linear))
+        product = call(aten.linear.default, packed.input, *parameters)
+        # A projection may be packed within a branch of another one: name the outermost weight.
         whole = PACKED_WEIGHT.get(linear) or str(packed.weight_node.target)
         PACKED_WEIGHT.set(product, whole)
         lead = sorted(axis for axis in branch.axes if axis != -1)
@@ -156,7 +157,7 @@ def _rebuild(gm: fx.GraphModule, linear: fx.Node, branch: _Branch) -> fx.Node:
 
 @dataclass(frozen=True)
 class SplitProjections:
-    """See the module's text."""
+    """Splits packed projections."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
@@ -170,22 +171,22 @@ class SplitProjections:
             leaves = _leaves(linear)
             if not leaves:
                 continue
-            parts = _split(gm, linear, leaves)
-            if isinstance(parts, str):
-                skips.append(Skip(linear.name, f"the packed projection stays: {parts}"))
+            projections = _split(gm, linear, leaves)
+            if isinstance(projections, str):
+                skips.append(Skip(linear.name, f"the packed projection stays: {projections}"))
             else:
                 changed += 1
-                pending += parts  # each may be packed in turn
+                pending += projections  # each may be packed too
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
         return PassResult(changed, tuple(skips))
 
 
 def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> list[fx.Node] | str:
-    """Splits one projection into those returned; the reason where it stays."""
+    """Splits a packed projection and returns its projections, or the reason why it stays."""
     packed = Product(gm, linear)
     if not packed.has_constant_weight or packed.has_computed_bias:
-        return "its weight or bias is no constant"
+        return "its weight or bias is not a constant"
     branches = []
     for leaf in leaves:
         branch = _branch(linear, leaf)

@@ -1,4 +1,4 @@
-"""Brings every matrix product to ``linear`` or ``matmul``.
+"""Rewrites every matrix product as ``linear`` or ``matmul``.
 
 Before: ``addmm(b, x, W)``, ``mm(x, W)``, ``bmm(x, W)``, ``matmul(x, W)`` with a constant ``W``
         of shape ``(K, N)`` or ``(1, …, K, N)``
@@ -33,7 +33,7 @@ _PRODUCTS: dict[Any, tuple[int | None, int, int]] = {
 
 
 def _weight(gm: fx.GraphModule, rhs: Any) -> Tensor | None:
-    """``W^T`` of shape ``(N, K)`` where ``rhs`` is one constant matrix."""
+    """``W^T`` of shape ``(N, K)`` where ``rhs`` is a single constant matrix, else None."""
     value = constant(gm, rhs)
     if value is None or value.ndim < 2 or value.numel() != value.shape[-2] * value.shape[-1]:
         return None
@@ -41,18 +41,18 @@ def _weight(gm: fx.GraphModule, rhs: Any) -> Tensor | None:
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The node that takes the place of ``node``; None where it stays."""
+    """Emits the node that replaces ``node``; None where ``node`` stays."""
 
     def call(target: Callable[..., Any], *args: Any) -> fx.Node:
         return emit(gm, target, *args, like=node)
 
-    at, left, right = _PRODUCTS[node.target]
-    lhs, rhs = node.args[left], node.args[right]
-    addend = None if at is None else node.args[at]
+    addend_index, lhs_index, rhs_index = _PRODUCTS[node.target]
+    lhs, rhs = node.args[lhs_index], node.args[rhs_index]
+    addend = None if addend_index is None else node.args[addend_index]
     plain = not node.kwargs  # beta and alpha are keyword-only
     weight = _weight(gm, rhs)
     assert isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)
-    # A weight with more axes than the tokens gives its leading ones to the result.
+    # The leading axes of a weight with more axes than the tokens would be axes of the result.
     if weight is not None and rank(lhs) >= rank(rhs):
         new_weight = add_constant(gm, weight, f"{node.name}_weight", like=node)
         bias = constant(gm, addend)
@@ -77,13 +77,13 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class ToLinear:
-    """See the module's text."""
+    """Rewrites matrix products as linears and matmuls."""
 
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Rewrites all products; a matmul of two activations is left as it is."""
+        """Rewrites all products; a matmul of two activations stays unchanged."""
         changed = 0
         for node in list(gm.graph.nodes):
             if node.op != "call_function" or node.target not in _PRODUCTS:

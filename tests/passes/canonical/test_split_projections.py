@@ -101,7 +101,7 @@ class Shared(nn.Module):
     ("model", "x", "reason"),
     [
         (Shared(), images(), "conv2d feeds other operations too"),
-        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), images(), "it follows relu, which is no"),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), images(), "it follows relu, which is not"),
         (
             Sequence(nn.Linear(DIM, 4), nn.BatchNorm1d(TOKENS), identity),
             tokens(),
@@ -120,7 +120,7 @@ class Shared(nn.Module):
         (
             nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
             images(),
-            "a parameter is no constant",
+            "a parameter is not a constant",
         ),
     ],
     ids=["shared", "no product", "other axis", "mixed", "3-d", "statistics of the batch"],
