@@ -8,7 +8,7 @@ from functools import cache
 from torch import Tensor, fx, nn
 
 from fxquant import testing
-from fxquant.calibration.calibrate import calibrate
+from fxquant.calibration.observe import observe
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.graph.capture import capture
 from fxquant.graph.edges import edges
@@ -42,11 +42,11 @@ def specs(gm: fx.GraphModule) -> dict[str, TensorSpec | None]:
 
 
 def reasons(result: PassResult) -> dict[str, str]:
-    return {skip.site: skip.reason for skip in result.skips}
+    return {skip.site: skip.reason for skip in result.notes}
 
 
 def observed(*rules: Rule, model: nn.Module | None = None) -> fx.GraphModule:
     gm, _ = annotated(*rules, model=model)
     run_passes(gm, [InsertObservers()])
-    calibrate(gm, [tokens()])
+    observe(gm, [(tokens(), None)])
     return gm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import testing
-from fxquant.calibration.calibrate import calibrate
+from fxquant.calibration.observe import observe
 from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.errors import UnusedRuleError
@@ -28,7 +28,7 @@ def test_the_first_matching_rule_decides() -> None:
     found = specs(gm)
     assert found["fc1__weight"] == found["fc1__input"] == FOUR
     assert found["fc2__weight"] == WEIGHT and found["fc2__input"] == EIGHT
-    assert result.changed == len(found) and result.skips == ()
+    assert result.changed == len(found) and result.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_scale_per_channel_of_an_image_runs_along_its_channels() -> None:
     gm = canonical(testing.ConvNorm(), images())
     run_passes(gm, [AssignSpecs((Rule(spec=TensorSpec(granularity=Granularity.CHANNEL)),))])
     run_passes(gm, [InsertObservers()])
-    calibrate(gm, [images()])
+    observe(gm, [(images(), None)])
     run_passes(gm, [Freeze()])
     quantizer = gm.get_submodule("quant.conv__input")
     assert isinstance(quantizer, UniformQuantizer) and len(quantizer.scale) == 3

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxquant
 from fxquant import policies, testing
-from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.observe import observe
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.errors import BatchError, CalibrationError, PassError
@@ -47,7 +47,7 @@ def frozen(
 ) -> Frozen:
     gm = canonical(model, x)
     run_passes(gm, [AssignSpecs(rules), InsertObservers()])
-    samples, _ = sample_products(gm, [(x, None)], search)
+    samples = observe(gm, [(x, None)], search).samples
     run_passes(gm, [Freeze()])
     return gm, samples
 
@@ -75,7 +75,7 @@ def test_products_come_closer_in_the_metric_searched(metric: Metric) -> None:
     gm, samples = block()
     before = sum(BruteForce(gm, samples, metric).losses().values())
     result = search(gm, samples, metric=metric)
-    assert result.skips == () and result.changed > 10
+    assert result.notes == () and result.changed > 10
     # By column the cosine has another meaning than by row, the one that is measured.
     limit = 1.0 if metric is Metric.COSINE else 0.9
     assert sum(BruteForce(gm, samples, metric).losses().values()) < limit * before
@@ -121,7 +121,7 @@ def test_the_fitted_scale_stays_where_nothing_is_better() -> None:
             p.copy_(torch.randint(-7, 8, p.shape))
             p[..., 0] = 7
     run_passes(gm, [AssignSpecs(FOUR), InsertObservers()])
-    samples, _ = sample_products(gm, [(x, None)], ROWS)
+    samples = observe(gm, [(x, None)], ROWS).samples
     run_passes(gm, [Freeze()])
     assert search(gm, samples).changed == 0
 
@@ -178,7 +178,7 @@ def test_rounded_weights_leave_no_mean_error(name: str) -> None:
     before = (outputs(gm, x).mean(0) - exact).abs().max()
     result = run_passes(gm, [CorrectBias(samples)])["CorrectBias"]
     after = (outputs(gm, x).mean(0) - exact).abs().max()
-    assert result.changed == 1 and result.skips == ()
+    assert result.changed == 1 and result.notes == ()
     assert float(after) < 1e-5 < 1e-3 < float(before)
 
 
@@ -253,7 +253,7 @@ def test_the_report_tells_what_was_not_searched(vit: nn.Module) -> None:
     rule = Rule(path=".*fc1", arg="input", spec=TensorSpec(granularity=Granularity.CHANNEL))
     policy = RECIPES["ptq4vit"].with_rules(rule)
     notes = fxquant.compile(vit, batches(16), policy).report.notes
-    assert [(name, site) for name, site, _ in notes if name == "SearchScales"] == [
+    assert [(n.step, n.site) for n in notes if n.step == "SearchScales"] == [
         ("SearchScales", "blocks_0_mlp_fc1__input")
     ]
 

@@ -20,7 +20,7 @@ from fxquant.config.vocabulary import OpKind, Stage
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.nodes import constant, get_parameter, operand, submodule
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import BIAS_CORRECTED, PassResult, Skip
+from fxquant.passes.base import BIAS_CORRECTED, PassResult, skipped
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from fxquant.search.product_loss import ProductSample
 
@@ -30,7 +30,7 @@ class CorrectBias:
     """See the module's text.
 
     Attributes:
-        samples: rows of each product by node name (``samples.sample_products``).
+        samples: rows of each product by node name (``calibration.observe``).
     """
 
     samples: Mapping[str, ProductSample] = field(repr=False)
@@ -40,19 +40,19 @@ class CorrectBias:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Corrects every bias behind a quantized weight."""
-        changed, skips = 0, []
+        changed, notes = 0, []
         for node in list(gm.graph.nodes):
             if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or BIAS_CORRECTED in node.meta:
                 continue
             error = self._mean_error(gm, node)
             if isinstance(error, str):
-                skips.append(Skip(node.name, error))
+                notes.append(skipped(node.name, error))
             elif bool(error.any()):
                 bias = constant(gm, node.args[2]) if len(node.args) > 2 else None
                 set_bias(gm, node, -error if bias is None else bias - error)
                 node.meta[BIAS_CORRECTED] = True
                 changed += 1
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
     def _mean_error(self, gm: fx.GraphModule, node: fx.Node) -> Tensor | str:
         """``(q(W) - W) E[q(x)]`` of shape ``(N,)``, or why it is not known."""

@@ -21,7 +21,7 @@ from fxquant.config.vocabulary import OpKind, Stage
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.nodes import constant, get_parameter, operand, submodule
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import Note, PassResult, skipped
 from fxquant.quantizers import TwinUniformQuantizer, UniformQuantizer, accumulator_scale
 from fxquant.quantizers.ops import broadcast
 
@@ -66,8 +66,8 @@ class QuantizeBias:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rounds every bias that an integer kernel would add."""
-        skips: list[Skip] = []
-        sites = list(self._sites(gm, skips))
+        notes: list[Note] = []
+        sites = list(self._sites(gm, notes))
         for node, bias, x, w in sites:
             weight = get_parameter(gm, operand(operand(node, 1), 0))
             _make_room(bias, x, w, weight)
@@ -79,10 +79,10 @@ class QuantizeBias:
                 continue
             set_bias(gm, node, rounded)
             changed += 1
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
     @staticmethod
-    def _sites(gm: fx.GraphModule, skips: list[Skip]) -> Iterator[_Site]:
+    def _sites(gm: fx.GraphModule, notes: list[Note]) -> Iterator[_Site]:
         for node in list(gm.graph.nodes):
             if op_kind(node) not in (OpKind.LINEAR, OpKind.CONV) or len(node.args) < 3:
                 continue
@@ -91,6 +91,6 @@ class QuantizeBias:
                 continue
             pair = _pair(gm, node)
             if isinstance(pair, str):
-                skips.append(Skip(node.name, pair))
+                notes.append(skipped(node.name, pair))
             else:
                 yield node, bias, *pair

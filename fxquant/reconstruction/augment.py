@@ -35,23 +35,29 @@ _MIXED, _OTHER = 0.5, 0.3
 
 
 @torch.no_grad()
-def fresh(station: BlockContext, index: Tensor, count: int) -> BlockContext:
+def fresh(context: BlockContext, index: Tensor, count: int) -> BlockContext:
     """The same block, with images made of some that it has instead of its own.
 
     Args:
-        station: of the whole network.
+        context: of the whole network.
         index: numbers of those images, ``(n,)``.
         count: how many are made, and held in memory.
     """
-    given, target = ActivationStore(count), ActivationStore(count)
+    inputs, float_outputs = ActivationStore(count), ActivationStore(count)
     sources = index[_sources(len(index), count)]
     for part in chunks(count):
-        found = station.given.get(sources[part], torch.device("cpu"))
-        made = {name: augmented(value) for name, value in found.items()}
-        given.put(part.start, made)
-        there = {name: value.to(station.device) for name, value in made.items()}
-        target.put(part.start, float_targets(station, there))
-    return replace(station, exact=given, given=given, target=target, count=count)
+        images = context.quantized_inputs.get(sources[part], torch.device("cpu"))
+        made = {name: augmented(value) for name, value in images.items()}
+        inputs.put(part.start, made)
+        on_device = {name: value.to(context.device) for name, value in made.items()}
+        float_outputs.put(part.start, float_targets(context, on_device))
+    return replace(
+        context,
+        float_inputs=inputs,
+        quantized_inputs=inputs,
+        float_outputs=float_outputs,
+        count=count,
+    )
 
 
 def _made_of(images: Tensor, count: int) -> Tensor:
@@ -88,10 +94,10 @@ def _sources(images: int, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def float_targets(station: BlockContext, given: Values) -> Values:
-    """What the float block gives."""
-    own = {name: value.clone() for name, value in given.items()}  # some models change their input
-    return tensors_of(station.block, station.teacher.run_block(station.block, own))
+def float_targets(context: BlockContext, inputs: Values) -> Values:
+    """The outputs of the float block."""
+    copies = {name: value.clone() for name, value in inputs.items()}  # some models change them
+    return tensors_of(context.block, context.teacher.run_block(context.block, copies))
 
 
 def augmented(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.calibration.network_loss import NetworkLoss
+from fxquant.calibration.observe import observe
 from fxquant.calibration.reservoir import ReservoirSampler, images_for
-from fxquant.calibration.sample_products import sample_products
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, Scheme, TensorSpec
@@ -86,7 +86,7 @@ def choose_smoothing(
         gm: in stage ANNOTATED, not changed.
         batches: images ``(B, …)`` with labels.
         search: the metric that finalists are chosen by, and the loss.
-        loss: of outputs and labels, as in `sample_products`.
+        loss: of outputs and labels, as in `observe`.
         progress: show progress on stderr.
     """
     sites = [*norm_sites(gm), *linear_sites(gm)]
@@ -94,7 +94,7 @@ def choose_smoothing(
     picked = ReservoirSampler(
         images_for(_WORK, _FINALISTS * MacCounter(gm).macs_after(starts)), search.seed
     )
-    samples, _ = sample_products(gm, picked.observe(batches), search, loss)
+    samples = observe(gm, batches, search=search, loss=loss, reservoir=picked).samples
     found, refused = _compared(sites, samples)
     folds = {}
     with torch.no_grad():

@@ -25,7 +25,7 @@ from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
 from fxquant.graph.nodes import constant, data_users, evaluate_moves, get_parameter
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.graph.shapes import example_shape
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import PassResult, skipped
 
 # Moves that can drop a part of their input: where branches of a packed projection part.
 _SELECTS = {
@@ -161,7 +161,7 @@ class SplitProjections:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Splits every packed projection with constant weights."""
-        changed, skips = 0, []
+        changed, notes = 0, []
         pending = [n for n in gm.graph.nodes if n.target is aten.linear.default]
         for linear in pending:
             leaves = _leaves(linear)
@@ -169,13 +169,13 @@ class SplitProjections:
                 continue
             parts = _split(gm, linear, leaves)
             if isinstance(parts, str):
-                skips.append(Skip(linear.name, f"the packed projection stays: {parts}"))
+                notes.append(skipped(linear.name, f"the packed projection stays: {parts}"))
             else:
                 changed += 1
                 pending += parts  # each may be packed in turn
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
 
 def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> list[fx.Node] | str:
