@@ -94,17 +94,17 @@ class ProductSampler:
 def _sites(
     gm: fx.GraphModule, search: ScaleSearch, generator: torch.Generator
 ) -> dict[str, RowSampler]:
-    """One collector for each product with a quantized operand, within the memory budget."""
-    found = {}
+    """One row sampler for each product with a quantized operand, within the memory budget."""
+    samplers = {}
     for node in gm.graph.nodes:
         if op_kind(node) is None or not node.meta.get("quant"):
             continue
         site = row_sampler(node, constant(gm, operand(node, 1)), generator, search.metric)
         if site is not None:
-            found[node.name] = site
+            samplers[node.name] = site
 
     def total(rows: int) -> int:
-        return sum(site.bytes_for(rows) for site in found.values())
+        return sum(site.bytes_for(rows) for site in samplers.values())
 
     least = min(_LEAST_ROWS, search.rows)
     if total(least) > search.memory_bytes:
@@ -113,9 +113,9 @@ def _sites(
             f"{total(least):,}: raise it in the policy's search"
         )
     rows = bisect_right(range(search.rows + 1), search.memory_bytes, lo=least, key=total) - 1
-    for site in found.values():
+    for site in samplers.values():
         site.set_limit(rows)
-    return found
+    return samplers
 
 
 class _Backward:
@@ -123,11 +123,11 @@ class _Backward:
 
     Args:
         loss: the user's.
-        own: that of the search.
+        search_loss: the loss of the search.
     """
 
-    def __init__(self, loss: Loss | None, own: OutputLoss) -> None:
-        self._loss, self._own = loss, own
+    def __init__(self, loss: Loss | None, search_loss: OutputLoss) -> None:
+        self._loss, self._search_loss = loss, search_loss
 
     def __call__(self, outputs: Any, labels: Tensor | None) -> None:
         """Runs it.
@@ -136,7 +136,7 @@ class _Backward:
             CalibrationError: the user's loss raises an error, or a loss has no gradient.
         """
         if self._loss is None:
-            value = self._own(outputs)
+            value = self._search_loss(outputs)
             check_scalar_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
             return
