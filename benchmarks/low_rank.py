@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 import fxquant
 from fxquant import LowRank, Policy, policies
-from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.observe import observe
 from fxquant.config.vocabulary import OpKind
 from fxquant.demo.models import NAMES, build
 from fxquant.graph.capture import capture
@@ -43,7 +43,7 @@ def row_sampler(name: str, images: Tensor, policy: Policy) -> dict[str, ProductS
     gm = capture(build(name), images)
     run_passes(gm, (*CANONICAL, AssignSpecs(policy.rules), InsertObservers()))
     assert policy.samples is not None
-    return sample_products(gm, [(part, None) for part in images.split(16)], policy.samples)[0]
+    return observe(gm, [(part, None) for part in images.split(16)], policy.samples).samples
 
 
 def multiplications(gm: fx.GraphModule) -> int:

@@ -30,6 +30,7 @@ from fxquant.config.recovery import BlockLoss, WeightTraining
 from fxquant.demo.models import NAMES, build
 from fxquant.graph.blocks import find_blocks
 from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner
+from fxquant.reconstruction.image_split import ImageSplit
 from fxquant.reconstruction.losses import Measured, criterion
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import train_block
@@ -44,45 +45,45 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def float_pass(station: BlockContext, index: Tensor) -> None:
+def float_pass(context: BlockContext, index: Tensor) -> None:
     """Forward and backward pass of the float block."""
     with torch.enable_grad():
-        values = station.exact.get(index, station.device)
-        given = {name: value.clone().requires_grad_() for name, value in values.items()}
-        found = station.teacher.run_block(station.block, given)
-        target = station.target.get(index, station.device)
+        values = context.float_inputs.get(index, context.device)
+        inputs = {name: value.clone().requires_grad_() for name, value in values.items()}
+        outputs = context.teacher.run_block(context.block, inputs)
+        target = context.float_outputs.get(index, context.device)
         torch.stack(
-            [(found[name] - target[name] - 1).square().mean() for name in found]
+            [(outputs[name] - target[name] - 1).square().mean() for name in outputs]
         ).sum().backward()
 
 
-def steps(gm: fx.GraphModule, station: BlockContext, options: Reconstruction) -> None:
+def steps(gm: fx.GraphModule, context: BlockContext, options: Reconstruction) -> None:
     """Trains the block, and forgets what it became."""
-    block = TrainedBlock(gm, station, options, torch.Generator().manual_seed(0))
-    every = torch.arange(station.count)
-    loss = criterion(options, Measured({}, None), station)
-    train_block(block, station, loss, options, (every, every))
+    block = TrainedBlock(gm, context, options, torch.Generator().manual_seed(0))
+    every = torch.arange(context.count)
+    loss = criterion(options, Measured({}, None), context)
+    train_block(block, context, loss, options, ImageSplit(every, every))
 
 
-def middle(gm: fx.GraphModule, sides: BlockwiseRunner) -> Iterator[BlockContext]:
+def middle(gm: fx.GraphModule, runner: BlockwiseRunner) -> Iterator[BlockContext]:
     """The block in the middle."""
     blocks = find_blocks(gm)
-    for number, station in enumerate(sides.walk(gm, blocks, "walk", _BYTES)):
+    for number, context in enumerate(runner.walk(gm, blocks, "walk", _BYTES)):
         if number == len(blocks) // 2:
-            yield station
+            yield context
             return
 
 
 def ratios(
-    gm: fx.GraphModule, station: BlockContext, options: Reconstruction, rounds: int
+    gm: fx.GraphModule, context: BlockContext, options: Reconstruction, rounds: int
 ) -> list[float]:
     """Of each round: a step over a float pass."""
     index, count, found = torch.arange(options.batch), options.iterations, []
     more = replace(options, iterations=3 * count)
     for _ in range(rounds):
-        one = seconds(lambda: [float_pass(station, index) for _ in range(2 * count)])
+        one = seconds(lambda: [float_pass(context, index) for _ in range(2 * count)])
         # What is done once for a block is in both.
-        few, many = (seconds(partial(steps, gm, station, o)) for o in (options, more))
+        few, many = (seconds(partial(steps, gm, context, o)) for o in (options, more))
         found.append((many - few) / one)
     return found
 
@@ -106,10 +107,10 @@ def main() -> None:
     images = torch.randn(options.images, *size)
     compiled = fxquant.compile(model, images.split(8), policies.minmax(4, 4))
     gm = compiled.graph_module
-    sides = BlockwiseRunner(gm, images)
+    runner = BlockwiseRunner(gm, images)
     table = Table(options.model, "step / float pass", "smallest", "largest")
-    for station in middle(gm, sides):
-        station.teacher.graph_module.requires_grad_(True)
+    for context in middle(gm, runner):
+        context.teacher.graph_module.requires_grad_(True)
         for kind in WeightTraining:
             chosen = Reconstruction(
                 weights=kind,
@@ -118,7 +119,7 @@ def main() -> None:
                 batch=options.batch,
                 held_out=0.0,
             )
-            found = ratios(gm, station, chosen, options.rounds)
+            found = ratios(gm, context, chosen, options.rounds)
             shown = (statistics.median(found), min(found), max(found))
             table.add_row(str(kind), *(f"{value:.2f}" for value in shown))
     Console(width=80).print(table)

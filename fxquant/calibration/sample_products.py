@@ -1,22 +1,21 @@
 """Rows of every product, drawn from the float model, with the gradient of a loss behind them.
 
-One forward and, where gradients are wanted, one backward pass a batch. What is kept is a sample
-without replacement, so that memory depends on the budget, not on the number of images.
+One forward and, where gradients are wanted, one backward pass a batch. Rows are sampled without
+replacement, so that memory depends on the budget, not on the number of images.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibration.calibrate import errors_as_input_error
 from fxquant.calibration.output_loss import OutputLoss
 from fxquant.calibration.row_samplers import RowSampler, row_sampler
+from fxquant.calibration.run_batches import errors_as_input_error
 from fxquant.calibration.user_loss import Loss, check_scalar_loss, errors_as_user_loss
 from fxquant.config.scale_search import GRADIENT_METRICS, ScaleSearch
 from fxquant.errors import CalibrationError
@@ -35,66 +34,79 @@ _LARGEST_GRADIENT = 1e15
 _LEAST_ROWS = 16
 
 
-def sample_products(
-    gm: fx.GraphModule,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
-    search: ScaleSearch,
-    loss: Loss | None = None,
-) -> tuple[dict[str, ProductSample], int]:
-    """Runs the graph over all batches and keeps rows of its products.
+class ProductSampler:
+    """Samples rows of the products of a graph, batch by batch.
 
     Observers in the graph see every batch as well.
 
     Args:
         gm: before any quantizer stands in it.
-        batches: images ``(B, …)`` with labels, moved to the device of the graph.
         search: how many rows, which gradient, which seed.
         loss: of outputs and labels, instead of the one that ``search`` names.
 
-    Returns:
-        Node name -> its rows, and the number of images seen.
-
     Raises:
-        BatchError: the model does not take the images.
-        CalibrationError: the memory budget is too small; or the loss raises an error, or its
-            gradient is missing, not finite, or zero at all products.
-        NonFiniteError: an activation holds NaN or infinity.
+        CalibrationError: the memory budget is too small.
     """
-    wants_gradient = search.metric in GRADIENT_METRICS
-    device, generator = device_of(gm), torch.Generator().manual_seed(search.seed)
-    sites = _sites(gm, search, generator)
-    backward = _Backward(loss, OutputLoss(search.loss, search.seed, device))
-    seen, reached = 0, False
-    for images, labels in batches:
+
+    def __init__(self, gm: fx.GraphModule, search: ScaleSearch, loss: Loss | None = None) -> None:
+        self._gm, self._loss, self._device = gm, loss, device_of(gm)
+        self._sites = _sites(gm, search, torch.Generator().manual_seed(search.seed))
+        self._backward: _Backward | None = None
+        if search.metric in GRADIENT_METRICS:
+            self._backward = _Backward(loss, OutputLoss(search.loss, search.seed, self._device))
+        self._images, self._reached = 0, False
+
+    def observe(self, images: Tensor, labels: Tensor | None) -> None:
+        """Runs the graph on a batch and samples its rows.
+
+        Args:
+            images: ``(B, …)``, moved to the device of the graph a few at a time.
+            labels: with B entries, or None.
+
+        Raises:
+            BatchError: the model does not take the images.
+            CalibrationError: the loss raises an error, or its gradient is missing or not finite.
+            NonFiniteError: an activation holds NaN or infinity.
+        """
         count = math.ceil(len(images) / _PART)
-        parts = [None] * count if labels is None else labels.tensor_split(count)
-        for part, its in zip(images.tensor_split(count), parts, strict=True):
-            _run(gm, sites, part.to(device), its, backward if wants_gradient else None)
-            reached = reached or any(site.reached for site in sites.values())
-        seen += len(images)
-    if loss is not None and wants_gradient and sites and seen and not reached:
-        raise CalibrationError(
-            f"the gradient of the loss given to compile() is zero at all {len(sites)} products, "
-            f"for all {seen} images (or its square is, in float32), so it weighs nothing: compute "
-            "the loss from the model's outputs, without detach() or a constant in their place"
-        )
-    return {name: site.sample() for name, site in sites.items() if site.filled}, seen
+        label_parts = [None] * count if labels is None else labels.tensor_split(count)
+        for part, its_labels in zip(images.tensor_split(count), label_parts, strict=True):
+            _run(self._gm, self._sites, part.to(self._device), its_labels, self._backward)
+            self._reached = self._reached or any(site.reached for site in self._sites.values())
+        self._images += len(images)
+
+    def samples(self) -> dict[str, ProductSample]:
+        """The rows by node name.
+
+        Raises:
+            CalibrationError: the gradient of the user's loss is zero at all products.
+        """
+        sites, seen = self._sites, self._images
+        weighted = self._loss is not None and self._backward is not None
+        if weighted and sites and seen and not self._reached:
+            raise CalibrationError(
+                f"the gradient of the loss given to compile() is zero at all {len(sites)} "
+                f"products, for all {seen} images (or its square is, in float32), so it weighs "
+                "nothing: compute the loss from the model's outputs, without detach() or a "
+                "constant in their place"
+            )
+        return {name: site.sample() for name, site in sites.items() if site.filled}
 
 
 def _sites(
     gm: fx.GraphModule, search: ScaleSearch, generator: torch.Generator
 ) -> dict[str, RowSampler]:
-    """One collector for each product with a quantized operand, within the memory budget."""
-    found = {}
+    """One row sampler for each product with a quantized operand, within the memory budget."""
+    samplers = {}
     for node in gm.graph.nodes:
         if op_kind(node) is None or not QUANT_SPECS.get(node):
             continue
         site = row_sampler(node, constant(gm, operand(node, 1)), generator, search.metric)
         if site is not None:
-            found[node.name] = site
+            samplers[node.name] = site
 
     def total(rows: int) -> int:
-        return sum(site.bytes_for(rows) for site in found.values())
+        return sum(site.bytes_for(rows) for site in samplers.values())
 
     least = min(_LEAST_ROWS, search.rows)
     if total(least) > search.memory_bytes:
@@ -103,9 +115,9 @@ def _sites(
             f"{total(least):,}: raise it in the policy's search"
         )
     rows = bisect_right(range(search.rows + 1), search.memory_bytes, lo=least, key=total) - 1
-    for site in found.values():
+    for site in samplers.values():
         site.set_limit(rows)
-    return found
+    return samplers
 
 
 class _Backward:
@@ -113,11 +125,11 @@ class _Backward:
 
     Args:
         loss: the user's.
-        own: that of the search.
+        search_loss: the loss of the search.
     """
 
-    def __init__(self, loss: Loss | None, own: OutputLoss) -> None:
-        self._loss, self._own = loss, own
+    def __init__(self, loss: Loss | None, search_loss: OutputLoss) -> None:
+        self._loss, self._search_loss = loss, search_loss
 
     def __call__(self, outputs: Any, labels: Tensor | None) -> None:
         """Runs it.
@@ -126,7 +138,7 @@ class _Backward:
             CalibrationError: the user's loss raises an error, or a loss has no gradient.
         """
         if self._loss is None:
-            value = self._own(outputs)
+            value = self._search_loss(outputs)
             check_scalar_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
             return

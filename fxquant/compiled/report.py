@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.graph.edges import edges, fed_by
 from fxquant.graph.nodes import submodule
+from fxquant.graph.notes import Comparison, Note, NoteKind
 from fxquant.graph.outputs import float_outputs
 from fxquant.mixed_precision.allocate.result import AllocationResult
 from fxquant.quantizers import FAMILIES, Quantizer
@@ -46,13 +48,16 @@ class PlanEntry:
     reason: str = ""
 
 
-def make_plan(gm: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[PlanEntry, ...]:
+def make_plan(gm: fx.GraphModule, notes: Iterable[Note]) -> tuple[PlanEntry, ...]:
     """The decisions in a FROZEN graph.
 
     Args:
         gm: the graph.
-        reasons: edge name -> why it was not quantized as asked.
+        notes: of the passes; their reasons why an edge is float or not quantized as asked are
+            those of the plan.
     """
+    kinds = (NoteKind.FLOAT, NoteKind.ADJUSTED)
+    reasons = {note.site: note.reason for note in notes if note.kind in kinds}
     entries = []
     for edge in edges(gm):
         quantized = isinstance(submodule(gm, edge.source), Quantizer)
@@ -122,7 +127,7 @@ def _decibels(signals: list[Tensor], found: list[Tensor]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a compilation did.
+    """The record of a compilation.
 
     Attributes:
         policy: name of the policy.
@@ -134,9 +139,8 @@ class Report:
         quantized_bytes: size after, weights at their bit-width, and the scales.
         seconds: phase -> wall time.
         changes: pass -> number of sites changed.
-        notes: (pass, site, reason) for each site that a pass left alone.
-        gains: (pass, site, choice, measure, ratio) where a pass chose by comparing: the measure
-            with the choice over that without.
+        notes: sites that stay as they are, with reasons, and other remarks of the passes.
+        comparisons: errors with the choices of passes over errors without.
         allocation: how widths were chosen; None where the policy's rules have them.
     """
 
@@ -149,8 +153,8 @@ class Report:
     quantized_bytes: int
     seconds: dict[str, float]
     changes: dict[str, int] = field(default_factory=dict)
-    notes: tuple[tuple[str, str, str], ...] = ()
-    gains: tuple[tuple[str, str, str, str, float], ...] = ()
+    notes: tuple[Note, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     allocation: AllocationResult | None = None
 
     @property
@@ -160,12 +164,17 @@ class Report:
 
     @property
     def unsupported(self) -> tuple[tuple[str, str], ...]:
-        """(node, reason) of products that no rule can quantize."""
-        edges = {entry.edge for entry in self.plan}
+        """(node, reason) of products that have no quantized form."""
+        unsupported = (note for note in self.notes if note.kind is NoteKind.UNSUPPORTED)
+        return tuple((note.site, note.reason) for note in unsupported)
+
+    @property
+    def gains(self) -> tuple[tuple[str, str, str, str, float], ...]:
+        """Deprecated form of ``comparisons``: (pass, site, choice, measure, ratio) each."""
+        warnings.warn("Report.gains is now Report.comparisons", DeprecationWarning, stacklevel=2)
         return tuple(
-            (site, reason)
-            for name, site, reason in self.notes
-            if name in ("AssignSpecs", "OpenEinsum") and site not in edges and "float" in reason
+            (item.step, item.site, item.choice, item.measure, item.error_ratio)
+            for item in self.comparisons
         )
 
     def summary(self) -> str:
@@ -196,8 +205,8 @@ class Report:
             for e in values["plan"]
         )
         sqnr = {name: float(value) for name, value in values["sqnr"].items()}
-        notes = tuple((a, b, c) for a, b, c in values["notes"])
-        allocation = values.get("allocation")  # files of older versions have none
+        notes = tuple(Note(**{**note, "kind": NoteKind(note["kind"])}) for note in values["notes"])
+        allocation = values["allocation"]
         return cls(
             **{
                 **values,
@@ -205,7 +214,7 @@ class Report:
                 "sqnr": sqnr,
                 "output_sqnr": float(values["output_sqnr"]),
                 "notes": notes,
-                "gains": tuple(tuple(gain) for gain in values.get("gains", ())),
+                "comparisons": tuple(Comparison(**item) for item in values["comparisons"]),
                 "allocation": None
                 if allocation is None
                 else AllocationResult.from_dict(allocation),
@@ -231,13 +240,14 @@ class Report:
         for entry in self.plan:
             if entry.reason:
                 console.print(f"{entry.edge}: {entry.reason}", soft_wrap=True)
-        for name, site, choice, measure, ratio in self.gains:
-            line = f"{name}: {site}: {choice}: {measure} x {ratio:.2f}"
-            console.print(line, soft_wrap=True)
+        for item in self.comparisons:
+            ratio = f"{item.measure} x {item.error_ratio:.2f}"
+            console.print(f"{item.step}: {item.site}: {item.choice}: {ratio}", soft_wrap=True)
         printed = {entry.edge for entry in self.plan}
-        for name, site, reason in self.notes:
-            if site not in printed:
-                console.print(f"{name}: {site or '(model)'}: {reason}", soft_wrap=True)
+        for note in self.notes:
+            if note.site not in printed:
+                line = f"{note.step}: {note.site or '(model)'}: {note.reason}"
+                console.print(line, soft_wrap=True)
         console.print(self.summary(), soft_wrap=True)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 

@@ -1,12 +1,14 @@
 """A compiled model on disk: ``quant_config.json`` and ``model.safetensors``.
 
-Quantized weights are stored as integer codes.
+Quantized weights are stored as integer codes. The graph is rebuilt from ``graph``, ``quantizers``,
+``coded_weights`` and ``specs`` (edge name -> spec) of the configuration; its ``report`` is for
+people.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from torch import Tensor, fx, nn
 
 from fxquant import quantizers
 from fxquant.compiled import integrity as saved_checks
-from fxquant.compiled.report import Report
+from fxquant.compiled.older_formats import READABLE, to_current_format
+from fxquant.compiled.report import Report, spec_from_dict
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import FileFormatError, FxQuantError
-from fxquant.graph.edges import possible_edges
+from fxquant.graph.edges import edges, possible_edges
 from fxquant.graph.meta import STAGE
 from fxquant.graph.nodes import get_parameter, submodule
 from fxquant.graph.rewrite import propagate_shapes
@@ -31,7 +34,7 @@ from fxquant.quantizers import Quantizer
 from fxquant.utils.files import write_together, write_utf8
 
 CONFIG_FILE, WEIGHTS_FILE = "quant_config.json", "model.safetensors"
-FORMAT = 4
+FORMAT = READABLE[-1]
 _CODES = "codes."
 
 
@@ -70,6 +73,9 @@ def write(folder: Path, stored: Stored) -> None:
             if isinstance(module, Quantizer)
         },
         "coded_weights": coded,
+        "specs": {
+            edge.name: asdict(edge.spec) for edge in edges(stored.gm) if edge.spec is not None
+        },
         "graph": graph_to_json(stored.gm.graph),
         "report": stored.report.to_dict(),
     }
@@ -97,8 +103,9 @@ def read(folder: Path) -> Stored:
     try:
         saved_checks.check_tensors(folder / WEIGHTS_FILE, config)
         policy_from_dict(config["policy"])
-        gm = _rebuild(config, tensors)
-        report = Report.from_dict(config["report"])
+        current = to_current_format(config)
+        gm = _rebuild(current, tensors)
+        report = Report.from_dict(current["report"])
         shape = tuple(int(n) for n in config["image_shape"])
         # Last, since what else is wrong can be named more closely.
         saved_checks.check_config(folder / WEIGHTS_FILE, config)
@@ -176,9 +183,8 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
     saved_checks.check_all_read((name.removeprefix(_CODES) for name in tensors), graph)
     gm = fx.GraphModule(root, graph)
     STAGE.set(gm, Stage.FROZEN)
-    report = Report.from_dict(config["report"])
     propagate_shapes(gm, tuple(config["image_shape"]))
-    specs = {entry.edge: entry.spec for entry in report.plan if entry.spec is not None}
+    specs = {name: spec_from_dict(values) for name, values in config["specs"].items()}
     for edge in list(possible_edges(gm)):
         if edge.name in specs:
             edge.annotate(specs[edge.name])
@@ -197,10 +203,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FileFormatError(
             f"{path} is no JSON ({error}): truncated or foreign; {advice}"
         ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") not in READABLE:
         found = config.get("format") if isinstance(config, dict) else None
         raise FileFormatError(
-            f"{path} is not of format {FORMAT} (found {found!r}); {advice}, with this version"
+            f"{path} is not of format {FORMAT} or {READABLE[0]} (found {found!r}); {advice}, with "
+            "this version or the one before"
         )
     return config
 

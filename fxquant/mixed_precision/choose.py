@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from fxquant.calibration.observe import Observed
 from fxquant.calibration.reservoir import ReservoirSampler, images_for
 from fxquant.config.allocation import Allocation, Sensitivity
 from fxquant.config.scale_search import GradientLoss
@@ -23,7 +24,6 @@ from fxquant.mixed_precision.sensitivity.loss_cache import LossCache
 from fxquant.mixed_precision.sensitivity.measured import MeasuredSensitivity
 from fxquant.mixed_precision.sensitivity.trial_quantizers import TrialQuantizers
 from fxquant.policies.policy import Policy
-from fxquant.search.product_loss import ProductSample
 from fxquant.utils.progress import track
 
 _ALL_GROUPS = "all groups"
@@ -68,8 +68,7 @@ def check_budget(gm: fx.GraphModule, policy: Policy) -> None:
 def choose_widths(
     gm: fx.GraphModule,
     picked: ReservoirSampler,
-    samples: dict[str, ProductSample],
-    seen: int,
+    seen: Observed,
     policy: Policy,
     cache: str | Path | None = None,
     progress: bool = False,
@@ -79,8 +78,7 @@ def choose_widths(
     Args:
         gm: in stage OBSERVED, its observers with histograms, having seen data; not changed.
         picked: images that losses are measured on.
-        samples: rows of each product by node name, with gradients.
-        seen: number of images that the rows were sampled from.
+        seen: number of images, and rows of each product with gradients.
         policy: with an allocation that :func:`check_budget` accepts.
         cache: folder for measured losses, from which an interrupted search goes on; None keeps
             no files.
@@ -103,7 +101,7 @@ def choose_widths(
         allow_uniform=policy.search is not None and policy.search.search_region_ratio,
     )
     estimates = _estimate(
-        width_groups, Estimates(gm, trials, samples, search.metric, seen), options
+        width_groups, Estimates(gm, trials, seen.samples, search.metric, seen.images), options
     )
     if options.sensitivity is Sensitivity.ESTIMATED:
         problem = _problem(width_groups, options, _needed(width_groups, estimates))

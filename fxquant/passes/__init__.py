@@ -3,7 +3,7 @@
 from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.assign_specs import AssignSpecs
 from fxquant.passes.attach_low_rank import AttachLowRank
-from fxquant.passes.base import Pass, PassResult, Skip, run_passes
+from fxquant.passes.base import Comparison, Note, NoteKind, Pass, PassResult, Refusal
 from fxquant.passes.canonical.canonicalize_data_movement import CanonicalizeDataMovement
 from fxquant.passes.canonical.drop_noops import DropNoOps
 from fxquant.passes.canonical.fold_batch_norm import FoldBatchNorm
@@ -18,6 +18,7 @@ from fxquant.passes.compensate import Compensate
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.freeze import Freeze
 from fxquant.passes.insert_observers import InsertObservers
+from fxquant.passes.pipeline import Pipeline, run_passes
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.reconstruct import Reconstruct
 from fxquant.passes.reparameterize import Reparameterize
@@ -29,6 +30,7 @@ __all__ = [
     "AssignSpecs",
     "AttachLowRank",
     "CanonicalizeDataMovement",
+    "Comparison",
     "Compensate",
     "CorrectBias",
     "DropNoOps",
@@ -37,15 +39,18 @@ __all__ = [
     "Freeze",
     "InsertObservers",
     "NameNodes",
+    "Note",
+    "NoteKind",
     "OpenEinsum",
     "Pass",
     "PassResult",
+    "Pipeline",
     "QuantizeBias",
     "Reconstruct",
+    "Refusal",
     "Reparameterize",
     "ScaleAfterMatmul",
     "SearchScales",
-    "Skip",
     "SmoothWithBias",
     "SplitAttention",
     "SplitProjections",

@@ -18,7 +18,7 @@ from fxquant.errors import PassError
 from fxquant.graph.edges import Edge, edges
 from fxquant.graph.nodes import submodule
 from fxquant.observers.observer import Observer
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import PassResult, skipped
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class AllocateBits:
         missing = sorted(set(self.widths) - set(found))
         if missing:
             raise PassError(f"AllocateBits: the graph has no edges {', '.join(missing)}")
-        skips = [
-            Skip(name, "gets no width: the edge is float")
+        notes = [
+            skipped(name, "gets no width: the edge is float")
             for name in self.widths
             if found[name].spec is None
         ]
         self._check_shared(found)
         changed = sum(self._set(gm, found[name], bits) for name, bits in self.widths.items())
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
     def _check_shared(self, found: dict[str, Edge]) -> None:
         chosen: dict[fx.Node, int] = {}

@@ -24,7 +24,7 @@ from fxquant.graph.edges import Edge, edges, fed_by, possible_edges
 from fxquant.graph.masks import masked
 from fxquant.graph.meta import PINNED_ARGS, QUANT_SPECS
 from fxquant.graph.nodes import arguments, constant, rank
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import Note, NoteKind, PassResult
 from fxquant.policies.policy import Rule
 
 _MASKED = (
@@ -101,8 +101,8 @@ class AssignSpecs:
         chosen: dict[fx.Node, dict[Arg, TensorSpec]] = {}
         pinned: dict[fx.Node, frozenset[Arg]] = {}
         hidden = masked(gm)
-        skips = [
-            Skip(node.name, UNSUPPORTED[node.target])
+        notes = [
+            Note(NoteKind.UNSUPPORTED, node.name, UNSUPPORTED[node.target])
             for node in gm.graph.nodes
             if node.target in UNSUPPORTED
         ]
@@ -117,7 +117,8 @@ class AssignSpecs:
             else:
                 spec, reason = self._decide(gm, edge, hits[0] if hits else None)
             if reason:
-                skips.append(Skip(edge.name, reason))
+                kind = NoteKind.FLOAT if spec is None else NoteKind.ADJUSTED
+                notes.append(Note(kind, edge.name, reason))
             if spec is not None:
                 chosen.setdefault(edge.node, {})[edge.arg] = spec
                 if self.rules[hits[0]].pinned:
@@ -125,10 +126,11 @@ class AssignSpecs:
         self._check_used(gm, set(deciders))
         if not chosen:
             raise PolicyError(
-                f"the policy quantizes nothing of this model: {self._why_nothing(skips)}"
+                f"the policy quantizes nothing of this model: {self._why_nothing(notes)}"
             )
-        skips += [
-            Skip(
+        notes += [
+            Note(
+                NoteKind.RULE,
                 f"rule {i + 1}",
                 f"decides nothing: {_earlier(first)} before it matched all its edges",
             )
@@ -138,7 +140,7 @@ class AssignSpecs:
         for node, specs in chosen.items():
             QUANT_SPECS.set(node, specs)
             PINNED_ARGS.set(node, pinned.get(node, frozenset()))
-        return PassResult(sum(map(len, chosen.values())), tuple(skips))
+        return PassResult(sum(map(len, chosen.values())), tuple(notes))
 
     def _decide(
         self, gm: fx.GraphModule, edge: Edge, hit: int | None
@@ -164,8 +166,8 @@ class AssignSpecs:
         return (replace(spec, granularity=Granularity.TENSOR) if reason else spec), reason
 
     @staticmethod
-    def _why_nothing(skips: list[Skip]) -> str:
-        reasons = Counter(skip.reason for skip in skips)
+    def _why_nothing(notes: list[Note]) -> str:
+        reasons = Counter(note.reason for note in notes)
         shown = (f"{count} x {reason!r}" for reason, count in reasons.most_common(3))
         return "; ".join(shown)
 

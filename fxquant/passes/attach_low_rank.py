@@ -34,7 +34,7 @@ from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import add_constant, emit, insert_on_edge, set_bias
 from fxquant.graph.shapes import example_batch, example_shape
 from fxquant.observers.observer import make_observer
-from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.passes.base import Comparison, Note, PassResult, skipped
 from fxquant.quantizers import Quantizer
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.product_loss import ProductSample
@@ -50,7 +50,7 @@ class AttachLowRank:
     """See the module's text.
 
     Attributes:
-        samples: rows of each product by node name (``samples.sample_products``).
+        samples: rows of each product by node name (``calibration.observe``).
         options: ranks and widths.
     """
 
@@ -63,7 +63,7 @@ class AttachLowRank:
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Adds a branch wherever it pays."""
         sites: list[_Site] = []
-        skips: list[Skip] = []
+        notes: list[Note] = []
         for product in weighted_products(gm):
             name = product.node.name
             if not LOW_RANK_DECIDED.get(product.node):
@@ -71,23 +71,23 @@ class AttachLowRank:
                 if isinstance(site, _Site):
                     sites.append(site)
                 else:
-                    skips.append(Skip(name, _LEFT_OUT + site))
-        gains = []
+                    notes.append(skipped(name, _LEFT_OUT + site))
+        comparisons = []
         for site, factors in self._factors(sites):
             name = site.node.name
             LOW_RANK_DECIDED.set(site.node, True)
             if not len(factors.values):
-                skips.append(Skip(name, f"{_LEFT_OUT}other layers gain more for the same bytes"))
+                notes.append(skipped(name, f"{_LEFT_OUT}other layers gain more for the same bytes"))
                 continue
             branch = _Branch(site, factors, self.options.bits)
             before, after = site.error(None), site.error(branch.outputs)
             if after < (1 - MIN_ERROR_REDUCTION) * before:
                 branch.insert(gm)
-                gains.append(Gain(name, branch.cost(), _MEASURE, after / before))
+                comparisons.append(Comparison(name, branch.cost(), _MEASURE, after / before))
             else:
                 reason = f"the output error would fall from {before:.3g} to {after:.3g} only"
-                skips.append(Skip(name, _LEFT_OUT + reason))
-        return PassResult(len(gains), tuple(skips), tuple(gains))
+                notes.append(skipped(name, _LEFT_OUT + reason))
+        return PassResult(len(comparisons), tuple(notes), tuple(comparisons))
 
     def _factors(self, sites: list[_Site]) -> Iterator[tuple[_Site, Spectrum]]:
         """The sites with what stands for their error, of rank 0 where there is no room for it."""

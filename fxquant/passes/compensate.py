@@ -6,11 +6,11 @@ After:  ``y^ = linear(q(x^), q(W'), b')``, W' first the ridge solution that brin
         making up for those before it (arXiv 2210.17323); ``b' = E[y] - q(W') E[q(x^)]``; W' = W
         where that lowers no error
 
-Layer after layer, so that each sees what the compensated ones before it give. The mean is taken out
-of both sides, and given back by the bias; a product without one gets one. Few images have too few
-rows for all columns of a wide layer; where the options ask for it, others are made of them. Gains
-are the mean squared error of the product's output over that with the weight as it was, both with
-the best bias, on the images that the weight is fitted to.
+Layers are compensated in order, each on the outputs of the compensated layers before it. The mean
+is taken out of inputs and outputs, and the bias adds it again; a product without a bias gets one.
+Few images have too few rows for all columns of a wide layer; where the options ask for it, others
+are made of them. Comparisons are the mean squared error of the product's output over that with the
+weight rounded to nearest, both with the best bias, on the images that the weight is fitted to.
 """
 
 from __future__ import annotations
@@ -32,99 +32,122 @@ from fxquant.graph.meta import COMPENSATED
 from fxquant.graph.nodes import arguments
 from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import replace_constant, set_bias
-from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.passes.base import Comparison, Note, PassResult, Refusal, skipped
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction.augment import made_in_folds
 from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner, chunks
+from fxquant.reconstruction.image_split import ImageSplit
 from fxquant.search.gptq import Moments, ridge_update, round_weight
 
 _MEASURE = "squared output error of the weights rounded to nearest"
 _ONE_IMAGE = "no ridge: it is chosen by images left out, so it takes two calibration images or more"
 _OVERFLOW = "not compensated: squares of what it reads or gives are beyond float32"
 # Multiplications that running the images through the network may take where some are made.
-_WORK = 2e11
-# Parts of the images of which each is once left out when the ridge is chosen.
+_MOST_MACS = 2e11
+# Number of folds of the images; each is left out once when the ridge is chosen.
 _FOLDS = 4
 
 # Some images that run at a time, and the fold that they are in.
-_Part = tuple[slice, int]
+_Chunk = tuple[slice, int]
 
 
 @dataclass(frozen=True)
 class Compensate:
-    """See the module's text.
+    """Compensates every linear and convolution that alone reads a uniformly quantized weight.
 
     Attributes:
-        sides: the float network and the images.
-        options: what is done.
+        runner: the float network and the images.
+        options: ridge, GPTQ, and the least number of images.
+        split: the images that weights are fitted to are those for training; None fits to all.
     """
 
-    sides: BlockwiseRunner = field(repr=False)
+    runner: BlockwiseRunner = field(repr=False)
     options: Compensation
+    split: ImageSplit | None = field(default=None, repr=False)
     requires: ClassVar[Stage] = Stage.FROZEN
     ensures: ClassVar[Stage] = Stage.FROZEN
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Compensates every linear and convolution that has a quantized weight of its own."""
-        gains: list[Gain] = []
-        skips: list[Skip] = []
-        wanted: dict[fx.Node, UniformQuantizer] = {}
-        for product in weighted_products(gm):
-            if not COMPENSATED.get(product.node):
-                quantizer = _weight_quantizer(product)
-                if isinstance(quantizer, str):
-                    skips.append(Skip(product.node.name, quantizer))
-                else:
-                    wanted[product.node] = quantizer
-        if wanted:
-            blocks, memory = find_blocks(gm), self.options.memory_bytes
-            sides, parts = _arranged(self.sides, gm, self.options)
-            if self.options.ridge and len(self.sides.images) < 2:
-                skips.append(Skip("network", _ONE_IMAGE))
-            for station in sides.walk(gm, blocks, "compensate", memory):
-                for wave in waves(station.block.nodes, set(wanted)):
-                    for node, moments in _collect(station, wave, parts).items():
-                        if moments.whole.finite:
-                            gains.append(_improve(gm, node, wanted[node], moments, self.options))
-                        else:
-                            skips.append(Skip(node.name, _OVERFLOW))
-        return PassResult(len(gains), tuple(skips), tuple(gains))
+        """Compensates product after product."""
+        comparisons: list[Comparison] = []
+        quantizers, notes = _weight_quantizers(gm)
+        if not quantizers:
+            return PassResult(0, tuple(notes))
+        runner = self.runner
+        if self.split is not None:
+            runner = runner.on(runner.images[self.split.training])
+        if self.options.ridge and len(runner.images) < 2:
+            notes.append(skipped("network", _ONE_IMAGE))
+        blocks, memory = find_blocks(gm), self.options.memory_bytes
+        runner, chunks_in_folds = _in_folds(runner, gm, self.options)
+        for context in runner.walk(gm, blocks, "compensate", memory):
+            for wave in waves(context.block.nodes, set(quantizers)):
+                for node, moments in _collect(context, wave, chunks_in_folds).items():
+                    if moments.total.finite:
+                        comparisons.append(
+                            _improve(gm, node, quantizers[node], moments, self.options)
+                        )
+                    else:
+                        notes.append(skipped(node.name, _OVERFLOW))
+        return PassResult(len(comparisons), tuple(notes), tuple(comparisons))
 
 
-def _arranged(
-    sides: BlockwiseRunner, gm: fx.GraphModule, options: Compensation
-) -> tuple[BlockwiseRunner, list[_Part]]:
-    """On as many images as are asked for, some made of those given; and those in parts."""
-    images, folds = sides.images, _FOLDS if options.ridge else 1
-    missing = min(options.images, int(_WORK // max(MacCounter(gm).total, 1))) - len(images)
-    found = list(chunks(len(images)))
-    if missing <= 0 and len(found) >= folds:
-        return sides, [(chunk, i % folds) for i, chunk in enumerate(found)]
+def _in_folds(
+    runner: BlockwiseRunner, gm: fx.GraphModule, options: Compensation
+) -> tuple[BlockwiseRunner, list[_Chunk]]:
+    """The runner on as many images as the options ask for, some made of the others, and its chunks.
+
+    Images are made within each fold, so that no image left out has a relative in another fold.
+    """
+    images, folds = runner.images, _FOLDS if options.ridge else 1
+    affordable = int(_MOST_MACS // max(MacCounter(gm).total, 1))
+    missing = min(options.images, affordable) - len(images)
+    whole = list(chunks(len(images)))
+    if missing <= 0 and len(whole) >= folds:
+        return runner, [(chunk, i % folds) for i, chunk in enumerate(whole)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         groups = made_in_folds(images, max(missing, 0), min(folds, len(images)))
-    parts: list[_Part] = []
+    chunks_in_folds: list[_Chunk] = []
     start = 0
     for fold, group in enumerate(groups):
-        own = chunks(len(group))
-        parts += [(slice(start + chunk.start, start + chunk.stop), fold) for chunk in own]
+        chunks_in_folds += [
+            (slice(start + chunk.start, start + chunk.stop), fold) for chunk in chunks(len(group))
+        ]
         start += len(group)
-    return sides.on(torch.cat(groups)), parts
+    return runner.on(torch.cat(groups)), chunks_in_folds
 
 
-def _weight_quantizer(product: Product) -> UniformQuantizer | str:
+def _weight_quantizers(
+    gm: fx.GraphModule,
+) -> tuple[dict[fx.Node, UniformQuantizer], list[Note]]:
+    """The weight quantizers of the products to compensate, and notes on the other products."""
+    quantizers: dict[fx.Node, UniformQuantizer] = {}
+    notes: list[Note] = []
+    for product in weighted_products(gm):
+        if not COMPENSATED.get(product.node):
+            quantizer = _weight_quantizer(product)
+            if isinstance(quantizer, Refusal):
+                reason = f"not compensated: {quantizer.reason}"
+                notes.append(skipped(product.node.name, reason))
+            else:
+                quantizers[product.node] = quantizer
+    return quantizers, notes
+
+
+def _weight_quantizer(product: Product) -> UniformQuantizer | Refusal:
     """The quantizer of a product's weight, or why the weight is not compensated."""
     quantizer = product.weight_quantizer
     if not isinstance(quantizer, UniformQuantizer):
-        return "not compensated: the weight is not quantized uniformly"
+        return Refusal("the weight is not quantized uniformly")
     unshared = product.has_constant_weight and _weight_readers(product) == 1
     if not unshared or len(product.rhs.users) > 1:
-        return "not compensated: several products share the weight"
+        return Refusal("several products share the weight")
     if product.has_computed_bias:
-        return "not compensated: its bias is computed at run time"
+        return Refusal("its bias is computed at run time")
     if product.kind is OpKind.CONV and int(arguments(product.node)["groups"]) > 1:
-        return "not compensated: a grouped convolution has few weights to make up with"
+        return Refusal("a grouped convolution has few weights to make up with")
     return quantizer
 
 
@@ -135,61 +158,61 @@ def _weight_readers(product: Product) -> int:
 
 
 class _Statistics:
-    """Moments of one product, of all images and, where the ridge is chosen by them, of parts."""
+    """Moments of one product: of all images and, where they choose the ridge, of each fold."""
 
     def __init__(self, node: fx.Node, weight: Tensor, folds: int) -> None:
         self._node, self._weight = node, weight
         size = weight[0].numel(), len(weight), weight.device
-        self.whole = Moments(*size)
-        self.parts = [Moments(*size) for _ in range(folds)]
-        self._target: Tensor | None = None
+        self.total = Moments(*size)
+        self.folds = [Moments(*size) for _ in range(folds)]
+        self._float_output: Tensor | None = None
 
-    def see_exact(self, args: tuple[Any, ...], result: Tensor) -> None:
-        """Takes what the float product gives."""
-        self._target = result
+    def see_float(self, args: tuple[Any, ...], result: Tensor) -> None:
+        """Takes the output of the float product."""
+        self._float_output = result
 
     def see_quantized(self, fold: int) -> Callable[[tuple[Any, ...], Any], None]:
-        """Takes what the quantized product reads, of images of one fold."""
+        """Takes the inputs of the quantized product, for images of one fold."""
 
-        def take(args: tuple[Any, ...], _: Any) -> None:
-            assert self._target is not None
+        def see(args: tuple[Any, ...], _: Any) -> None:
+            assert self._float_output is not None
             if op_kind(self._node) is OpKind.CONV:
                 x = patches(args[0], self._node, self._weight.shape).flatten(-self._weight.ndim + 1)
-                y = self._target.movedim(1, -1)
+                y = self._float_output.movedim(1, -1)
             else:
-                x, y = args[0], self._target
+                x, y = args[0], self._float_output
             rows = x.flatten(0, -2).float(), y.flatten(0, -2).float()
-            self.whole.add(*rows)
-            if self.parts:
-                self.parts[fold].add(*rows)
+            self.total.add(*rows)
+            if self.folds:
+                self.folds[fold].add(*rows)
 
-        return take
+        return see
 
 
 def _collect(
-    station: BlockContext, wave: list[fx.Node], parts: list[_Part]
+    context: BlockContext, wave: list[fx.Node], chunks_in_folds: list[_Chunk]
 ) -> dict[fx.Node, _Statistics]:
     """Statistics of products none of which reads another's output."""
-    folds = len({fold for _, fold in parts})
-    gm = station.student.graph_module
-    found = {
+    folds = len({fold for _, fold in chunks_in_folds})
+    gm = context.student.graph_module
+    statistics = {
         node: _Statistics(node, Product(gm, node).weight, folds if folds > 1 else 0)
         for node in wave
     }
-    for chunk, fold in parts:
-        station.teacher.run_block(
-            station.block,
-            station.exact.get(chunk, station.device),
-            watch={node.name: its.see_exact for node, its in found.items()},
+    for chunk, fold in chunks_in_folds:
+        context.teacher.run_block(
+            context.block,
+            context.float_inputs.get(chunk, context.device),
+            watch={node.name: item.see_float for node, item in statistics.items()},
             until=wave[-1].name,
         )
-        station.student.run_block(
-            station.block,
-            station.given.get(chunk, station.device),
-            watch={node.name: its.see_quantized(fold) for node, its in found.items()},
+        context.student.run_block(
+            context.block,
+            context.quantized_inputs.get(chunk, context.device),
+            watch={node.name: item.see_quantized(fold) for node, item in statistics.items()},
             until=wave[-1].name,
         )
-    return found
+    return statistics
 
 
 def _improve(
@@ -198,30 +221,30 @@ def _improve(
     coder: UniformQuantizer,
     moments: _Statistics,
     options: Compensation,
-) -> Gain:
-    """Gives a product its new weight and bias."""
+) -> Comparison:
+    """Replaces weight and bias of a product where that lowers the error."""
     product = Product(gm, node)
     weight = product.weight
-    flat, whole = weight.detach().flatten(1), moments.whole
-    nearest, choice, wanted = coder(flat), [], flat.double()
-    if options.ridge and moments.parts:
-        wanted, left = ridge_update(flat, moments.parts, whole)
-        if left < 1:
-            choice.append(f"ridge, {left:.2f} of the error on images left out")
-    latent = wanted.float()
+    flat, total = weight.detach().flatten(1), moments.total
+    nearest, choice, target = coder(flat), [], flat.double()
+    if options.ridge and moments.folds:
+        target, error_left = ridge_update(flat, moments.folds, total)
+        if error_left < 1:
+            choice.append(f"ridge, {error_left:.2f} of the error on images left out")
+    latent = target.float()
     if options.gptq:
-        rounded = round_weight(wanted, whole.covariance, coder, options.damping)
+        rounded = round_weight(target, total.covariance, coder, options.damping)
         latent, values = rounded.latent.float(), rounded.values.float()
         choice.append("rounding by columns")
     else:
         values = coder(latent)
-    before, after = whole.error(nearest), whole.error(values)
+    before, after = total.error(nearest), total.error(values)
     if after > before:
         latent, values, after, choice = flat, nearest, before, []
     latent = latent.reshape(weight.shape)
     replace_constant(gm, product.rhs, product.weight_node, latent, f"{node.name}_weight")
-    bias = whole.mean_y - values.double() @ whole.mean_x
+    bias = total.mean_y - values.double() @ total.mean_x
     set_bias(gm, node, bias.to(weight.dtype))
     COMPENSATED.set(node, True)
     ratio = after / before if before > 0 else 1.0
-    return Gain(node.name, ", ".join(choice) or "bias", _MEASURE, ratio)
+    return Comparison(node.name, ", ".join(choice) or "bias", _MEASURE, ratio)

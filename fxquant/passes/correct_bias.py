@@ -20,7 +20,7 @@ from fxquant.config.vocabulary import Stage
 from fxquant.graph.meta import BIAS_CORRECTED
 from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import PassResult, skipped
 from fxquant.quantizers import Quantizer
 from fxquant.search.product_loss import ProductSample
 
@@ -30,7 +30,7 @@ class CorrectBias:
     """See the module's text.
 
     Attributes:
-        samples: rows of each product by node name (``samples.sample_products``).
+        samples: rows of each product by node name (``calibration.observe``).
     """
 
     samples: Mapping[str, ProductSample] = field(repr=False)
@@ -40,20 +40,20 @@ class CorrectBias:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Corrects every bias behind a quantized weight."""
-        changed, skips = 0, []
+        changed, notes = 0, []
         for product in weighted_products(gm):
             node = product.node
             if BIAS_CORRECTED.get(node):
                 continue
             error = self._mean_error(product)
             if isinstance(error, str):
-                skips.append(Skip(node.name, error))
+                notes.append(skipped(node.name, error))
             elif bool(error.any()):
                 bias = product.bias
                 set_bias(gm, node, -error if bias is None else bias - error)
                 BIAS_CORRECTED.set(node, True)
                 changed += 1
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
     def _mean_error(self, product: Product) -> Tensor | str:
         """``(q(W) - W) E[q(x)]`` of shape ``(N,)``, or why it is not known."""

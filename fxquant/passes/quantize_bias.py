@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import Note, PassResult, skipped
 from fxquant.quantizers import Quantizer, UniformQuantizer, accumulator_scale
 from fxquant.quantizers.ops import broadcast
 
@@ -67,8 +67,8 @@ class QuantizeBias:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rounds every bias that an integer kernel would add."""
-        skips: list[Skip] = []
-        sites = list(self._sites(gm, skips))
+        notes: list[Note] = []
+        sites = list(self._sites(gm, notes))
         for product, bias, x, w in sites:
             _make_room(bias, x, w, product.weight)
         changed = 0
@@ -79,16 +79,16 @@ class QuantizeBias:
                 continue
             set_bias(gm, product.node, rounded)
             changed += 1
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
     @staticmethod
-    def _sites(gm: fx.GraphModule, skips: list[Skip]) -> Iterator[_Site]:
+    def _sites(gm: fx.GraphModule, notes: list[Note]) -> Iterator[_Site]:
         for product in weighted_products(gm):
             bias = product.bias
             if bias is None:
                 continue
             pair = _pair(product)
             if isinstance(pair, str):
-                skips.append(Skip(product.node.name, pair))
+                notes.append(skipped(product.node.name, pair))
             else:
                 yield product, bias, *pair

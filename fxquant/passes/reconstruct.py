@@ -1,22 +1,23 @@
-"""Trains blocks to give what the float ones give (BRECQ, arXiv 2102.05426; AIQViT, 2502.04628).
+"""Trains blocks towards the float ones (BRECQ, arXiv 2102.05426; AIQViT, arXiv 2502.04628).
 
 Before: a block ``B_q`` of quantized products, scales fixed
 After:  the same block, with the roundings, scales, biases or low-rank factors that make
         ``|B_q(x^) - B(x)|`` least, x^ from the blocks reconstructed before it
 
-Low-rank factors are added to the weight before it is rounded, so nothing is left of them in the
-graph. A block whose loss does not fall stays as it was. With the scope ``network`` all blocks are
-trained as one, to give what the float network gives, on other images made of those given where the
-options say so. Gains are losses after over before, of images that were not trained on; where none
-are held out, of other images made of them, or of the same. For each low-rank change, they are the
-output error of the product that reads the weight, of the same images as they were given.
+Low-rank factors are added to the weight before it is rounded, so that the graph does not have them
+afterwards. A block whose loss does not fall stays as it was. With the scope ``network`` all blocks
+are trained as one towards the outputs of the float network, on other images made of the calibration
+images where the options ask for it. Comparisons are losses after over before, on validation images
+that were not trained on; where none are held out, on other images made of them, or on the same. For
+each low-rank change, a comparison is the output error of the product that reads the weight, on the
+validation images themselves.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,33 +34,36 @@ from fxquant.graph.macs import MacCounter
 from fxquant.graph.meta import RECONSTRUCTED
 from fxquant.graph.nodes import operand
 from fxquant.graph.rewrite import replace_constant, set_bias
-from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.passes.base import Comparison, PassResult, skipped
 from fxquant.reconstruction.blockwise import CHUNK, BlockContext, BlockwiseRunner
-from fxquant.reconstruction.checkpoint import Checkpoints, StateFile
-from fxquant.reconstruction.losses import Measured, criterion, measure
-from fxquant.reconstruction.trained_block import Changes, TrainedBlock, refusal
-from fxquant.reconstruction.training import split, train_block
+from fxquant.reconstruction.checkpoint import Checkpoints
+from fxquant.reconstruction.image_split import ImageSplit
+from fxquant.reconstruction.losses import criterion, measure
+from fxquant.reconstruction.trained_block import Changes, TrainedBlock, TrainingResult, refusal
+from fxquant.reconstruction.training import train_block
 
 _MEASURE = "squared output error before"
 # A bounded number of steps smaller than this is not begun with: rates fall to zero along a cosine,
-# so that so few move little.
+# so that a few steps move little.
 _FEWEST = 20
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """See the module's text.
+    """Trains every block, or all of them as one.
 
     Attributes:
-        sides: the float network and the images.
+        runner: the float network and the images.
         options: what is trained, and how.
-        cache: folder for what is trained so far; an interrupted run with the same folder goes on
-            where it stopped. None keeps nothing.
+        split: images to train on, and images whose loss decides.
+        cache: folder for the blocks that are trained; an interrupted run with the same folder goes
+            on where it stopped. None keeps nothing.
     """
 
-    sides: BlockwiseRunner = field(repr=False)
+    runner: BlockwiseRunner = field(repr=False)
     options: Reconstruction
-    cache: Path | None = None
+    split: ImageSplit = field(repr=False)
+    cache: str | Path | None = None
     requires: ClassVar[Stage] = Stage.FROZEN
     ensures: ClassVar[Stage] = Stage.FROZEN
 
@@ -72,77 +76,95 @@ class Reconstruct:
         """
         if RECONSTRUCTED.get(gm):
             return PassResult(0)
-        changed, gains = 0, list[Gain]()
-        skips = [
-            Skip(edge.node.name, reason)
+        images = len(self.runner.images)
+        steps = _affordable(gm, self.options, images)
+        if steps < min(_FEWEST, self.options.iterations):
+            return PassResult(0, (skipped("network", _too_much_work(steps, self.options, images)),))
+        notes = [
+            skipped(edge.node.name, reason)
             for edge in quantized_edges(gm)
             if (reason := refusal(gm, edge, self.options)) is not None
         ]
-        teacher, images = self.sides.teacher(), self.sides.images
-        steps = _affordable(gm, self.options, len(images))
-        if steps < min(_FEWEST, self.options.iterations):
-            reason = _too_much_work(steps, self.options, len(images))
-            return PassResult(0, (Skip("network", reason),))
-        kept = Checkpoints(self.cache, gm, images, repr(self.options))
-        parts = split(len(images), self.options.held_out, self.options.seed)
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
-            together = self.options.scope is Scope.NETWORK
-            blocks = (whole_network(gm),) if together else find_blocks(gm)
-            measured = measure(teacher, blocks, images, self.options, Path(folder))
-            shown = "reconstruct" if self.sides.progress and together else None
-            walk = self.sides.walk(
-                gm,
-                blocks,
-                None if together else lambda: _label(gains),
-                self.options.memory_bytes,
-            )
-            for number, station in enumerate(walk):
-                options = replace(self.options, iterations=steps, seed=self.options.seed + number)
-                torch.manual_seed(options.seed)
-                done = kept.get(number, station.device)
-                changes, before, after = done or self._train(
-                    gm, station, options, measured, parts, kept.state_file(number), shown
-                )
-                kept.put(number, changes, before, after)
-                if changes is None:
-                    fell = "its loss did not fall"
-                    reason = fell if 0 < before < math.inf else f"its loss was {before:g}"
-                    skips.append(Skip(station.block.name, f"left as it was: {reason}"))
-                    continue
-                changed += 1
-                readers = _moved_products(gm, changes)
-                old = _output_errors(station, readers, parts[0])
-                apply_changes(gm, changes)
-                new = _output_errors(station, readers, parts[0])
-                gains += [
-                    Gain(name, f"rank {rank}", _MEASURE, new[name] / max(old[name], 1e-30))
-                    for name, rank in readers.items()
-                ]
-                gains.append(
-                    Gain(
-                        station.block.name,
-                        options.weights,
-                        f"{options.block_loss} loss",
-                        after / before,
-                    )
-                )
+            blocks = _Blocks(gm, self, steps, Path(folder))
+            for number, context in enumerate(blocks.walk()):
+                result = blocks.train(number, context)
+                if result.changes is None:
+                    notes.append(skipped(context.block.name, _why_not_changed(result)))
+                else:
+                    blocks.write_back(context, result, result.changes)
         RECONSTRUCTED.set(gm, True)
-        return PassResult(changed, tuple(skips), tuple(gains))
+        return PassResult(blocks.changed, tuple(notes), tuple(blocks.comparisons))
 
-    @staticmethod
-    def _train(
-        gm: fx.GraphModule,
-        station: BlockContext,
-        options: Reconstruction,
-        measured: Measured,
-        parts: tuple[Tensor, Tensor],
-        kept: StateFile | None,
-        shown: str | None,
-    ) -> tuple[Changes | None, float, float]:
-        generator = torch.Generator().manual_seed(options.seed)
-        block = TrainedBlock(gm, station, options, generator).to(station.device)
-        loss = criterion(options, measured, station)
-        return train_block(block, station, loss, options, parts, kept, shown)
+
+class _Blocks:
+    """The blocks of a graph under reconstruction.
+
+    Args:
+        gm: the quantized graph.
+        item: the pass.
+        steps: of the training of a block.
+        folder: for measurements beyond the memory.
+    """
+
+    def __init__(self, gm: fx.GraphModule, item: Reconstruct, steps: int, folder: Path) -> None:
+        self._gm, self._item = gm, item
+        self._options = replace(item.options, iterations=steps)
+        self._whole = item.options.scope is Scope.NETWORK
+        self._blocks = (whole_network(gm),) if self._whole else find_blocks(gm)
+        settings = f"{item.options!r}, validation {item.split.validation.tolist()}"
+        cache, images = None if item.cache is None else Path(item.cache), item.runner.images
+        self._checkpoints = Checkpoints(cache, gm, images, settings)
+        self._measured = measure(item.runner.teacher(), self._blocks, images, item.options, folder)
+        self.changed = 0
+        self.comparisons: list[Comparison] = []
+
+    def walk(self) -> Iterator[BlockContext]:
+        """The blocks, with progress through them where they are more than one."""
+        label = None if self._whole else self._label
+        return self._item.runner.walk(self._gm, self._blocks, label, self._options.memory_bytes)
+
+    def _label(self) -> str:
+        """The label of the progress through the blocks, with the loss ratio of the last one."""
+        if not self.comparisons:
+            return "reconstruct"
+        return f"reconstruct, loss x {self.comparisons[-1].error_ratio:.3f}"
+
+    def train(self, number: int, context: BlockContext) -> TrainingResult:
+        """Trains a block, unless the cache has it.
+
+        Args:
+            number: of the block.
+            context: its data.
+        """
+        options = replace(self._options, seed=self._options.seed + number)
+        torch.manual_seed(options.seed)
+        result = self._checkpoints.get(number, context.device)
+        if result is None:
+            generator = torch.Generator().manual_seed(options.seed)
+            block = TrainedBlock(self._gm, context, options, generator).to(context.device)
+            loss = criterion(options, self._measured, context)
+            state_file = self._checkpoints.state_file(number)
+            label = "reconstruct" if self._whole and self._item.runner.progress else None
+            split = self._item.split
+            result = train_block(block, context, loss, options, split, state_file, label)
+        self._checkpoints.put(number, result)
+        return result
+
+    def write_back(self, context: BlockContext, result: TrainingResult, changes: Changes) -> None:
+        """Puts the trained block into the graph, and compares it with the block before."""
+        ranks, images = _changed_products(self._gm, changes), self._item.split.validation
+        before = _output_errors(context, ranks, images)
+        apply_changes(self._gm, changes)
+        after = _output_errors(context, ranks, images)
+        self.comparisons += [
+            Comparison(name, f"rank {rank}", _MEASURE, after[name] / max(before[name], 1e-30))
+            for name, rank in ranks.items()
+        ]
+        measure, ratio = f"{self._options.block_loss} loss", result.loss_after / result.loss_before
+        choice = str(self._options.weights)
+        self.comparisons.append(Comparison(context.block.name, choice, measure, ratio))
+        self.changed += 1
 
 
 def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int:
@@ -162,12 +184,13 @@ def _too_much_work(steps: int, options: Reconstruction, images: int) -> str:
     )
 
 
-def _label(gains: list[Gain]) -> str:
-    """Of the progress through the blocks, with the last one's loss."""
-    return f"reconstruct, loss x {gains[-1].ratio:.3f}" if gains else "reconstruct"
+def _why_not_changed(result: TrainingResult) -> str:
+    before = result.loss_before
+    reason = "its loss did not fall" if 0 < before < math.inf else f"its loss was {before:g}"
+    return f"left as it was: {reason}"
 
 
-def _moved_products(gm: fx.GraphModule, changes: Changes) -> dict[str, int]:
+def _changed_products(gm: fx.GraphModule, changes: Changes) -> dict[str, int]:
     """Rank of the low-rank change of each product's weight, by name of the product."""
     nodes = {node.name: node for node in gm.graph.nodes}
     return {next(iter(nodes[name].users)).name: rank for name, rank in changes.ranks.items()}
@@ -175,36 +198,36 @@ def _moved_products(gm: fx.GraphModule, changes: Changes) -> dict[str, int]:
 
 @torch.no_grad()
 def _output_errors(
-    station: BlockContext, products: Iterable[str], images: Tensor
+    context: BlockContext, products: Iterable[str], images: Tensor
 ) -> dict[str, float]:
-    """Squared error of what some products give, each network with what its own gives before.
+    """Squared output errors of products, each network run on its own inputs of the block.
 
     Args:
-        station: their block.
+        context: their block.
         products: their names.
         images: numbers of the images, ``(n,)``.
     """
-    exact: dict[str, Tensor] = {}
+    float_results: dict[str, Tensor] = {}
     errors = dict.fromkeys(products, 0.0)
 
     def keep(name: str, _: Any, result: Tensor) -> None:
-        exact[name] = result
+        float_results[name] = result
 
     def compare(name: str, _: Any, result: Tensor) -> None:
-        errors[name] += float((result - exact[name]).double().square().sum())
+        errors[name] += float((result - float_results[name]).double().square().sum())
 
     for index in torch.split(images, CHUNK) if errors else ():
-        for runner, shelf, see in (
-            (station.teacher, station.exact, keep),
-            (station.student, station.given, compare),
+        for network, store, see in (
+            (context.teacher, context.float_inputs, keep),
+            (context.student, context.quantized_inputs, compare),
         ):
             watch = {name: partial(see, name) for name in errors}
-            runner.run_block(station.block, shelf.get(index, station.device), watch=watch)
+            network.run_block(context.block, store.get(index, context.device), watch=watch)
     return errors
 
 
 def apply_changes(gm: fx.GraphModule, changes: Changes) -> None:
-    """Puts what was trained into the graph."""
+    """Puts trained quantizers, weights and biases into the graph."""
     nodes = {node.name: node for node in gm.graph.nodes}
     for name, quantizer in changes.quantizers.items():
         gm.set_submodule(str(nodes[name].target), quantizer)

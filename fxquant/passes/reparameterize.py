@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import PassResult, skipped
 from fxquant.smoothing.affine_fold import fold
 from fxquant.smoothing.fold_sites import norm_sites
 
@@ -55,12 +55,12 @@ class Reparameterize:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Folds at every site whose channels differ in their ranges."""
-        changed, skips = 0, []
+        changed, notes = 0, []
         for norm, site in list(norm_sites(gm)):
             if isinstance(site, str):
-                skips.append(Skip(norm.name, f"the norm stays: {site}"))
+                notes.append(skipped(norm.name, f"the norm stays: {site}"))
             elif norm.name not in self.ranges:
-                skips.append(Skip(norm.name, "the norm stays: its ranges were not measured"))
+                notes.append(skipped(norm.name, "the norm stays: its ranges were not measured"))
             else:
                 lo, hi = (bound.double() for bound in self.ranges[norm.name])
                 common = _onto_common_range(lo, hi) if site.shiftable else _scaled(lo, hi)
@@ -69,7 +69,7 @@ class Reparameterize:
                     changed += 1
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
 
 def _onto_common_range(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor] | None:

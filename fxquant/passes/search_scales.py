@@ -24,7 +24,7 @@ from fxquant.config.spec import TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.graph.edges import Edge, quantized_edges
 from fxquant.graph.nodes import submodule
-from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.passes.base import Comparison, Note, PassResult, skipped
 from fxquant.quantizers import Quantizer
 from fxquant.search.product_loss import Consumer, ProductSample
 from fxquant.search.scales import Searched
@@ -40,7 +40,7 @@ class SearchScales:
     """See the module's text.
 
     Attributes:
-        samples: rows of each product by node name (``samples.sample_products``).
+        samples: rows of each product by node name (``calibration.observe``).
         search: grid, metric and rounds.
         progress: show progress on stderr.
     """
@@ -54,8 +54,8 @@ class SearchScales:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Searches every quantizer."""
-        skips: list[Skip] = []
-        work = _Work(gm, self, skips)
+        notes: list[Note] = []
+        work = _Work(gm, self, notes)
         steps = [(turn, name) for turn in range(self.search.rounds) for name in work.searched]
         for turn, name in track(
             steps, label="search scales", total=len(steps), enabled=self.progress
@@ -68,13 +68,13 @@ class SearchScales:
             gm.set_submodule(name, new)
             if searched.spec is not None:
                 work.respecify(name, searched.spec)
-        return PassResult(changed, tuple(skips), work.gains())
+        return PassResult(changed, tuple(notes), work.comparisons())
 
 
 class _Work:
     """The quantizers under search and the products that read them."""
 
-    def __init__(self, gm: fx.GraphModule, options: SearchScales, skips: list[Skip]) -> None:
+    def __init__(self, gm: fx.GraphModule, options: SearchScales, notes: list[Note]) -> None:
         self._gm, self._options = gm, options
         # Right operands come first, as in the paper's alternation of weight and activation.
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -88,12 +88,12 @@ class _Work:
         for name, readers in self._readers.items():
             searched = self._start(name, readers)
             if isinstance(searched, str):
-                skips.append(Skip(readers[0].name, searched))
+                notes.append(skipped(readers[0].name, searched))
             else:
                 self.searched[name] = searched
         if options.search.metric in GRADIENT_METRICS:
             reason = "compared by squared error: the gradient of the loss does not reach it"
-            skips += [Skip(n, reason) for n, s in options.samples.items() if s.gradient is None]
+            notes += [skipped(n, reason) for n, s in options.samples.items() if s.gradient is None]
 
     def _start(self, name: str, readers: list[Edge]) -> Searched | str:
         """The state of a search, or why there is none."""
@@ -113,10 +113,10 @@ class _Work:
         )
         return start_search(quantizer, site)
 
-    def gains(self) -> tuple[Gain, ...]:
+    def comparisons(self) -> tuple[Comparison, ...]:
         """Of each searched region ratio."""
         return tuple(
-            Gain(self._readers[name][0].name, comparison[0], _MEASURE, comparison[1])
+            Comparison(self._readers[name][0].name, comparison[0], _MEASURE, comparison[1])
             for name, searched in self.searched.items()
             if (comparison := searched.comparison) is not None
         )

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.meta import SMOOTHED
-from fxquant.passes.base import Gain, PassResult, Skip
+from fxquant.passes.base import Comparison, PassResult, skipped
 from fxquant.smoothing.affine_fold import fold
 from fxquant.smoothing.choose import FoldDecisions
 
@@ -45,9 +45,9 @@ class SmoothWithBias:
             fold(gm, choice.site, choice.smoothing.divide, choice.smoothing.shift)
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
-        skips = tuple(Skip(name, reason) for name, reason in self.choices.refused.items())
-        gains = tuple(
-            Gain(name, choice.smoothing.name, "loss of the network", choice.gain)
+        notes = tuple(skipped(name, reason) for name, reason in self.choices.refused.items())
+        comparisons = tuple(
+            Comparison(name, choice.smoothing.name, "loss of the network", choice.gain)
             for name, choice in self.choices.folds.items()
         )
-        return PassResult(len(self.choices.folds), skips, gains)
+        return PassResult(len(self.choices.folds), notes, comparisons)

@@ -176,6 +176,11 @@ class Policy:
         return self.compensation is not None or self.reconstruction is not None
 
     @property
+    def reads_images_twice(self) -> bool:
+        """Whether the calibration images are needed more than once."""
+        return self.smooth or self.reparameterize or self.recovers
+
+    @property
     def samples(self) -> ScaleSearch | None:
         """How products are to be sampled; None where nothing needs their rows.
 

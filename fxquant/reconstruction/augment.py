@@ -35,49 +35,55 @@ _MIXED, _OTHER = 0.5, 0.3
 
 
 @torch.no_grad()
-def fresh(station: BlockContext, index: Tensor, count: int) -> BlockContext:
-    """The same block, with images made of some that it has instead of its own.
+def fresh(context: BlockContext, index: Tensor, count: int) -> BlockContext:
+    """The same block on other images, which are made of some of its images.
 
     Args:
-        station: of the whole network.
-        index: numbers of those images, ``(n,)``.
-        count: how many are made, and held in memory.
+        context: of the whole network.
+        index: numbers of the images to make others of, ``(n,)``.
+        count: number of images to make, all held in memory.
     """
-    given, target = ActivationStore(count), ActivationStore(count)
+    inputs, float_outputs = ActivationStore(count), ActivationStore(count)
     sources = index[_sources(len(index), count)]
     for part in chunks(count):
-        found = station.given.get(sources[part], torch.device("cpu"))
-        made = {name: augmented(value) for name, value in found.items()}
-        given.put(part.start, made)
-        there = {name: value.to(station.device) for name, value in made.items()}
-        target.put(part.start, float_targets(station, there))
-    return replace(station, exact=given, given=given, target=target, count=count)
+        images = context.quantized_inputs.get(sources[part], torch.device("cpu"))
+        made = {name: augmented(value) for name, value in images.items()}
+        inputs.put(part.start, made)
+        on_device = {name: value.to(context.device) for name, value in made.items()}
+        float_outputs.put(part.start, float_targets(context, on_device))
+    return replace(
+        context,
+        float_inputs=inputs,
+        quantized_inputs=inputs,
+        float_outputs=float_outputs,
+        count=count,
+    )
 
 
 def _made_of(images: Tensor, count: int) -> Tensor:
-    """So many images made of others ``(B, …)``, by torch's generator of the CPU."""
+    """``count`` images made of others ``(B, …)``, by torch's generator of the CPU."""
     sources = _sources(len(images), count)
     return torch.cat([augmented(images[sources[part]]) for part in chunks(count)])
 
 
 def made_in_folds(images: Tensor, count: int, folds: int) -> list[Tensor]:
-    """Images in folds, each with others made of its own alone, so many in all folds together.
+    """Images in folds, with ``count`` more that are made of images of the same fold.
 
-    So that what is fitted to an image is not judged by one that was made of it.
+    In this way weights that are fitted to an image are not tested on one that was made of it.
 
     Args:
         images: ``(B, …)`` on the CPU, B at least ``folds``.
-        count: how many are made.
-        folds: how many folds.
+        count: number of images to make, in all folds together.
+        folds: number of folds.
 
     Returns:
-        Of each fold its images and those made of them, ``(n, …)``.
+        For each fold its images and the images made of them, ``(n, …)``.
     """
-    found = []
-    for fold, own in enumerate(images.tensor_split(folds)):
+    groups = []
+    for fold, group in enumerate(images.tensor_split(folds)):
         made = count // folds + (fold < count % folds)
-        found.append(torch.cat((own, _made_of(own, made))) if made else own)
-    return found
+        groups.append(torch.cat((group, _made_of(group, made))) if made else group)
+    return groups
 
 
 def _sources(images: int, count: int) -> Tensor:
@@ -88,10 +94,10 @@ def _sources(images: int, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def float_targets(station: BlockContext, given: Values) -> Values:
-    """What the float block gives."""
-    own = {name: value.clone() for name, value in given.items()}  # some models change their input
-    return tensors_of(station.block, station.teacher.run_block(station.block, own))
+def float_targets(context: BlockContext, inputs: Values) -> Values:
+    """The outputs of the float block."""
+    copies = {name: value.clone() for name, value in inputs.items()}  # some models change them
+    return tensors_of(context.block, context.teacher.run_block(context.block, copies))
 
 
 def augmented(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The float network and the quantized one, run block by block over the same images.
 
-Both walk through the graph together. At each block the quantized one may be changed; what lies
-behind sees what the changed one gives, while the float one stays what it was. Values at the cut
-between two blocks are held for all images, in memory or, beyond a budget, in files that are mapped
-into it.
+Both walk through the graph together. At each block the quantized network may be changed; the
+blocks behind it read the outputs of the changed block, while the float network stays the same.
+Values at the cut between two blocks are held for all images, in memory or, beyond a budget, in
+files that are mapped into memory.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class ActivationStore:
     Args:
         count: number of images.
         folder: for the files; without one all stay in memory.
-        memory_bytes: budget of this shelf.
+        memory_bytes: budget of this store.
     """
 
     def __init__(self, count: int, folder: Path | None = None, memory_bytes: int = 0) -> None:
@@ -163,7 +163,7 @@ class ActivationStore:
 
     @property
     def bytes_per_image(self) -> int:
-        """Of all values; 0 before any is put."""
+        """Size of the values of one image; 0 before any is put."""
         return sum(value[0].numel() * value.element_size() for value in self._values.values())
 
     def close(self) -> None:
@@ -175,21 +175,22 @@ class ActivationStore:
 
 
 def chunks(count: int) -> Iterator[slice]:
-    """So many images in order, a few at a time."""
+    """Slices of ``CHUNK`` images that cover all of them, in order."""
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
 @dataclass(frozen=True)
 class BlockContext:
-    """A block with what comes in and what the float network gives.
+    """A block with its inputs and the outputs of the float network, for all images.
 
     Attributes:
         block: its nodes are those of the quantized graph.
         teacher: runs the float network.
-        student: runs the quantized one.
-        exact: what the float block reads.
-        given: what the quantized block reads, from the quantized blocks before it.
-        target: what the float block gives.
+        student: runs the quantized network.
+        float_inputs: values at the start of the float block.
+        quantized_inputs: values at the start of the quantized block, from the quantized blocks
+            before it.
+        float_outputs: values at the end of the float block.
         rest: the blocks behind it.
         count: number of images.
         device: of the graph.
@@ -198,9 +199,9 @@ class BlockContext:
     block: Block
     teacher: BlockRunner
     student: BlockRunner
-    exact: ActivationStore
-    given: ActivationStore
-    target: ActivationStore
+    float_inputs: ActivationStore
+    quantized_inputs: ActivationStore
+    float_outputs: ActivationStore
     rest: tuple[Block, ...]
     count: int
     device: torch.device
@@ -211,11 +212,11 @@ class BlockContext:
 
 
 class BlockwiseRunner:
-    """The walk of both networks; see the module's text.
+    """Walks both networks through the blocks of the graph.
 
     Args:
-        teacher: the graph before anything was changed that it is to be compared by; copied. Its
-            quantizers are left out.
+        teacher: the graph before its weights are changed, the float network once its quantizers
+            are left out; copied.
         images: ``(n, …)``.
         progress: show progress on stderr.
     """
@@ -238,11 +239,11 @@ class BlockwiseRunner:
     def walk(
         self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: Label | None, memory_bytes: int
     ) -> Iterator[BlockContext]:
-        """Goes through the blocks of a graph; each may be changed when it is given out.
+        """Yields the blocks of a graph in order; the caller may change each as it comes.
 
         Args:
-            gm: the quantized graph, whose nodes are those of the teacher and constants besides.
-            blocks: of it, in order, all.
+            gm: the quantized graph, whose nodes are those of the teacher and further constants.
+            blocks: all of its blocks, in order.
             label: of the progress; None shows none.
             memory_bytes: budget for values at cuts.
         """
@@ -254,48 +255,55 @@ class BlockwiseRunner:
         with tempfile.TemporaryDirectory(prefix="fxquant-") as name:
             folder = Path(name)
             placeholder = image_node(gm.graph).name
-            exact = ActivationStore(count, folder, share)
-            exact.put(0, {placeholder: self.images})
-            given = exact
+            float_inputs = ActivationStore(count, folder, share)
+            float_inputs.put(0, {placeholder: self.images})
+            quantized_inputs = float_inputs
             enabled = self.progress and label is not None
             shown = track(blocks, label=label or "", total=len(blocks), enabled=enabled)
             for number, block in enumerate(shown, 1):
-                target, result = (
-                    ActivationStore(count, folder, share),
-                    ActivationStore(count, folder, share),
+                float_outputs = ActivationStore(count, folder, share)
+                quantized_outputs = ActivationStore(count, folder, share)
+                context = BlockContext(
+                    block=block,
+                    teacher=teacher,
+                    student=student,
+                    float_inputs=float_inputs,
+                    quantized_inputs=quantized_inputs,
+                    float_outputs=float_outputs,
+                    rest=blocks[number:],
+                    count=count,
+                    device=device,
                 )
-                shelves, rest = (exact, given, target), blocks[number:]
-                station = BlockContext(block, teacher, student, *shelves, rest, count, device)
-                _run(teacher, station, exact, target)
-                yield station
+                _run(teacher, context, float_inputs, float_outputs)
+                yield context
                 if block is not blocks[-1]:
-                    _run(student, station, given, result)
-                exact.close()
-                given.close()
-                exact, given = target, result
+                    _run(student, context, quantized_inputs, quantized_outputs)
+                float_inputs.close()
+                quantized_inputs.close()
+                float_inputs, quantized_inputs = float_outputs, quantized_outputs
 
 
 def _run(
-    runner: BlockRunner, station: BlockContext, inputs: ActivationStore, outputs: ActivationStore
+    runner: BlockRunner, context: BlockContext, inputs: ActivationStore, outputs: ActivationStore
 ) -> None:
-    for chunk in station.chunks():
-        values = inputs.get(chunk, station.device)
+    for chunk in context.chunks():
+        values = inputs.get(chunk, context.device)
         # Some models change their input in place.
-        found = runner.run_block(station.block, {k: v.clone() for k, v in values.items()})
-        outputs.put(chunk.start, tensors_of(station.block, found))
+        results = runner.run_block(context.block, {k: v.clone() for k, v in values.items()})
+        outputs.put(chunk.start, tensors_of(context.block, results))
 
 
 def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
-    """What a block gave, tensor by tensor.
+    """The outputs of a block, tensor by tensor.
 
-    Of the ``output`` node the float tensors alone that hold an entry an image, ``(B, …)``.
+    The ``output`` node counts with its float tensors that hold an entry an image, ``(B, …)``.
     """
-    found: Values = {}
+    outputs: Values = {}
     for node in block.outputs:
         value = values[node.name]
         tensors = _by_image(node, value) if node.op == "output" else [value]
-        found |= {f"{node.name}.{i}" if i else node.name: x for i, x in enumerate(tensors)}
-    return found
+        outputs |= {f"{node.name}.{i}" if i else node.name: x for i, x in enumerate(tensors)}
+    return outputs
 
 
 def _by_image(output: fx.Node, value: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from fxquant.errors import FileFormatError, OutputError
 from fxquant.graph.capture import device_of
 from fxquant.graph.fingerprint import fingerprint
 from fxquant.quantizers import Quantizer, from_config
-from fxquant.reconstruction.trained_block import Changes
+from fxquant.reconstruction.trained_block import Changes, TrainingResult
 from fxquant.utils.files import write_whole
 
 # Raised with any change of the training, so that nothing trained before it is taken.
@@ -25,29 +25,27 @@ _FORMAT = 9
 _ON_ITS_WAY = ".training"
 _DIGEST = hashlib.sha256().digest_size
 
-Trained = tuple[Changes | None, float, float]
-
 
 def _digest(path: Path, text: str, tensors: dict[str, Tensor]) -> str:
-    """Of all that a file holds, and of which block it is."""
-    found = hashlib.sha256(f"{path.stem} {text}".encode())
+    """SHA-256 of the contents of a file and of the name of its block."""
+    digest = hashlib.sha256(f"{path.stem} {text}".encode())
     for key in sorted(tensors):
-        found.update(key.encode() + tensors[key].numpy().tobytes())
-    return found.hexdigest()
+        digest.update(key.encode() + tensors[key].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _damaged(path: Path, error: Exception) -> FileFormatError:
-    return FileFormatError(f"{path} is damaged ({error}): delete it to train its block anew")
+    return FileFormatError(f"{path} is damaged ({error}): delete it to train its block again")
 
 
 class StateFile:
-    """The training of one block on its way, bit for bit."""
+    """The file of an unfinished training of one block, bit for bit."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, Any] | None:
-        """What was written last, on the CPU: None if nothing was.
+        """The state written last, on the CPU; None if there is none.
 
         Raises:
             FileFormatError: the file is damaged.
@@ -67,7 +65,7 @@ class StateFile:
         return state
 
     def write(self, state: dict[str, Any]) -> None:
-        """Keeps the state instead of the last one.
+        """Writes the state in place of the last one.
 
         Raises:
             OutputError: it cannot be written.
@@ -87,9 +85,9 @@ class Checkpoints:
     """One file for each block that is done, and one for the state of the one in training.
 
     Args:
-        folder: where they are; None keeps nothing.
+        folder: place of the files; None keeps nothing.
         gm: the graph before the first block is changed.
-        images: it is trained on.
+        images: calibration images.
         settings: options of the training, as text.
     """
 
@@ -115,15 +113,15 @@ class Checkpoints:
         )
 
     def state_file(self, number: int) -> StateFile | None:
-        """For the state of a block while it is trained; it goes when the block is put."""
+        """The file for the state of a block in training; :meth:`put` deletes it."""
         path = self._path(number)
         return None if path is None else StateFile(path.with_suffix(_ON_ITS_WAY))
 
     def _path(self, number: int) -> Path | None:
         return None if self._folder is None else self._folder / f"block-{number}.safetensors"
 
-    def get(self, number: int, device: torch.device) -> Trained | None:
-        """What a block became, on a device: None if it is not there.
+    def get(self, number: int, device: torch.device) -> TrainingResult | None:
+        """The result of a block that is done, on a device; None if it is not there.
 
         Raises:
             FileFormatError: the file is damaged.
@@ -143,31 +141,32 @@ class Checkpoints:
             raise _damaged(path, error) from error
 
     @staticmethod
-    def _read(about: dict[str, object], tensors: dict[str, Tensor]) -> Trained:
+    def _read(about: dict[str, object], tensors: dict[str, Tensor]) -> TrainingResult:
         before, after = float(str(about["before"])), float(str(about["after"]))
         if not about["changed"]:
-            return None, before, after
-        parts: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}, "state": {}}
+            return TrainingResult(None, before, after)
+        groups: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}, "state": {}}
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
-            parts[kind][name] = tensor
+            groups[kind][name] = tensor
         quantizers = {}
         configs = about["quantizers"]
         assert isinstance(configs, dict)
         for name, config in configs.items():
             quantizers[name] = from_config(config)
-            own = {
+            state = {
                 k.rpartition("/")[2]: t
-                for k, t in parts["state"].items()
+                for k, t in groups["state"].items()
                 if k.rpartition("/")[0] == name
             }
-            quantizers[name].load_state_dict(own, assign=True)
+            quantizers[name].load_state_dict(state, assign=True)
         ranks = about["ranks"]
         assert isinstance(ranks, dict)
-        return Changes(quantizers, parts["weight"], parts["bias"], ranks), before, after
+        changes = Changes(quantizers, groups["weight"], groups["bias"], ranks)
+        return TrainingResult(changes, before, after)
 
-    def put(self, number: int, changes: Changes | None, before: float, after: float) -> None:
-        """Keeps what a block became, its tensors bit for bit.
+    def put(self, number: int, result: TrainingResult) -> None:
+        """Keeps the result of a block, its tensors bit for bit.
 
         Raises:
             OutputError: it cannot be written.
@@ -176,18 +175,19 @@ class Checkpoints:
         if path is None:
             return
         if not path.exists():
-            self._write(path, changes, before, after)
+            self._write(path, result)
         try:
             path.with_suffix(_ON_ITS_WAY).unlink(missing_ok=True)
         except OSError as error:
             raise self._not_written(error) from error
 
     @staticmethod
-    def _write(path: Path, changes: Changes | None, before: float, after: float) -> None:
+    def _write(path: Path, result: TrainingResult) -> None:
         tensors: dict[str, Tensor] = {}
+        changes = result.changes
         about: dict[str, object] = {
-            "before": repr(before),
-            "after": repr(after),
+            "before": repr(result.loss_before),
+            "after": repr(result.loss_after),
             "changed": changes is not None,
         }
         if changes is not None:

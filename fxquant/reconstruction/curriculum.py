@@ -9,8 +9,8 @@ from torch import Tensor
 class Curriculum:
     """Draws batches from the share of the images with the smallest losses.
 
-    At step t of T that share is ``min(1, start + (1 - start) t / T)``. A batch is no larger than
-    the first share: else all steps would draw all images where there are few.
+    At step t of T that share is ``min(1, start + (1 - start) t / T)``. A batch is not larger than
+    the first share: otherwise all steps would draw all images where there are few.
 
     Args:
         count: number of images.
@@ -29,7 +29,7 @@ class Curriculum:
 
     @property
     def sorts(self) -> bool:
-        """Whether losses are wanted."""
+        """Whether the order of the images, and so their losses, matter."""
         return self._start < 1
 
     def sort(self, losses: Tensor) -> None:

@@ -38,40 +38,41 @@ class Criterion(ABC):
     """The loss of one block."""
 
     @abstractmethod
-    def __call__(self, found: Values, target: Values, index: Tensor) -> Tensor:
+    def __call__(self, outputs: Values, float_outputs: Values, index: Tensor) -> Tensor:
         """Losses ``(B,)`` of images.
 
         Args:
-            found: the quantized block's outputs.
-            target: the float block's.
+            outputs: of the quantized block.
+            float_outputs: of the float block.
             index: numbers of the images.
         """
 
 
 class SquaredError(Criterion):
-    """Squared error, weighed where weights are given; logits by their divergence instead.
+    """Squared error, weighted where there are weights; logits by their divergence instead.
 
     Args:
-        importance: weights by name of the value; none weigh alike.
+        importance: weights by name of the value; a value without one counts as it is.
         divergence: compare logits by KL(float || quantized).
     """
 
     def __init__(self, importance: Importance, *, divergence: bool) -> None:
         self._importance, self._divergence = importance, divergence
 
-    def __call__(self, found: Values, target: Values, index: Tensor) -> Tensor:
-        """See the base class."""
-        if not target:  # no output of the network is a float tensor
+    def __call__(self, outputs: Values, float_outputs: Values, index: Tensor) -> Tensor:
+        """Losses ``(B,)`` of images; zero where no output of the network is a float tensor."""
+        if not float_outputs:
             return torch.zeros(len(index))
-        return torch.stack([self._of(name, found[name], y) for name, y in target.items()]).sum(0)
+        losses = [self._of(name, outputs[name], y) for name, y in float_outputs.items()]
+        return torch.stack(losses).sum(0)
 
-    def _of(self, name: str, found: Tensor, target: Tensor) -> Tensor:
-        masked = found.isneginf() & target.isneginf()
-        found, target = (value.masked_fill(masked, _MASKED) for value in (found, target))
+    def _of(self, name: str, output: Tensor, target: Tensor) -> Tensor:
+        masked = output.isneginf() & target.isneginf()
+        output, target = (value.masked_fill(masked, _MASKED) for value in (output, target))
         if self._divergence and is_logits(target):
-            one, two = target.log_softmax(1), found.log_softmax(1)
+            one, two = target.log_softmax(1), output.log_softmax(1)
             return kl_div(two, one, log_target=True, reduction="none").sum(1)
-        error = (found - target).square()
+        error = (output - target).square()
         weights = self._importance.get(name)
         if weights is not None:
             error = error * weights
@@ -79,24 +80,26 @@ class SquaredError(Criterion):
 
 
 class Feature(Criterion):
-    """Twice the block's squared error and that of the last product's input (METHODS 4.1).
+    """Twice the block's squared error plus that of the last product's input.
+
+    Both are measured in their size at the first call.
 
     Args:
-        station: the block; the float rest of the network follows it.
-        features: what the last product of the float network reads, of all images.
+        context: the block; the float rest of the network follows it.
+        features: inputs of the last product of the float network, of all images.
     """
 
-    def __init__(self, station: BlockContext, features: ActivationStore) -> None:
-        self._station, self._features = station, features
+    def __init__(self, context: BlockContext, features: ActivationStore) -> None:
+        self._context, self._features = context, features
         self._block = SquaredError({}, divergence=False)
         self._sizes: tuple[float, float] | None = None
 
-    def __call__(self, found: Values, target: Values, index: Tensor) -> Tensor:
-        """See the base class."""
-        near = self._block(found, target, index)
-        station = self._station
-        want = self._features.get(index, station.device)[_FEATURES]
-        have = last_input(station.teacher, station.rest, found)
+    def __call__(self, outputs: Values, float_outputs: Values, index: Tensor) -> Tensor:
+        """Losses ``(B,)`` of images."""
+        near = self._block(outputs, float_outputs, index)
+        context = self._context
+        want = self._features.get(index, context.device)[_FEATURES]
+        have = last_input(context.teacher, context.rest, outputs)
         far = (have - want).square().flatten(1).mean(1)
         if self._sizes is None:
             self._sizes = float(near.detach().mean()), float(far.detach().mean())
@@ -106,11 +109,11 @@ class Feature(Criterion):
 
 @dataclass(frozen=True)
 class Measured:
-    """What the losses of all blocks take from the float network.
+    """Measurements on the float network that the losses of all blocks use.
 
     Attributes:
-        importance: weights of values at cuts; empty where all weigh alike.
-        features: what the last product reads, of all images; None where no loss compares it.
+        importance: weights of values at cuts; empty where none are weighted.
+        features: inputs of the last product, of all images; None where no loss compares them.
     """
 
     importance: Importance
@@ -124,7 +127,7 @@ def measure(
     options: Reconstruction,
     folder: Path,
 ) -> Measured:
-    """Runs the float network for what the loss that the options name needs.
+    """Runs the float network for the measurements that the block loss of the options needs.
 
     Args:
         teacher: runs it.
@@ -144,11 +147,11 @@ def measure(
     return Measured(importance, features)
 
 
-def criterion(options: Reconstruction, measured: Measured, station: BlockContext) -> Criterion:
-    """The loss that the options name, for one block; the last is compared by its outputs."""
-    if measured.features is not None and station.rest:
-        return Feature(station, measured.features)
-    divergence = options.block_loss is not BlockLoss.MSE and not station.rest
+def criterion(options: Reconstruction, measured: Measured, context: BlockContext) -> Criterion:
+    """The block loss of the options, for one block; the last block is compared by its outputs."""
+    if measured.features is not None and context.rest:
+        return Feature(context, measured.features)
+    divergence = options.block_loss is not BlockLoss.MSE and not context.rest
     return SquaredError(measured.importance, divergence=divergence)
 
 
@@ -157,7 +160,7 @@ def measure_importance(
 ) -> Importance:
     """Squared gradients of a loss of the outputs by the values at each cut, a mean over images.
 
-    Of the mean, the product of its averages along each axis is kept, scaled to a mean of one:
+    The mean is replaced by the product of its averages along each axis, scaled to a mean of one:
     which tokens and which channels count, with far fewer numbers to learn from few images.
 
     Args:
@@ -199,18 +202,18 @@ def _separable(total: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_features(
-    teacher: BlockRunner, blocks: tuple[Block, ...], images: Tensor, shelf: ActivationStore
+    teacher: BlockRunner, blocks: tuple[Block, ...], images: Tensor, store: ActivationStore
 ) -> None:
-    """Keeps what the last product reads.
+    """Stores the inputs of the last product.
 
     Args:
         teacher: runs the float network.
         blocks: all.
         images: ``(n, …)``, on the graph's device part by part.
-        shelf: takes it for all images.
+        store: for the inputs of all images.
 
     Raises:
-        PolicyError: it is not laid out image by image.
+        PolicyError: the inputs are not laid out image by image.
     """
     device, (start,) = device_of(teacher.graph_module), blocks[0].inputs
     one, two = (
@@ -224,21 +227,22 @@ def measure_features(
             "image, and that is not laid out so: choose 'fisher' or 'mse'"
         )
     for chunk in chunks(len(images)):
-        found = last_input(teacher, blocks, {start.name: images[chunk].to(device)})
-        shelf.put(chunk.start, {_FEATURES: found})
+        features = last_input(teacher, blocks, {start.name: images[chunk].to(device)})
+        store.put(chunk.start, {_FEATURES: features})
 
 
 def last_input(teacher: BlockRunner, blocks: tuple[Block, ...], values: Values) -> Tensor:
-    """What the last product of some blocks reads, from the values at their start.
+    """The input of the last product of some blocks, from the values at their start.
 
-    An entry an image, where it reads tokens or windows of one image behind another's.
+    The result has an entry an image, where the product reads tokens or windows of one image behind
+    those of another.
     """
     seen: list[Tensor] = []
     count = len(next(iter(values.values())))
     watch = {blocks[-1].products[-1].name: lambda args, _: seen.append(args[0])}
     for block in blocks:
         values = teacher.run_block(block, values, watch=watch)
-    (found,) = seen
-    if len(found) % count:
-        return found
-    return found.reshape(count, -1, *found.shape[1:]).squeeze(1)
+    (features,) = seen
+    if len(features) % count:
+        return features
+    return features.reshape(count, -1, *features.shape[1:]).squeeze(1)

@@ -1,8 +1,8 @@
 """Which rank each low-rank change of a weight gets: a differentiable search (AIQViT, section 3.2).
 
-Factors of every candidate rank stand side by side, weighed by the softmax of trained numbers, some
-left out at random. Steps on one half of the images train the factors, steps on the other half the
-numbers, in turns. In the end the candidate of the largest number stays.
+The changes of all candidate ranks are summed, weighted by the softmax of trained preferences, some
+candidates left out at random. Steps on one half of the images train the factors, steps on the other
+half the preferences, in turns. In the end the candidate with the largest preference stays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fxquant.reconstruction.weights import LowRankWeight, TrainedWeight
 
 # Chance that a candidate is left out of a step (drop path).
 _DROP = 0.2
-# What the parameter of the trained numbers is called.
+# Name of the parameter.
 PREFERENCE = "preference"
 
 
@@ -50,8 +50,8 @@ class RankSearch(TrainedWeight):
     def _steps(self) -> Tensor:
         shares = self.preference.softmax(0)
         if self.training:
-            kept = torch.rand(len(shares), device=shares.device) >= _DROP
-            shares = shares * kept / (1 - _DROP)
+            present = torch.rand(len(shares), device=shares.device) >= _DROP
+            shares = shares * present / (1 - _DROP)
         moves = torch.stack([form.move() for form in self.candidates])  # type: ignore[operator]
         return self._first + torch.einsum("r,r...->...", shares, moves)
 
@@ -59,7 +59,8 @@ class RankSearch(TrainedWeight):
     def settled(self, rank: int | None = None) -> LowRankWeight:
         """The candidate of a rank, or the preferred one, alone.
 
-        Its factors are as trained by now, and move the weight by the share they were trained with.
+        Its factors are as they are trained by now, and its change has the weight of the softmax
+        that it was trained with.
         """
         weight, quantizer, scales, generator = self._again
         ranks = [len(form.inner) for form in self.candidates]  # type: ignore[arg-type]
@@ -73,6 +74,6 @@ class RankSearch(TrainedWeight):
 
 
 def candidate_ranks(ranks: tuple[int, ...], weight: Tensor) -> tuple[int, ...]:
-    """Those of ``ranks`` that the weight can have, cut at half its smaller side."""
+    """The ranks in ascending order, each cut at half the smaller side of the weight."""
     most = max(1, min(weight.flatten(1).shape) // 2)
     return tuple(sorted({min(rank, most) for rank in ranks}))

@@ -32,7 +32,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
 
 def search_ranks(
     block: TrainedBlock,
-    station: BlockContext,
+    context: BlockContext,
     criterion: Criterion,
     options: Reconstruction,
     unit: float,
@@ -42,11 +42,11 @@ def search_ranks(
 
     Args:
         block: with open ranks; settled in the end.
-        station: its data.
+        context: its data.
         criterion: its loss.
         options: steps and rates.
         unit: the loss that counts as one.
-        images: numbers of those it takes.
+        images: numbers of the images that it draws from, ``(n,)``.
     """
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.Adam(block.groups(options))
@@ -55,10 +55,10 @@ def search_ranks(
     block.train()
     for step in range(options.rank_iterations):
         turn = step % 2
-        own = halves[turn]
-        index = own[torch.randperm(len(own), generator=generator)[: options.batch]]
+        half = halves[turn]
+        index = half[torch.randperm(len(half), generator=generator)[: options.batch]]
         optimizer.zero_grad()
-        add_gradients(block, station, criterion, options, index, unit)
+        add_gradients(block, context, criterion, options, index, unit)
         for name, parameter in block.named_parameters():
             if name.endswith(PREFERENCE) != bool(turn):
                 parameter.grad = None  # a step leaves it as it is
@@ -68,17 +68,17 @@ def search_ranks(
 
 def add_gradients(
     block: TrainedBlock,
-    station: BlockContext,
+    context: BlockContext,
     criterion: Criterion,
     options: Reconstruction,
     images: Tensor,
     unit: float,
 ) -> None:
-    """Those of the mean loss of some images, computed in as many parts as memory asks for.
+    """Adds the gradients of the mean loss of some images, in as many parts as memory asks for.
 
     Args:
         block: in training mode.
-        station: its data.
+        context: its data.
         criterion: its loss.
         options: share of drops, memory, and whether images are made anew.
         images: their numbers, ``(n,)``.
@@ -87,34 +87,34 @@ def add_gradients(
     at_once = max(1, options.memory_bytes // block.bytes_per_image)
     made: Values = {}
     if options.augment:  # all at once, since some are mixed with others
-        own = station.given.get(images, station.device)
-        made = {name: augmented(value) for name, value in own.items()}
+        inputs = context.quantized_inputs.get(images, context.device)
+        made = {name: augmented(value) for name, value in inputs.items()}
     for place in torch.split(torch.arange(len(images)), at_once):
         index = images[place]
-        given = {name: value[place] for name, value in made.items()}
-        given = given or station.given.get(index, station.device)
+        inputs = {name: value[place] for name, value in made.items()}
+        inputs = inputs or context.quantized_inputs.get(index, context.device)
         with torch.enable_grad():
-            loss = _step_loss(block, station, criterion, index, given, options)
+            loss = _step_loss(block, context, criterion, index, inputs, options)
             backward(loss * (len(place) / len(images) / unit))
 
 
 def _step_loss(
     block: TrainedBlock,
-    station: BlockContext,
+    context: BlockContext,
     criterion: Criterion,
     index: Tensor,
-    given: Values,
+    inputs: Values,
     options: Reconstruction,
 ) -> Tensor:
     if options.augment:
-        target = float_targets(station, given)
+        float_outputs = float_targets(context, inputs)
     else:
-        target = station.target.get(index, station.device)
-    # What comes in is left unquantized for as large a share as what is computed.
-    if options.drop and station.given is not station.exact:
-        exact = station.exact.get(index, station.device)
-        given = {
-            name: torch.lerp(value, exact[name], draw_mask(value, options.drop))
-            for name, value in given.items()
+        float_outputs = context.float_outputs.get(index, context.device)
+    # The inputs of the block are left unquantized for as large a share as the values in it.
+    if options.drop and context.quantized_inputs is not context.float_inputs:
+        float_inputs = context.float_inputs.get(index, context.device)
+        inputs = {
+            name: torch.lerp(value, float_inputs[name], draw_mask(value, options.drop))
+            for name, value in inputs.items()
         }
-    return criterion(block(given), target, index).mean()
+    return criterion(block(inputs), float_outputs, index).mean()

@@ -29,8 +29,9 @@ from fxquant.reconstruction.weights import (
     TrainedWeight,
 )
 
-# That a step holds for each value of a block: a quantizer a slope and a mask, four bytes each, most
-# others their value. What loss feature runs behind the block is not counted.
+# Bytes that a step holds for each value of a block: for a quantizer a slope and a mask, four bytes
+# each, for most others their value. The network behind the block, which loss feature runs, is not
+# counted.
 _BYTES = 8
 # Before names of nodes where torch keeps modules by name, which refuses some, such as "keys".
 _OF = "of_"
@@ -40,7 +41,7 @@ _PREFERENCE_RATE = 10
 
 @dataclass(frozen=True)
 class Changes:
-    """What training made of a block.
+    """The trained quantizers, weights and biases of a block.
 
     Attributes:
         quantizers: by name of the calling node.
@@ -55,23 +56,38 @@ class Changes:
     ranks: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of the training of a block.
+
+    Attributes:
+        changes: the block at its least loss; None where that is before the first step.
+        loss_before: mean loss of the validation images before the first step, without drops.
+        loss_after: the least mean loss, at the first step or at one of the looks after it.
+    """
+
+    changes: Changes | None
+    loss_before: float
+    loss_after: float
+
+
 class TrainedBlock(nn.Module):
     """The trained parts of a block.
 
     Args:
         gm: the quantized graph.
-        station: the block.
+        context: the block with its data.
         options: what is trained.
         generator: draws first values.
 
     Attributes:
-        bytes_per_image: that a step holds, roughly.
+        bytes_per_image: memory of a step for each image, roughly.
     """
 
     def __init__(
         self,
         gm: fx.GraphModule,
-        station: BlockContext,
+        context: BlockContext,
         options: Reconstruction,
         generator: torch.Generator,
     ) -> None:
@@ -79,16 +95,16 @@ class TrainedBlock(nn.Module):
         self.quantizers, self.weights = nn.ModuleDict(), nn.ModuleDict()
         self.biases = nn.ParameterDict()
         self._bias_nodes: dict[str, str] = {}
-        self._station, self._bf16 = station, options.bf16
-        own = station.block.nodes  # in order: sums over parameters then are the same in each run
-        work = MacCounter(gm)
-        values = sum(work.values(n) for n in own if isinstance(n.meta.get("val"), Tensor))
+        self._context, self._bf16 = context, options.bf16
+        nodes = context.block.nodes  # in order: sums over parameters then are the same in each run
+        macs = MacCounter(gm)
+        values = sum(macs.values(n) for n in nodes if isinstance(n.meta.get("val"), Tensor))
         self.bytes_per_image = max(1, _BYTES * values)
         for edge in quantized_edges(gm):
-            if edge.node in own:
+            if edge.node in nodes:
                 self._add_edge(gm, edge, options, generator)
         if options.biases:
-            for node, bias in _biases(gm, own):
+            for node, bias in _biases(gm, nodes):
                 key = _OF + node.name
                 self.biases[key] = nn.Parameter(get_parameter(gm, bias).detach().clone())
                 self._bias_nodes[bias.name] = key
@@ -121,14 +137,14 @@ class TrainedBlock(nn.Module):
 
     def forward(self, values: Values) -> Values:
         """The block's outputs by name, with gradients."""
-        station = self._station
+        context = self._context
         overrides: dict[str, Callable[..., Any]] = dict(_by_node(self.quantizers))
         overrides |= {name: _ignoring(weight) for name, weight in _by_node(self.weights)}
         for name, key in self._bias_nodes.items():
             overrides[name] = _ignoring(partial(self.biases.__getitem__, key))
-        with torch.autocast(station.device.type, torch.bfloat16, enabled=self._bf16):
-            found = station.student.run_block(station.block, values, overrides=overrides)
-        return {name: value.float() for name, value in tensors_of(station.block, found).items()}
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=self._bf16):
+            results = context.student.run_block(context.block, values, overrides=overrides)
+        return {name: value.float() for name, value in tensors_of(context.block, results).items()}
 
     def groups(self, options: Reconstruction) -> list[dict[str, Any]]:
         """Parameters with their learning rates.
@@ -146,14 +162,18 @@ class TrainedBlock(nn.Module):
         return [{"params": group, "lr": rate} for rate, group in rates.items()]
 
     def regularizer(self, progress: float) -> Tensor | None:
-        """The mean of those of its weights; None where there is none."""
-        found = [w.regularizer(progress) for w in self.weights.values()]  # type: ignore[operator]
-        terms = [term for term in found if term is not None]
+        """The mean of the regularizers of its weights; None where there is none.
+
+        Args:
+            progress: share of the steps that are done.
+        """
+        terms = [w.regularizer(progress) for w in self.weights.values()]  # type: ignore[operator]
+        terms = [term for term in terms if term is not None]
         return torch.stack(terms).mean() if terms else None
 
     @torch.no_grad()
     def changes(self) -> Changes:
-        """What it has become."""
+        """The block as it is now, in the form that the graph takes."""
         quantizers: dict[str, Quantizer] = {}
         weights: dict[str, Tensor] = {}
         for name, weight in _by_node(self.weights):
@@ -172,12 +192,12 @@ class TrainedBlock(nn.Module):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Of low-rank changes that are settled, by name of the node that reads the weight."""
-        found = _by_node(self.weights)
-        return {name: form.rank for name, form in found if isinstance(form, LowRankWeight)}
+        """Settled ranks of low-rank changes, by name of the node that reads the weight."""
+        forms = _by_node(self.weights)
+        return {name: form.rank for name, form in forms if isinstance(form, LowRankWeight)}
 
     def settle_ranks(self, ranks: Mapping[str, int] | None = None) -> None:
-        """Leaves each weight the rank given, or the one it prefers."""
+        """Settles the rank of each weight: the preferred one, or that of ``ranks``."""
         for name, form in _by_node(self.weights):
             if isinstance(form, RankSearch):
                 settled = form.settled(None if ranks is None else ranks[name])
@@ -204,7 +224,7 @@ def _by_node(forms: nn.ModuleDict) -> list[tuple[str, nn.Module]]:
 def _weight_form(
     weight: Tensor, quantizer: UniformQuantizer, options: Reconstruction, generator: torch.Generator
 ) -> TrainedWeight | None:
-    """What the options make of a weight; None where it is not trained."""
+    """The trained form of a weight that the options ask for; None where it is not trained."""
     match options.weights:
         case WeightTraining.NONE:
             return None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.calibration.network_loss import NetworkLoss
+from fxquant.calibration.observe import observe
 from fxquant.calibration.reservoir import ReservoirSampler, images_for
-from fxquant.calibration.sample_products import sample_products
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity
@@ -87,7 +87,7 @@ def choose_smoothing(
         gm: in stage ANNOTATED, not changed.
         batches: images ``(B, …)`` with labels.
         search: the metric of the output error for finalists, and the loss.
-        loss: user's loss of outputs and labels, as in `sample_products`.
+        loss: user's loss of outputs and labels, as in `observe`.
         progress: show progress on stderr.
     """
     sites = [*norm_sites(gm), *linear_sites(gm)]
@@ -95,7 +95,7 @@ def choose_smoothing(
     sampler = ReservoirSampler(
         images_for(_MAX_MACS, _FINALISTS_PER_SITE * MacCounter(gm).macs_after(starts)), search.seed
     )
-    samples, _ = sample_products(gm, sampler.observe(batches), search, loss)
+    samples = observe(gm, batches, search=search, loss=loss, reservoir=sampler).samples
     comparable, refused = _comparable_sites(sites, samples)
     folds = {}
     with torch.no_grad():

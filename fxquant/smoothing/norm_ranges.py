@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxquant.calibration.calibrate import run_batches
+from fxquant.calibration.run_batches import run_batches
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import fxquant
 from fxquant import Rule, TensorSpec, testing
 from fxquant.compiled.report import measure_sqnr
 from fxquant.config.vocabulary import Arg
+from fxquant.graph.notes import Comparison
 from fxquant.quantizers import Quantizer
 from fxquant.testing import DIM, images, seeded, tokens
 
@@ -160,3 +162,12 @@ def test_a_layer_of_zeros_costs_nothing() -> None:
     compiled = fxquant.compile(model, [tokens()])
     assert compiled.report.sqnr["quant._2__weight"] == math.inf
     assert type(compiled.report).from_dict(compiled.report.to_dict()) == compiled.report
+
+
+def test_the_old_form_of_comparisons_still_works(quantized: fxquant.CompiledModel) -> None:
+    item = Comparison("fc1", "bias", "output error", 0.5, step="Compensate")
+    report = replace(quantized.report, comparisons=(item,))
+    with pytest.warns(DeprecationWarning, match=r"Report\.gains is now Report\.comparisons"):
+        gains = report.gains
+    assert gains == (("Compensate", "fc1", "bias", "output error", 0.5),)
+    assert "Compensate: fc1: bias: output error x 0.50" in str(report)

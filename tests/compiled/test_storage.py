@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import fxquant
 from fxquant import Rule, TensorSpec, testing
 from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.errors import FileFormatError, OutputError
+from fxquant.graph.edges import edges
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.helpers.round_trip import assert_round_trip
 
@@ -183,6 +186,7 @@ CONFIG_KEYS = (
     "graph",
     "quantizers",
     "coded_weights",
+    "specs",
     "report",
     "image_shape",
     "policy",
@@ -316,3 +320,19 @@ def test_files_of_two_saves_are_not_mixed(saved: Path, tmp_path: Path) -> None:
     os.replace(tmp_path / "other" / WEIGHTS_FILE, saved / WEIGHTS_FILE)
     with pytest.raises(FileFormatError, match="take both files from one save"):
         fxquant.load(saved)
+
+
+def test_specs_of_edges_do_not_depend_on_the_report(
+    small: fxquant.CompiledModel, tmp_path: Path
+) -> None:
+    bare = copy.deepcopy(small)
+    bare.report = replace(small.report, plan=())
+    bare.save(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    wanted = {entry.edge for entry in small.plan if entry.spec is not None}
+    assert config["format"] == 5
+    assert config["specs"].keys() == wanted
+    again = fxquant.load(tmp_path)
+    specs = {edge.name: edge.spec for edge in edges(again.graph_module)}
+    assert specs == {entry.edge: entry.spec for entry in small.plan}
+    assert torch.equal(again(tokens(4)), small(tokens(4)))

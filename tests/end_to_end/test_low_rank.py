@@ -66,7 +66,7 @@ def test_saving_and_loading_keeps_branches(tmp_path: Path) -> None:
     again = fxquant.load(tmp_path)
     assert torch.equal(again(x), model(x)) and again.plan == model.plan
     assert torch.equal(again.lower("integer")(x), model.lower("integer")(x))
-    assert again.report.gains == model.report.gains
+    assert again.report.comparisons == model.report.comparisons
     assert again.policy["low_rank"] == {"rank": 2, "bits": 8}
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import fxquant
 from fxquant.config.renamed import RenamedOptionWarning
+from fxquant.graph.notes import NoteKind
 from fxquant.policies.policy_file import policy_to_dict, read_policy, to_yaml
 
 DATA = Path(__file__).parents[1] / "data"
@@ -33,7 +34,15 @@ def test_a_folder_of_format_4_loads() -> None:
     assert [entry.edge for entry in model.report.left_float] == ["head__input", "head__weight"]
     assert model.report.allocation is not None
     assert "mean_bits" in str(model.report)
-    assert model.report.gains and model.report.notes
+    assert model.report.comparisons and model.report.notes
+    kinds = {note.step: set() for note in model.report.notes}
+    for note in model.report.notes:
+        kinds[note.step].add(note.kind)
+    assert kinds.pop("AssignSpecs") == {NoteKind.FLOAT, NoteKind.RULE}
+    assert set.union(*kinds.values()) == {NoteKind.SKIPPED}
+    assert {item.step for item in model.report.comparisons} >= {"SmoothWithBias"}
+    assert all(0 < item.error_ratio < 2 for item in model.report.comparisons)
+    assert type(model.report).from_dict(model.report.to_dict()) == model.report
 
 
 def test_a_folder_of_format_4_is_saved_again_with_the_same_codes(tmp_path: Path) -> None:

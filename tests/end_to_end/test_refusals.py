@@ -24,6 +24,7 @@ from fxquant.errors import (
     OutputError,
     PolicyError,
 )
+from fxquant.graph.notes import NoteKind
 from fxquant.policies.policy_file import read_policy
 from fxquant.testing import DIM, TOKENS, images, relative_error, seeded, tokens
 
@@ -90,7 +91,7 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_images_that_change_each_others_outputs_are_noted(batch_first: bool) -> None:
     report = fxquant.compile(seeded(Mixing(batch_first)), [tokens()], "w8a8").report
-    found = [(name, site) for name, site, why in report.notes if "the others of its batch" in why]
+    found = [(n.step, n.site) for n in report.notes if "the others of its batch" in n.reason]
     assert found == ([] if batch_first else [("capture", "model")])
 
 
@@ -120,7 +121,8 @@ def test_a_model_that_takes_no_single_image_is_noted() -> None:
 
     report = fxquant.compile(seeded(Squeezed()), [tokens()], "w8a8").report
     (note,) = report.notes
-    assert note[:2] == ("capture", "model") and "does not run on one image alone" in note[2]
+    assert (note.step, note.kind, note.site) == ("capture", NoteKind.MODEL, "model")
+    assert "does not run on one image alone" in note.reason
 
 
 class TwoInputs(nn.Module):

@@ -61,7 +61,7 @@ def test_hooks_left_out_are_reported() -> None:
     model = seeded(nn.Sequential(nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)))
     model[1].register_forward_hook(lambda module, args, output: output * 2)
     report = fxquant.compile(model, [tokens()], "w8a8").report
-    assert [(name, site) for name, site, _ in report.notes] == [("capture", "1")]
+    assert [(note.step, note.site) for note in report.notes] == [("capture", "1")]
     assert "hooks are not in the compiled model" in str(report)
 
 

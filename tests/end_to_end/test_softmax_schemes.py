@@ -168,7 +168,7 @@ def test_compile_searches_the_scale(scheme: Scheme) -> None:
     rule = Rule(fed_by="softmax", spec=TensorSpec(bits=3, scheme=scheme))
     model = fxquant.compile(seeded(Block()), [tokens(6)], policies.ptq4vit(4, 4).with_rules(rule))
     (name,) = found(model)
-    skipped = {site for _, site, _ in model.report.notes}
+    skipped = {note.site for note in model.report.notes}
     assert name.removeprefix("quant.") not in skipped
     assert model.report.changes["SearchScales"] > 10
     again = fxquant.compile(seeded(Block()), [tokens(6)], policies.ptq4vit(4, 4).with_rules(rule))

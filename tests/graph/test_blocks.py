@@ -100,10 +100,10 @@ def test_both_walk_as_the_graph_runs() -> None:
     model = Stack()
     gm, x = frozen(model), tokens(11)
     walk = BlockwiseRunner(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20)
-    for station in walk:
-        last = station
-        target = station.target.get(slice(None), x.device)
-        given = station.given.get(slice(None), x.device)
+    for context in walk:
+        last = context
+        target = context.float_outputs.get(slice(None), x.device)
+        given = context.quantized_inputs.get(slice(None), x.device)
     (exact,) = target.values()
     assert relative_error(exact, model(x)) < 1e-5
     (found,) = BlockRunner(gm, quantized=True).run_block(last.block, given).values()
@@ -113,14 +113,16 @@ def test_both_walk_as_the_graph_runs() -> None:
 def test_what_is_changed_at_a_block_is_seen_behind_it() -> None:
     gm, x = frozen(Stack()), tokens()
     expected = None
-    for station in BlockwiseRunner(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20):
-        if station.block.name == "stem":
+    for context in BlockwiseRunner(gm, x).walk(gm, find_blocks(gm), "walk", 1 << 20):
+        if context.block.name == "stem":
             with torch.no_grad():
                 gm.get_parameter("stem.weight").mul_(2)
             expected = gm(x)
-        given, target = (s.get(slice(None), x.device) for s in (station.given, station.target))
+        given, target = (
+            s.get(slice(None), x.device) for s in (context.quantized_inputs, context.float_outputs)
+        )
     assert expected is not None
-    (found,) = BlockRunner(gm, quantized=True).run_block(station.block, given).values()
+    (found,) = BlockRunner(gm, quantized=True).run_block(context.block, given).values()
     assert torch.equal(found[0] if isinstance(found, tuple) else found, expected)
     (exact,) = target.values()
     assert relative_error(expected, exact) > 0.05
@@ -128,12 +130,12 @@ def test_what_is_changed_at_a_block_is_seen_behind_it() -> None:
 
 def test_values_beyond_the_budget_go_to_files(tmp_path: Path) -> None:
     values = {"a": torch.randn(6, 4), "b": torch.randn(6, 50)}
-    shelf = ActivationStore(6, tmp_path, 6 * 4 * 4)
+    store = ActivationStore(6, tmp_path, 6 * 4 * 4)
     for start in (0, 3):
-        shelf.put(start, {name: value[start : start + 3] for name, value in values.items()})
+        store.put(start, {name: value[start : start + 3] for name, value in values.items()})
     assert len(list(tmp_path.iterdir())) == 1
     index = torch.tensor([4, 0])
-    for name, value in shelf.get(index, torch.device("cpu")).items():
+    for name, value in store.get(index, torch.device("cpu")).items():
         assert torch.equal(value, values[name][index])
-    shelf.close()
+    store.close()
     assert not list(tmp_path.iterdir())

@@ -67,7 +67,7 @@ MASKS: dict[str, Mask] = {
 def test_what_may_be_minus_infinity_is_left_float_and_says_so(mask: Mask, tmp_path: Path) -> None:
     model = Attention(mask).eval()
     qm = fxquant.compile(model, [tokens(16)], FULL)
-    left = {site for _, site, why in qm.report.notes if "may hold minus infinity" in why}
+    left = {n.site for n in qm.report.notes if "may hold minus infinity" in n.reason}
     assert "softmax__input" in left
     assert len(left) == (1 if mask in (MASKS["filled"], MASKS["chosen"]) else 3)
     assert {"add__lhs", "add__rhs"} <= {e.edge for e in qm.plan if e.spec} | left
@@ -129,7 +129,7 @@ def test_what_pads_a_pool_does_not_leave_the_rest_float() -> None:
             return self.two((y.relu() + y).mean((2, 3)))
 
     qm = fxquant.compile(Pooled().eval(), [images(8, 8)], FULL)
-    assert not [note for note in qm.report.notes if "minus infinity" in note[2]]
+    assert not [note for note in qm.report.notes if "minus infinity" in note.reason]
     assert {"relu__input", "add__lhs", "add__rhs"} <= {e.edge for e in qm.plan if e.spec}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.observe import observe
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.policies.policy import Rule
@@ -32,7 +32,7 @@ def sampled(
     labels: Tensor | None = None,
 ) -> dict[str, ProductSample]:
     gm = _graph(model, batches[0].shape[1:])
-    return sample_products(gm, [(batch, labels) for batch in batches], search, loss)[0]
+    return observe(gm, [(batch, labels) for batch in batches], search, loss).samples
 
 
 def argmax_loss(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import testing
-from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.observe import observe
 from fxquant.config.scale_search import GradientLoss, ScaleSearch
 from fxquant.config.spec import Granularity, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
@@ -65,7 +65,8 @@ class Setup:
     ) -> None:
         self.x, self.search = x, search
         self.gm = with_observers(*rules, model=model, x=x, histograms=True)
-        self.samples, self.seen = sample_products(self.gm, [(x, None)], search)
+        seen = observe(self.gm, [(x, None)], search)
+        self.samples, self.seen = seen.samples, seen.images
         self.layout = WidthGroups(self.gm)
         self.trials = TrialQuantizers(self.gm, least_squares=True)
 

@@ -13,8 +13,7 @@ from functools import cache
 from torch import Tensor, fx, nn
 
 from fxquant import testing
-from fxquant.calibration.calibrate import calibrate
-from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.observe import observe
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.graph.capture import capture
@@ -76,7 +75,7 @@ def observed(
     """A graph whose observers have seen ``data``, batches the first of which captures it."""
     batches = [tokens()] if data is None else data
     gm = with_observers(*rules, model=model, x=batches[0], seed=seed)
-    calibrate(gm, batches)
+    observe(gm, [(batch, None) for batch in batches])
     return gm
 
 
@@ -94,7 +93,7 @@ def frozen(
 
 def frozen_with_samples(gm: fx.GraphModule, x: Tensor, search: ScaleSearch) -> FrozenSamples:
     """A graph of stage OBSERVED fitted on ``x`` and frozen, and the rows of its products."""
-    samples, _ = sample_products(gm, [(x, None)], search)
+    samples = observe(gm, [(x, None)], search).samples
     run_passes(gm, [Freeze()])
     return gm, samples
 
@@ -104,4 +103,4 @@ def specs(gm: fx.GraphModule) -> dict[str, TensorSpec | None]:
 
 
 def reasons(result: PassResult) -> dict[str, str]:
-    return {skip.site: skip.reason for skip in result.skips}
+    return {note.site: note.reason for note in result.notes}

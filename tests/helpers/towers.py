@@ -13,6 +13,7 @@ from fxquant.config.vocabulary import Arg
 from fxquant.passes import PassResult, Reconstruct, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.reconstruction.blockwise import BlockwiseRunner
+from fxquant.reconstruction.image_split import split_images
 from fxquant.testing import DIM, Block, tokens
 from tests.helpers import stages
 
@@ -55,5 +56,7 @@ def frozen(model: nn.Module | None = None) -> fx.GraphModule:
 
 
 def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -> PassResult:
-    item = Reconstruct(BlockwiseRunner(gm, BATCH), Reconstruction(**{**SHORT, **options}), cache)
+    chosen = Reconstruction(**{**SHORT, **options})
+    split = split_images(len(BATCH), chosen)
+    item = Reconstruct(BlockwiseRunner(gm, BATCH), chosen, split, cache)
     return run_passes(gm, [item])["Reconstruct"]

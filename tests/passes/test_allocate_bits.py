@@ -33,7 +33,7 @@ def test_edges_get_their_widths_and_quantizers_are_fitted_at_them() -> None:
     gm = observed(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))
     before, names = specs(gm), op_names(gm)
     result = run_passes(gm, [AllocateBits(WIDTHS)])["AllocateBits"]
-    assert result.changed == 5 and result.skips == ()
+    assert result.changed == 5 and result.notes == ()
     assert op_names(gm) == names and stage(gm) is Stage.OBSERVED
     for name, spec in specs(gm).items():
         old = before[name]
@@ -68,7 +68,7 @@ def test_a_float_edge_stays_float_and_says_so() -> None:
     gm = observed(Rule(arg=Arg.WEIGHT, spec=None), Rule(spec=EIGHT))
     result = run_passes(gm, [AllocateBits({"fc1__weight": 4})])["AllocateBits"]
     assert result.changed == 0 and specs(gm)["fc1__weight"] is None
-    assert [(skip.site, skip.reason) for skip in result.skips] == [
+    assert [(skip.site, skip.reason) for skip in result.notes] == [
         ("fc1__weight", "gets no width: the edge is float")
     ]
 

@@ -27,7 +27,7 @@ def test_the_first_matching_rule_decides() -> None:
     found = specs(gm)
     assert found["fc1__weight"] == found["fc1__input"] == FOUR
     assert found["fc2__weight"] == WEIGHT and found["fc2__input"] == EIGHT
-    assert result.changed == len(found) and result.skips == ()
+    assert result.changed == len(found) and result.notes == ()
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,10 @@ def test_a_linear_gets_a_branch_whose_parts_are_nodes_like_any_other() -> None:
     assert found["linear_down__input"].spec == EIGHT == found["linear_up__input"].spec
     assert found["linear_down__weight"].spec == WEIGHT == found["linear_up__weight"].spec
     assert [q.scale.numel() for q in map(submodule_of(gm), found.values())] == [1, 2, 1, 6, 1, 6]
-    (gain,) = result.gains
+    (gain,) = result.comparisons
     # 2 (8 + 6) multiplications on 48; as many bytes, and 6 + 2 + 1 scales.
     assert gain.choice == "branch of rank 2, +58.3% multiplications, +64 bytes"
-    assert result.changed == 1 and result.skips == () and gain.ratio < 0.98
+    assert result.changed == 1 and result.notes == () and gain.error_ratio < 0.98
 
 
 def submodule_of(gm: fx.GraphModule) -> Callable[..., nn.Module]:
@@ -112,10 +112,10 @@ def test_the_function_comes_closer_with_each_rank(rank: int) -> None:
     model, x = seeded(nn.Linear(DIM, 6)), tokens(40)
     gm, samples = frozen(model, x)
     before = output_error(gm, model, x)
-    (gain,) = attach(gm, samples, rank=rank).gains
+    (gain,) = attach(gm, samples, rank=rank).comparisons
     after = output_error(gm, model, x)
     assert after < before * {1: 0.8, 2: 0.6, 4: 0.3}[rank]
-    assert gain.ratio < 1
+    assert gain.error_ratio < 1
 
 
 def test_at_full_rank_the_error_of_the_weight_is_gone() -> None:
@@ -133,7 +133,7 @@ def test_every_linear_of_a_block_gets_one_twins_and_shared_inputs_too() -> None:
     gm, samples = frozen(Block(), x, policies.ptq4vit(3, 6).rules)
     before = output_error(gm, model, x)
     result = attach(gm, samples)
-    assert result.changed == 6 and result.skips == ()
+    assert result.changed == 6 and result.notes == ()
     assert ranks(gm) == dict.fromkeys(
         ("attn_qkv", "attn_qkv_1", "attn_qkv_2", "attn_proj", "fc1", "fc2"), 2
     )

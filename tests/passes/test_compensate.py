@@ -24,7 +24,7 @@ from fxquant.passes import compensate as closed_form
 from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction.blockwise import BlockwiseRunner
-from fxquant.reconstruction.training import split
+from fxquant.reconstruction.image_split import split_images
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
 from tests.helpers import stages
 from tests.helpers.agreement import assert_same_codes
@@ -49,7 +49,7 @@ def test_outputs_come_nearer_to_the_float_ones() -> None:
     before = relative_error(gm(BATCH), exact)
     result = compensate(gm)
     assert result.changed == 6
-    assert all(gain.ratio < 1 for gain in result.gains)
+    assert all(gain.error_ratio < 1 for gain in result.comparisons)
     assert relative_error(gm(BATCH), exact) < 0.9 * before
 
 
@@ -57,11 +57,11 @@ def test_a_ridge_is_judged_by_images_left_out_where_there_are_few() -> None:
     gm, x = frozen(), tokens(8)
     for count, folds in ((0, 4), (9, 4), (100, 4)):
         options = Compensation(images=count, ridge=True)
-        sides, parts = closed_form._arranged(BlockwiseRunner(gm, x), gm, options)
+        sides, parts = closed_form._in_folds(BlockwiseRunner(gm, x), gm, options)
         assert {fold for _, fold in parts} == set(range(folds))
         assert sum(len(sides.images[part]) for part, _ in parts) == max(count, 8)
     result = compensate(gm, x, images=0, ridge=True)
-    assert any("ridge" in gain.choice for gain in result.gains)
+    assert any("ridge" in gain.choice for gain in result.comparisons)
 
 
 @pytest.mark.parametrize("options", [{"ridge": True}, {"gptq": False, "ridge": True}])
@@ -85,8 +85,8 @@ def test_a_weight_stays_where_its_rounding_would_be_worse(monkeypatch: pytest.Mo
     weights = [v.clone() for k, v in gm.state_dict().items() if k.endswith("weight")]
     before = relative_error(gm(BATCH), exact)
     monkeypatch.setattr(closed_form, "round_weight", worse)
-    gains = compensate(gm).gains
-    assert [(gain.choice, gain.ratio) for gain in gains] == [("bias", 1.0)] * 6
+    gains = compensate(gm).comparisons
+    assert [(gain.choice, gain.error_ratio) for gain in gains] == [("bias", 1.0)] * 6
     after = [v for k, v in gm.state_dict().items() if k.endswith("weight")]
     assert any(torch.equal(weights[0], value) for value in after)
     assert relative_error(gm(BATCH), exact) < before
@@ -95,7 +95,7 @@ def test_a_weight_stays_where_its_rounding_would_be_worse(monkeypatch: pytest.Mo
 def test_the_ridge_is_left_out_with_one_image_and_says_so() -> None:
     gm, plain = frozen(), frozen()
     found = compensate(gm, BATCH[:1], ridge=True)
-    (skip,) = found.skips
+    (skip,) = found.notes
     assert (skip.site, found.changed) == ("network", 6)
     assert skip.reason.startswith("no ridge: ")
     compensate(plain, BATCH[:1])
@@ -173,7 +173,7 @@ def test_a_policy_compensates_and_leaves_by_every_way(tmp_path: Path) -> None:
     compiled = fxquant.compile(model, [BATCH], policy())
     exact = model(BATCH)
     assert relative_error(compiled(BATCH), exact) < relative_error(plain(BATCH), exact)
-    assert "Compensate" in {gain[0] for gain in compiled.report.gains}
+    assert "Compensate" in {item.step for item in compiled.report.comparisons}
     compiled.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
     assert_same_codes(compiled, tmp_path / "model.onnx", BATCH)
     assert relative_error(compiled.lower("integer")(BATCH), compiled(BATCH)) < 1e-4
@@ -188,15 +188,16 @@ def test_images_that_judge_a_training_are_new_to_the_weights(
     seen: list[Tensor] = []
 
     def run(self: Compensate, gm: fx.GraphModule) -> PassResult:
-        seen.append(self.sides.images)
+        assert self.split is not None
+        seen.append(self.runner.images[self.split.training])
         return PassResult(0)
 
     monkeypatch.setattr(Compensate, "run", run)
     trained = Reconstruction(held_out=share, iterations=1)
     fxquant.compile(seeded(Block()), [BATCH], replace(policy(), reconstruction=trained))
-    _, own = split(24, share, trained.seed)
-    assert len(own) == fitted
-    assert torch.equal(seen[0], BATCH[own])
+    training = split_images(24, trained).training
+    assert len(training) == fitted
+    assert torch.equal(seen[0], BATCH[training])
 
 
 def test_images_are_made_where_few_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,13 +224,13 @@ def test_images_are_made_where_few_are_given(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_images_are_made_as_far_as_the_work_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = frozen()
-    monkeypatch.setattr(closed_form, "_WORK", 7.5 * MacCounter(gm).total)
+    monkeypatch.setattr(closed_form, "_MOST_MACS", 7.5 * MacCounter(gm).total)
     sides = BlockwiseRunner(gm, BATCH[:5])
     plain, ridge = (Compensation(images=100, ridge=flag) for flag in (False, True))
-    made = closed_form._arranged(sides, gm, plain)[0].images
+    made = closed_form._in_folds(sides, gm, plain)[0].images
     assert len(made) == 7 and torch.equal(made[:5], BATCH[:5])
-    assert torch.equal(made, closed_form._arranged(sides, gm, plain)[0].images)
-    folded, parts = closed_form._arranged(sides, gm, ridge)
+    assert torch.equal(made, closed_form._in_folds(sides, gm, plain)[0].images)
+    folded, parts = closed_form._in_folds(sides, gm, ridge)
     assert [(part.stop - part.start, fold) for part, fold in parts] == [
         (3, 0),
         (2, 1),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant import passes, testing
-from fxquant.calibration.calibrate import calibrate
+from fxquant.calibration.observe import observe
 from fxquant.config.low_rank import LowRank
 from fxquant.config.recovery import Compensation, Reconstruction
 from fxquant.config.scale_search import ScaleSearch
@@ -34,6 +34,7 @@ from fxquant.passes import (
 )
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer, accumulator_scale
+from fxquant.reconstruction.image_split import split_images
 from fxquant.smoothing.choose import FoldDecisions
 from fxquant.testing import (
     DIM,
@@ -108,7 +109,7 @@ def test_freeze_without_data_raises_and_names_the_edge() -> None:
 def test_calibrate_takes_an_observed_graph() -> None:
     gm, _ = annotated(Rule(spec=EIGHT))
     with pytest.raises(PassError, match="takes stage OBSERVED, got ANNOTATED"):
-        calibrate(gm, [tokens()])
+        observe(gm, [(tokens(), None)])
 
 
 # QuantizeBias
@@ -128,7 +129,7 @@ def test_biases_move_to_the_grid_of_the_accumulator() -> None:
     gm = frozen(Rule(arg=Arg.WEIGHT, spec=WEIGHT), Rule(spec=EIGHT))
     before = biases(gm)
     result = run_passes(gm, [QuantizeBias()])["QuantizeBias"]
-    assert result.changed == len(before) == 6 and result.skips == ()
+    assert result.changed == len(before) == 6 and result.notes == ()
     for name, (bias, unit) in biases(gm).items():
         codes = bias / unit
         torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=1e-5)
@@ -160,15 +161,15 @@ def test_a_second_rounding_of_biases_changes_nothing() -> None:
 def test_a_bias_stays_float_and_says_why(rules: list[Rule], reason: str) -> None:
     gm = frozen(*rules)
     result = run_passes(gm, [QuantizeBias()])["QuantizeBias"]
-    assert result.changed == 0 and len(result.skips) == 6
-    assert {skip.reason for skip in result.skips} == {f"the bias stays float: {reason}"}
+    assert result.changed == 0 and len(result.notes) == 6
+    assert {skip.reason for skip in result.notes} == {f"the bias stays float: {reason}"}
 
 
 def test_a_bias_too_large_for_int32_widens_its_channels_scale() -> None:
     model = seeded(nn.Linear(DIM, DIM))
     model.bias.data[0] = 1e6
     gm = frozen(Rule(spec=EIGHT), model=model, data=[tokens() * 1e-5], seed=False)
-    assert run_passes(gm, [QuantizeBias()])["QuantizeBias"].skips == ()
+    assert run_passes(gm, [QuantizeBias()])["QuantizeBias"].notes == ()
     x, w = (gm.get_submodule(f"quant.linear__{arg}") for arg in ("input", "weight"))
     assert float((model.bias.data / accumulator_scale(x, w)).abs().max()) < 2**31
     assert_same_function(gm, model, tokens() * 1e-5, 1e-2)
@@ -221,7 +222,7 @@ OPTIONS = {
     "SearchScales": ({}, ScaleSearch()),
     "CorrectBias": ({},),
     "Compensate": (None, Compensation()),
-    "Reconstruct": (None, Reconstruction()),
+    "Reconstruct": (None, Reconstruction(), split_images(4, None)),
     "AttachLowRank": ({}, LowRank(rank=1)),
 }
 PASSES: list[Callable[[], Pass]] = [

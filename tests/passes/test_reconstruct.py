@@ -22,9 +22,10 @@ from fxquant.policies.policy import Policy
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.reconstruction import steps, training
 from fxquant.reconstruction.blockwise import BlockwiseRunner
+from fxquant.reconstruction.image_split import split_images
 from fxquant.reconstruction.losses import criterion, measure
 from fxquant.reconstruction.trained_block import TrainedBlock
-from fxquant.reconstruction.training import split, train_block
+from fxquant.reconstruction.training import train_block
 from fxquant.testing import relative_error, seeded
 from tests.helpers.towers import BATCH, SHORT, Stack, Tower, frozen, reconstruct
 
@@ -53,10 +54,12 @@ def test_blocks_come_nearer_to_the_float_ones(options: dict[str, Any]) -> None:
         exact = seeded(Tower())(BATCH)
         before = (gm(BATCH) - exact).square().mean()
     result = reconstruct(gm, **options)
-    assert result.changed + len(result.skips) == 4
+    assert result.changed + len(result.notes) == 4
     assert result.changed >= 2
-    assert all(gain.ratio < 1 for gain in result.gains if not gain.choice.startswith("rank"))
-    ranks = {gain.choice for gain in result.gains if gain.choice.startswith("rank")}
+    assert all(
+        gain.error_ratio < 1 for gain in result.comparisons if not gain.choice.startswith("rank")
+    )
+    ranks = {gain.choice for gain in result.comparisons if gain.choice.startswith("rank")}
     assert ranks <= {f"rank {rank}" for rank in (1, 2, 3, 4)}
     assert bool(ranks) == (options.get("weights") == "low_rank")
     with torch.no_grad():
@@ -70,31 +73,40 @@ def test_a_network_is_trained_as_one(block_loss: str) -> None:
         exact = seeded(Tower())(BATCH)
         before = (gm(BATCH) - exact).square().mean()
     result = reconstruct(gm, scope="network", block_loss=block_loss)
-    assert [gain.site for gain in result.gains] == ["network"]
+    assert [gain.site for gain in result.comparisons] == ["network"]
     with torch.no_grad():
         assert (gm(BATCH) - exact).square().mean() < before
 
 
-def test_images_held_out_judge() -> None:
+def test_images_held_out_decide() -> None:
     gm = frozen()
-    judges, _ = split(len(BATCH), 0.5, 0)
-    own = BATCH[judges]
+    x = BATCH[split_images(len(BATCH), Reconstruction(held_out=0.5)).validation]
     with torch.no_grad():
-        exact = seeded(Tower())(own)
-        before = (gm(own) - exact).square().mean()
-        (gain,) = reconstruct(gm, scope="network", block_loss="mse", held_out=0.5, batch=6).gains
-        assert gain.ratio == pytest.approx(float((gm(own) - exact).square().mean() / before), 1e-3)
+        exact = seeded(Tower())(x)
+        before = (gm(x) - exact).square().mean()
+        (gain,) = reconstruct(
+            gm, scope="network", block_loss="mse", held_out=0.5, batch=6
+        ).comparisons
+        assert gain.error_ratio == pytest.approx(
+            float((gm(x) - exact).square().mean() / before), 1e-3
+        )
 
 
 @given(st.integers(1, 300), st.floats(0, 0.5))
 def test_images_held_out_are_not_trained_on(count: int, share: float) -> None:
-    judges, own = split(count, share, count)
-    assert torch.equal(torch.cat((judges, own)).unique(), torch.arange(count))
-    if share and count > 1:
-        assert len(judges) == max(1, round(share * count))
-        assert len(own) == count - len(judges) > 0
+    split = split_images(count, Reconstruction(held_out=share, seed=count))
+    validation, training = split.validation, split.training
+    assert torch.equal(torch.cat((validation, training)).unique(), torch.arange(count))
+    assert split.holds_out == bool(share and count > 1)
+    if split.holds_out:
+        assert len(validation) == max(1, round(share * count))
+        assert len(training) == count - len(validation) > 0
     else:
-        assert torch.equal(judges, own)
+        assert torch.equal(validation, training)
+
+
+def test_without_a_reconstruction_no_image_is_held_out() -> None:
+    assert torch.equal(split_images(5, None).training, torch.arange(5))
 
 
 class Classes(Tower):
@@ -113,14 +125,14 @@ class Classes(Tower):
 def test_class_numbers_are_no_part_of_the_loss(block_loss: str) -> None:
     plain, both = frozen(), frozen(Classes(alone=False))
     expected, found = (reconstruct(g, block_loss=block_loss, iterations=6) for g in (plain, both))
-    assert found.gains == expected.gains and found.gains
+    assert found.comparisons == expected.comparisons and found.comparisons
     assert torch.equal(both(BATCH)[1], plain(BATCH))
 
 
 def test_a_last_block_without_float_outputs_is_left() -> None:
     result = reconstruct(frozen(Classes(alone=True)), block_loss="mse", iterations=6)
     assert result.changed
-    assert result.skips[-1].site == "head"
+    assert result.notes[-1].site == "head"
 
 
 def test_the_second_run_changes_nothing() -> None:
@@ -146,9 +158,9 @@ def test_the_best_state_is_kept_where_later_ones_are_worse(
 ) -> None:
     gm = frozen()
     sides, blocks = BlockwiseRunner(gm, BATCH), (whole_network(gm),)
-    station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
+    context = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
     options = Reconstruction(**SHORT)
-    block = TrainedBlock(gm, station, options, torch.Generator())
+    block = TrainedBlock(gm, context, options, torch.Generator())
     losses = iter([8.0, 6.0, 5.0, 7.0, 9.0, float("nan"), 5.0, 6.0, 7.0])
     seen: list[dict[str, Tensor]] = []
 
@@ -158,11 +170,12 @@ def test_the_best_state_is_kept_where_later_ones_are_worse(
 
     monkeypatch.setattr(training, "image_losses", looked)
     measured = measure(sides.teacher(), blocks, BATCH, options, tmp_path)
-    loss, parts = criterion(options, measured, station), split(24, 0.2, 0)
-    changes, before, after = train_block(block, station, loss, options, parts)
-    assert (before, after) == (8.0, 5.0)
-    assert changes is not None
-    for name, weight in changes.weights.items():
+    split = split_images(24, replace(options, held_out=0.2))
+    loss = criterion(options, measured, context)
+    result = train_block(block, context, loss, options, split)
+    assert (result.loss_before, result.loss_after) == (8.0, 5.0)
+    assert result.changes is not None
+    for name, weight in result.changes.weights.items():
         assert torch.equal(weight, seen[2][name])
         assert not torch.equal(weight, seen[-1][name])
 
@@ -172,13 +185,13 @@ def test_a_step_in_parts_is_the_same_step() -> None:
         """The gradient of a step, so many images at once, and the number of calls of the block."""
         gm = frozen()
         sides, blocks = BlockwiseRunner(gm, BATCH), (whole_network(gm),)
-        station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
+        context = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
         options = Reconstruction(**SHORT)
-        block, calls = TrainedBlock(gm, station, options, torch.Generator()), []
+        block, calls = TrainedBlock(gm, context, options, torch.Generator()), []
         options = replace(options, memory_bytes=parts * block.bytes_per_image)
         block.register_forward_hook(lambda *_: calls.append(1))
         measured = measure(sides.teacher(), blocks, BATCH, options, Path())
-        run = training._Run(block, station, criterion(options, measured, station), options, 24, 1e3)
+        run = training._Run(block, context, criterion(options, measured, context), options, 24, 1e3)
         run.take(torch.arange(12))
         grads = [p.grad.flatten() for p in block.parameters() if p.grad is not None]
         return torch.cat(grads), len(calls)
@@ -193,8 +206,8 @@ def test_parameters_are_in_the_order_of_the_graph() -> None:
     """Sums over them would else differ from run to run."""
     gm = frozen()
     walk = BlockwiseRunner(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)
-    (station,) = walk
-    block = TrainedBlock(gm, station, Reconstruction(), torch.Generator())
+    (context,) = walk
+    block = TrainedBlock(gm, context, Reconstruction(), torch.Generator())
     biases = list(block.changes().biases)
     assert len(biases) > 4
     assert biases == [node.name for node in gm.graph.nodes if node.name in biases]
@@ -219,7 +232,7 @@ def test_a_policy_reconstructs_and_leaves_by_every_way(tmp_path: Path) -> None:
     exact = model(BATCH)
     errors = [(found(BATCH) - exact).square().mean() for found in (compiled, plain)]
     assert errors[0] < errors[1]
-    assert {"Compensate", "Reconstruct"} <= {gain[0] for gain in compiled.report.gains}
+    assert {"Compensate", "Reconstruct"} <= {item.step for item in compiled.report.comparisons}
     assert "reconstruct" in compiled.report.seconds
     compiled.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
     assert relative_error(compiled.lower("integer")(BATCH), compiled(BATCH)) < 1e-4
@@ -252,7 +265,7 @@ def test_aiqvit_has_its_parts_and_leaves_by_every_way(tmp_path: Path) -> None:
     compiled = fxquant.compile(seeded(Stack()), [BATCH], item)
     schemes = {entry.fed_by: entry.spec.scheme for entry in compiled.plan if entry.spec}
     assert schemes["softmax"] == "dynamic_focusing"
-    assert {gain[0] for gain in compiled.report.gains} == {"Reconstruct"}
+    assert {item.step for item in compiled.report.comparisons} == {"Reconstruct"}
     compiled.export_onnx(tmp_path / "model.onnx")  # which checks onnxruntime against it
     assert relative_error(compiled.lower("integer")(BATCH), compiled(BATCH)) < 1e-4
     assert policy_from_dict(policy_to_dict(item)) == item

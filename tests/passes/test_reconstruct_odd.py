@@ -59,7 +59,7 @@ def test_outputs_of_any_kind(what: Callable[[Tensor], Any], block_loss: str) -> 
     sides = BlockwiseRunner(gm, BATCH)
     assert run_passes(gm, [Compensate(sides, Compensation())])["Compensate"].changed
     result = reconstruct(gm, scope="network", block_loss=block_loss)
-    assert result.changed == 1 and 0 < result.gains[0].ratio < 1
+    assert result.changed == 1 and 0 < result.comparisons[0].error_ratio < 1
 
 
 class Named(nn.Module):
@@ -111,8 +111,8 @@ def test_values_too_large_to_square_are_left(tmp_path: Path) -> None:
 
     gm = frozen(Large())
     result = run_passes(gm, [Compensate(BlockwiseRunner(gm, BATCH), Compensation())])["Compensate"]
-    assert [skip.site for skip in result.skips] == ["two"]
-    assert "beyond float32" in result.skips[0].reason
+    assert [skip.site for skip in result.notes] == ["two"]
+    assert "beyond float32" in result.notes[0].reason
     assert result.changed == 1
 
 
@@ -131,7 +131,7 @@ def test_low_rank_changes_show_what_they_gain() -> None:
     gm = frozen()
     error = stem_error(gm)
     result = reconstruct(gm, weights="low_rank", ranks=(3,), held_out=0.0)
-    gains = {gain.site: gain.ratio for gain in result.gains if gain.choice == "rank 3"}
+    gains = {gain.site: gain.error_ratio for gain in result.comparisons if gain.choice == "rank 3"}
     assert len(gains) > 4
     assert gains["stem"] == pytest.approx(stem_error(gm) / error, rel=1e-3)
 
@@ -155,7 +155,7 @@ class Crossed(Stack):
 
 def test_the_last_feature_is_compared_image_by_image() -> None:
     result = reconstruct(frozen(Dense()), block_loss="feature")
-    assert result.changed and all(0 < gain.ratio < 1 for gain in result.gains)
+    assert result.changed and all(0 < gain.error_ratio < 1 for gain in result.comparisons)
     with pytest.raises(PolicyError, match="is not laid out so: choose 'fisher' or 'mse'"):
         reconstruct(frozen(Crossed()), block_loss="feature")
     assert reconstruct(frozen(Crossed()), block_loss="mse").changed
@@ -175,7 +175,7 @@ def test_what_is_not_trained_says_why(tmp_path: Path) -> None:
     found = []
     for _ in range(2):  # the second takes what the first trained
         report = fxquant.compile(seeded(Repeated()), [BATCH], policy, cache=tmp_path).report
-        found.append([note for note in report.notes if note[0] == "Reconstruct"])
+        found.append([note for note in report.notes if note.step == "Reconstruct"])
     reasons = [reason for _, _, reason in found[0]]
     assert reasons.count("weight not trained: several products share it") == 6
     assert reasons.count("scale of lhs not trained: LogQuantizer has no such form") == 2

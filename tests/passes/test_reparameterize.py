@@ -49,7 +49,7 @@ def reparameterized(
     assert op_names(gm) == operations
     assert_same_function(gm, model, x, tol)
     again = reparameterize(gm, x)
-    assert again.changed == 0 and again.skips == result.skips
+    assert again.changed == 0 and again.notes == result.notes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return gm, result
 
@@ -59,7 +59,7 @@ def reparameterized(
 
 def test_all_channels_get_one_range() -> None:
     gm, result = reparameterized(seeded(Norm(both)), tokens(), changed=1)
-    assert result.skips == ()
+    assert result.notes == ()
     ((lo, hi),) = norm_ranges(gm, [tokens()]).values()
     torch.testing.assert_close(lo, lo[:1].expand(DIM), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(hi, hi[:1].expand(DIM), rtol=1e-4, atol=1e-5)
@@ -87,7 +87,7 @@ def test_parameters_that_others_read_stay() -> None:
             return self.linear(self.linear(self.norm(x)).sin() * self.norm.weight)
 
     gm, result = reparameterized(seeded(Tied()), tokens(), changed=1)
-    assert result.skips == ()
+    assert result.notes == ()
     one, two = (n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default)
     assert one.args[1] is not two.args[1]
 
@@ -124,7 +124,7 @@ def test_a_constant_norm_stays() -> None:
 
 def test_a_norm_that_others_read_stays_and_says_so() -> None:
     _, result = reparameterized(seeded(Norm(lambda m, y: m.one(y) + y.sum())), tokens(), 0)
-    assert [skip.reason for skip in result.skips] == [
+    assert [skip.reason for skip in result.notes] == [
         "the norm stays: sum_1 (sum) reads it too, and is not a linear"
     ]
 
@@ -133,7 +133,7 @@ def test_a_norm_without_ranges_stays_and_says_so() -> None:
     gm = canonical(Norm(both), tokens())
     result = run_passes(gm, [Reparameterize({})])["Reparameterize"]
     assert result.changed == 0
-    assert [skip.reason for skip in result.skips] == [
+    assert [skip.reason for skip in result.notes] == [
         "the norm stays: its ranges were not measured"
     ]
 
@@ -167,12 +167,12 @@ def test_every_norm_of_a_vit_is_folded(vit: nn.Module) -> None:
     # At its initial value the class token drowns what differs between images.
     nn.init.normal_(model.cls_token)
     _, result = reparameterized(model, images(2, 16), changed=3)
-    assert result.skips == ()
+    assert result.notes == ()
 
 
 def test_swin_with_shifted_windows(swin: nn.Module) -> None:
     gm, result = reparameterized(swin, images(2, 32), changed=4)
-    assert result.skips == ()  # the norms before the blocks and the head feed no linear
+    assert result.notes == ()  # the norms before the blocks and the head feed no linear
     assert "roll" in op_names(gm)
     assert all(site.shiftable for _, site in norm_sites(gm) if isinstance(site, Site))
 

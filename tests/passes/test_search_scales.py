@@ -73,7 +73,7 @@ def test_products_come_closer_in_the_metric_searched(metric: Metric) -> None:
     gm, samples = block()
     before = sum(BruteForce(gm, samples, metric).losses().values())
     result = search(gm, samples, metric=metric)
-    assert result.skips == () and result.changed > 10
+    assert result.notes == () and result.changed > 10
     # By column the cosine has another meaning than by row, the one that is measured.
     limit = 1.0 if metric is Metric.COSINE else 0.9
     assert sum(BruteForce(gm, samples, metric).losses().values()) < limit * before
@@ -175,7 +175,7 @@ def test_rounded_weights_leave_no_mean_error(name: str) -> None:
     before = (outputs(gm, x).mean(0) - exact).abs().max()
     result = run_passes(gm, [CorrectBias(samples)])["CorrectBias"]
     after = (outputs(gm, x).mean(0) - exact).abs().max()
-    assert result.changed == 1 and result.skips == ()
+    assert result.changed == 1 and result.notes == ()
     assert float(after) < 1e-5 < 1e-3 < float(before)
 
 
@@ -250,7 +250,7 @@ def test_the_report_tells_what_was_not_searched(vit: nn.Module) -> None:
     rule = Rule(path=".*fc1", arg="input", spec=TensorSpec(granularity=Granularity.CHANNEL))
     policy = RECIPES["ptq4vit"].with_rules(rule)
     notes = fxquant.compile(vit, batches(16), policy).report.notes
-    assert [(name, site) for name, site, _ in notes if name == "SearchScales"] == [
+    assert [(n.step, n.site) for n in notes if n.step == "SearchScales"] == [
         ("SearchScales", "blocks_0_mlp_fc1__input")
     ]
 

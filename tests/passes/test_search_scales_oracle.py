@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fxquant import policies, testing
-from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.observe import observe
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.demo.glyphs import GlyphDataset
@@ -160,7 +160,7 @@ def test_default_rows_and_stride_come_close_in_a_trained_block() -> None:
     whole = with_observers(*policies.ptq4vit(4, 4).rules, model=part, x=x, seed=False)
     every = ScaleSearch(rows=2048, stride=1, rounds=1, memory_bytes=1 << 32)
     usual = replace(every, rows=ScaleSearch().rows, stride=ScaleSearch().stride)
-    samples = {s: sample_products(whole, [(x, None)], s)[0] for s in (every, usual)}
+    samples = {s: observe(whole, [(x, None)], s).samples for s in (every, usual)}
     run_passes(whole, [Freeze()])
     losses = []
     for search in (every, usual):

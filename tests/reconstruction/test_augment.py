@@ -23,6 +23,7 @@ from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import augment, steps, training
 from fxquant.reconstruction.augment import augmented, fresh, made_in_folds
 from fxquant.reconstruction.blockwise import BlockwiseRunner
+from fxquant.reconstruction.image_split import split_images
 from fxquant.testing import relative_error, seeded
 from tests.helpers.towers import BATCH, SHORT, Tower, frozen, reconstruct
 
@@ -108,14 +109,14 @@ def test_what_is_no_image_is_mixed_alone(count: int, seed: int) -> None:
 def test_the_float_network_says_what_new_images_should_give() -> None:
     gm = frozen()
     model = seeded(Tower())
-    station = next(iter(BlockwiseRunner(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)))
+    context = next(iter(BlockwiseRunner(gm, BATCH).walk(gm, (whole_network(gm),), "walk", 1 << 20)))
     torch.manual_seed(0)
-    made = fresh(station, torch.tensor([3, 1]), 11)
+    made = fresh(context, torch.tensor([3, 1]), 11)
     everything = slice(0, 11)
-    ((_, x),) = made.given.get(everything, station.device).items()
-    ((_, y),) = made.target.get(everything, station.device).items()
+    ((_, x),) = made.quantized_inputs.get(everything, context.device).items()
+    ((_, y),) = made.float_outputs.get(everything, context.device).items()
     assert made.count == len(x) == 11
-    assert station.given.bytes_per_image == x[0].numel() * 4
+    assert context.quantized_inputs.bytes_per_image == x[0].numel() * 4
     assert torch.allclose(model(x), y, atol=1e-5)
 
 
@@ -127,8 +128,8 @@ def test_new_images_bring_the_outputs_nearer(held_out: float) -> None:
         before = (gm(BATCH) - exact).square().mean()
         result = reconstruct(gm, **NETWORK, augment=True, held_out=held_out)
         assert (gm(BATCH) - exact).square().mean() < before
-    (gain,) = result.gains
-    assert gain.ratio < 1
+    (gain,) = result.comparisons
+    assert gain.error_ratio < 1
 
 
 def test_images_are_made_anew_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +157,10 @@ def test_where_no_image_is_held_out_made_ones_judge(
     seen: list[torch.Tensor] = []
     real = training.image_losses
 
-    def looked(block: Any, station: Any, criterion: Any, index: torch.Tensor) -> torch.Tensor:
-        ((_, x),) = station.given.get(index, station.device).items()
+    def looked(block: Any, context: Any, criterion: Any, index: torch.Tensor) -> torch.Tensor:
+        ((_, x),) = context.quantized_inputs.get(index, context.device).items()
         seen.append(x)
-        return real(block, station, criterion, index)
+        return real(block, context, criterion, index)
 
     monkeypatch.setattr(training, "image_losses", looked)
     reconstruct(frozen(), **NETWORK, augment=True, held_out=held_out, iterations=8)
@@ -220,8 +221,8 @@ def test_a_step_without_a_finite_loss_is_not_taken(monkeypatch: pytest.MonkeyPat
         return augmented(x) * (float("nan") if next(calls) == 3 else 1.0)
 
     monkeypatch.setattr(steps, "augmented", spoilt)
-    (gain,) = reconstruct(frozen(), **NETWORK, augment=True, held_out=0.25).gains
-    assert gain.ratio < 1
+    (gain,) = reconstruct(frozen(), **NETWORK, augment=True, held_out=0.25).comparisons
+    assert gain.error_ratio < 1
     assert next(calls) == 25
 
 
@@ -232,7 +233,8 @@ def test_progress_has_the_loss(
     monkeypatch.setattr("fxquant.utils.progress.LINE_SECONDS", -1.0)
     gm = frozen()
     options = Reconstruction(**{**SHORT, **NETWORK, "augment": True, "held_out": 0.0})
-    run_passes(gm, [Reconstruct(BlockwiseRunner(gm, BATCH, progress=True), options)])
+    split = split_images(len(BATCH), options)
+    run_passes(gm, [Reconstruct(BlockwiseRunner(gm, BATCH, progress=True), options, split)])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("reconstruct, loss x 1.000: 0/25, ")
     found = {float(line.split("loss x ")[1].split(":")[0]) for line in lines}
@@ -285,11 +287,11 @@ def test_work_bounds_the_steps() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "_Run", Counted)
-            result = run_passes(gm, [Reconstruct(BlockwiseRunner(gm, BATCH), options)])[
-                "Reconstruct"
-            ]
+            split = split_images(len(BATCH), options)
+            item = Reconstruct(BlockwiseRunner(gm, BATCH), options, split)
+            result = run_passes(gm, [item])["Reconstruct"]
         if not steps:
-            (skip,) = result.skips
+            (skip,) = result.notes
             assert "raise max_macs, or set it to None" in skip.reason
         return len(steps)
 

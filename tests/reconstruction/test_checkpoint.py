@@ -38,7 +38,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
     monkeypatch.setattr(reconstruct_pass, "train_block", real)
     again = frozen()
     result = reconstruct(again, tmp_path, drop=0.5)
-    assert result.changed + len(result.skips) == 4
+    assert result.changed + len(result.notes) == 4
     assert torch.equal(again(BATCH), whole(BATCH))
     resumed = frozen()
     reconstruct(resumed, tmp_path, drop=0.5)

@@ -16,6 +16,7 @@ from fxquant.graph.blocks import find_blocks, whole_network
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction import steps, training
 from fxquant.reconstruction.blockwise import BlockContext, BlockwiseRunner
+from fxquant.reconstruction.image_split import ImageSplit
 from fxquant.reconstruction.losses import Criterion, criterion, measure
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch
 from fxquant.reconstruction.trained_block import TrainedBlock
@@ -30,10 +31,10 @@ def setup(folder: Path, **more: Any) -> Setup:
     gm = frozen()
     whole = options.block_loss != "feature"
     sides, blocks = BlockwiseRunner(gm, BATCH), (whole_network(gm),) if whole else find_blocks(gm)
-    station = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
+    context = next(iter(sides.walk(gm, blocks, "walk", 1 << 20)))
     measured = measure(sides.teacher(), blocks, BATCH, options, folder)
-    loss = criterion(options, measured, station)
-    return TrainedBlock(gm, station, options, torch.Generator()), station, loss, options
+    loss = criterion(options, measured, context)
+    return TrainedBlock(gm, context, options, torch.Generator()), context, loss, options
 
 
 def low_rank(folder: Path, **more: Any) -> Setup:
@@ -41,8 +42,8 @@ def low_rank(folder: Path, **more: Any) -> Setup:
 
 
 def mean_loss(of: Setup) -> float:
-    block, station, loss, _ = of
-    return float(training.image_losses(block, station, loss, torch.arange(COUNT)).mean())
+    block, context, loss, _ = of
+    return float(training.image_losses(block, context, loss, torch.arange(COUNT)).mean())
 
 
 @contextmanager
@@ -121,11 +122,11 @@ def test_each_parameter_of_a_search_moves_at_its_rate(
 def test_a_search_that_meets_no_finite_gradient_leaves_all_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, station, loss, options = low_rank(tmp_path)
+    block, context, loss, options = low_rank(tmp_path)
     monkeypatch.setattr(block, "settle_ranks", lambda: None)
     before = parameters(block)
     broken = lambda *args: loss(*args) * torch.inf  # noqa: E731
-    steps.search_ranks(block, station, broken, options, 1.0, torch.arange(COUNT))
+    steps.search_ranks(block, context, broken, options, 1.0, torch.arange(COUNT))
     assert all(torch.equal(p, before[name]) for name, p in block.named_parameters())
 
 
@@ -184,10 +185,11 @@ def test_two_images_decide_on_ranks_as_well(tmp_path: Path) -> None:
 
 
 def test_the_features_loss_counts_the_block_twice(tmp_path: Path) -> None:
-    block, station, loss, _ = setup(tmp_path, block_loss="feature")
+    block, context, loss, _ = setup(tmp_path, block_loss="feature")
     everyone = torch.arange(COUNT)
     given, target = (
-        shelf.get(everyone, station.device) for shelf in (station.given, station.target)
+        store.get(everyone, context.device)
+        for store in (context.quantized_inputs, context.float_outputs)
     )
     with torch.no_grad():
         found = block.eval()(given)
@@ -206,12 +208,12 @@ def test_the_features_loss_counts_the_block_twice(tmp_path: Path) -> None:
 def test_a_curriculum_begins_with_the_images_of_the_least_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, station, loss, options = setup(tmp_path, curriculum=0.25, iterations=16)
+    block, context, loss, options = setup(tmp_path, curriculum=0.25, iterations=16)
     everyone = torch.arange(COUNT)
-    easy = training.image_losses(block, station, loss, everyone).argsort()[: COUNT // 4]
+    easy = training.image_losses(block, context, loss, everyone).argsort()[: COUNT // 4]
     with drawn(monkeypatch) as images:
-        train_on = (everyone, everyone)
-        training.train_block(block, station, loss, options, train_on)
+        split = ImageSplit(everyone, everyone)
+        training.train_block(block, context, loss, options, split)
     assert len(images) == 16
     assert set(images[0].tolist()) == set(easy.tolist())
     assert len(torch.cat(images[8:]).unique()) > COUNT // 2

@@ -94,7 +94,7 @@ def test_what_is_chosen_is_annotated_reported_and_exported(tmp_path: Path) -> No
         4, 4, search=ScaleSearch(rows=64, search_region_ratio=True, candidates=20)
     )
     compiled = fxquant.compile(model, [batch], policy)
-    gains = {site: (choice, ratio) for _, site, choice, _, ratio in compiled.report.gains}
+    gains = {item.site: (item.choice, item.error_ratio) for item in compiled.report.comparisons}
     twins = {e.edge: e for e in compiled.plan if e.fed_by in ("softmax", "gelu")}
     assert gains.keys() == twins.keys()
     for name, (choice, ratio) in gains.items():
@@ -108,5 +108,5 @@ def test_what_is_chosen_is_annotated_reported_and_exported(tmp_path: Path) -> No
     compiled.export_onnx(path)  # checks onnxruntime against the simulation
     compiled.save(f"{tmp_path}/saved")
     again = fxquant.load(f"{tmp_path}/saved")
-    assert again.report.gains == compiled.report.gains
+    assert again.report.comparisons == compiled.report.comparisons
     torch.testing.assert_close(again(batch), compiled(batch))

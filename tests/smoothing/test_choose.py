@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant import Policy, Rule, TensorSpec, policies
-from fxquant.calibration.sample_products import sample_products
+from fxquant.calibration.observe import observe
 from fxquant.config.scale_search import Metric, ScaleSearch
 from fxquant.config.vocabulary import Arg
 from fxquant.passes import SmoothWithBias, run_passes
@@ -247,13 +247,13 @@ def test_the_pass_folds_what_was_chosen_and_moves_the_samples() -> None:
     choices = choose_smoothing(gm, batches, search)
     assert choices.folds
     result = run_passes(gm, [SmoothWithBias(choices)])["SmoothWithBias"]
-    assert result.changed == len(choices.folds) == len(result.gains)
-    assert all(gain.ratio <= 0.5 for gain in result.gains)
+    assert result.changed == len(choices.folds) == len(result.comparisons)
+    assert all(gain.error_ratio <= 0.5 for gain in result.comparisons)
     found = gm(tokens(4))
     assert run_passes(gm, [SmoothWithBias(choices)])["SmoothWithBias"].changed == 0
     assert torch.equal(gm(tokens(4)), found)
     assert_same_function(gm, model, tokens(4))
-    drawn, _ = sample_products(gm, batches, search)
+    drawn = observe(gm, batches, search).samples
     assert drawn.keys() == choices.samples.keys()
     for name, sample in choices.samples.items():
         torch.testing.assert_close(sample.lhs, drawn[name].lhs, rtol=1e-3, atol=1e-3)
@@ -266,6 +266,6 @@ def test_nothing_chosen_changes_nothing() -> None:
     names = op_names(gm)
     result = run_passes(gm, [SmoothWithBias(FoldDecisions({}, {"norm": "not smoothed: why"}, {}))])
     assert result["SmoothWithBias"].changed == 0
-    assert result["SmoothWithBias"].skips[0].reason == "not smoothed: why"
+    assert result["SmoothWithBias"].notes[0].reason == "not smoothed: why"
     assert op_names(gm) == names
     assert_same_function(gm, seeded(Block()), tokens())

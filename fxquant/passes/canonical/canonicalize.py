@@ -18,15 +18,16 @@ from fxquant.passes import (
     FoldBatchNorm,
     FoldConstants,
     NameNodes,
+    Note,
+    NoteKind,
     OpenEinsum,
     Pass,
     PassResult,
+    Pipeline,
     ScaleAfterMatmul,
-    Skip,
     SplitAttention,
     SplitProjections,
     ToLinear,
-    run_passes,
 )
 
 # Each pass relies on the passes before it: data movement has one name each; attention and einsum
@@ -71,16 +72,18 @@ class FloatModel:
 
 
 @torch.no_grad()
-def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResult], FloatModel]:
-    """Runs the canonical passes, and checks that the function is unchanged.
+def canonicalize(pipeline: Pipeline, images: Tensor) -> FloatModel:
+    """Runs the passes, and checks that the function stays the same.
+
+    Notes on the model itself are recorded as those of step ``capture``, whose
+    phase all this is in.
 
     Args:
-        gm: as captured, in stage FLOAT; edited in place.
-        images: a few images ``(B, …)``, on any device.
+        pipeline: with a graph as captured, in stage FLOAT.
+        images: a few, ``(B, …)``, on any device.
 
     Returns:
-        Results of the passes by name, with notes on the model under ``capture``; and the float
-        model.
+        The images on the graph's device with the float outputs, for the report.
 
     Raises:
         BatchError: the model does not run on the images.
@@ -88,29 +91,33 @@ def canonicalize(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, PassResu
         NonFiniteError: an output is NaN.
         PassError: a pass changed the function.
     """
-    images = images.to(device_of(gm))
-    before, again = _outputs(gm, images), _outputs(gm, images)
-    if any(bool(value.isnan().any()) for value in before):
-        raise NonFiniteError(
-            "the float model itself outputs NaN for the first calibration images: check its "
-            "weights and the image normalisation"
-        )
-    if any(not torch.equal(old, new) for old, new in zip(before, again, strict=True)):
-        raise CaptureError(
-            "the model gives other outputs when run again: it draws random numbers or changes a "
-            "buffer in eval mode, and cannot be compiled in this way: turn that off"
-        )
-    notes = [Skip(path, HOOKS_NOTE) for path in HOOKED_MODULES.get(gm) or ()]
-    notes += [Skip("model", note) for note in _notes_of_batches(gm, images, before)]
-    results = {"capture": PassResult(0, tuple(notes))} | run_passes(gm, CANONICAL)
-    for old, new in zip(before, _outputs(gm, images), strict=True):
-        error = _difference(old, new)
-        if not error < _MAX_DIFFERENCE:
-            raise PassError(
-                f"the canonical graph differs from the captured one by {error:.1e} of its largest "
-                "output. This is a bug; please report it with the model's definition"
+    gm = pipeline.gm
+    with pipeline.phase("capture", shown=True):
+        images = images.to(device_of(gm))
+        before, again = _outputs(gm, images), _outputs(gm, images)
+        if any(bool(value.isnan().any()) for value in before):
+            raise NonFiniteError(
+                "the float model itself outputs NaN for the first calibration images: check its "
+                "weights and the image normalisation"
             )
-    return results, FloatModel(images, before, float_bytes(gm))
+        if any(not torch.equal(old, new) for old, new in zip(before, again, strict=True)):
+            raise CaptureError(
+                "the model gives other outputs when run again: it draws random numbers or changes "
+                "a buffer in eval mode, and cannot be compiled so: turn that off"
+            )
+        notes = [Note(NoteKind.MODEL, path, HOOKS_NOTE) for path in HOOKED_MODULES.get(gm) or ()]
+        notes += [Note(NoteKind.MODEL, "model", r) for r in _notes_of_batches(gm, images, before)]
+        pipeline.record("capture", PassResult(0, tuple(notes)))
+        for item in CANONICAL:
+            pipeline.apply(item)
+        for old, new in zip(before, _outputs(gm, images), strict=True):
+            error = _difference(old, new)
+            if not error < _MAX_DIFFERENCE:
+                raise PassError(
+                    f"the canonical graph differs from the captured one by {error:.1e} of its "
+                    "largest output. This is a bug; please report it with the model's definition"
+                )
+    return FloatModel(images, before, float_bytes(gm))
 
 
 def _notes_of_batches(gm: fx.GraphModule, images: Tensor, together: list[Tensor]) -> list[str]:

@@ -17,7 +17,7 @@ from fxquant.graph.dialect import aten, op_kind
 from fxquant.graph.nodes import constant, data_users, operand
 from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import PassResult, skipped
 
 # Operator -> position of eps; both begin (input, weight, bias, mean, var).
 _NORMS: dict[Any, int] = {
@@ -79,14 +79,14 @@ class FoldBatchNorm:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Folds where the fold is exact."""
-        changed, skips = 0, []
+        changed, notes = 0, []
         for norm in [n for n in gm.graph.nodes if n.target in _NORMS]:
             mean = constant(gm, norm.args[3])
             node = _producer(norm, -1 if mean is None else mean.numel())
             if isinstance(node, str):
-                skips.append(Skip(norm.name, f"batch norm stays: {node}"))
+                notes.append(skipped(norm.name, f"batch norm stays: {node}"))
             elif not _fold(gm, norm, node):
-                skips.append(Skip(norm.name, "batch norm stays: a parameter is not a constant"))
+                notes.append(skipped(norm.name, "batch norm stays: a parameter is not a constant"))
             else:
                 outputs = [norm]
                 if norm.target is not aten.batch_norm.default:
@@ -95,4 +95,4 @@ class FoldBatchNorm:
                     output.replace_all_uses_with(operand(norm, 0))
                 changed += 1
         gm.graph.eliminate_dead_code()
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))

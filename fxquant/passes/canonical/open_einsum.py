@@ -21,7 +21,7 @@ from torch import SymInt, fx
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.dialect import aten
 from fxquant.graph.rewrite import emit
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import Note, NoteKind, PassResult
 
 _Call = Callable[..., fx.Node]
 
@@ -123,15 +123,15 @@ class OpenEinsum:
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rewrites every einsum that is a matrix product."""
-        changed, skips = 0, []
+        changed, notes = 0, []
         for node in [n for n in gm.graph.nodes if n.target is aten.einsum.default]:
             plan = _plan(str(node.args[0]), len(node.args[1]))
             if isinstance(plan, str):
-                skips.append(Skip(node.name, f"left float: {plan}"))
+                notes.append(Note(NoteKind.UNSUPPORTED, node.name, f"left float: {plan}"))
                 continue
             with gm.graph.inserting_before(node):
                 new = _rewrite(gm, node, plan)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
             changed += 1
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))

@@ -27,7 +27,7 @@ from fxquant.graph.nodes import data_users, evaluate_moves
 from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.graph.shapes import example_shape
-from fxquant.passes.base import PassResult, Skip
+from fxquant.passes.base import PassResult, skipped
 
 # Data movement that can drop a part of its input: where branches of a packed projection begin.
 _SELECTS = {
@@ -165,7 +165,7 @@ class SplitProjections:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Splits every packed projection with constant weights."""
-        changed, skips = 0, []
+        changed, notes = 0, []
         pending = [n for n in gm.graph.nodes if n.target is aten.linear.default]
         for linear in pending:
             leaves = _leaves(linear)
@@ -173,13 +173,13 @@ class SplitProjections:
                 continue
             projections = _split(gm, linear, leaves)
             if isinstance(projections, str):
-                skips.append(Skip(linear.name, f"the packed projection stays: {projections}"))
+                notes.append(skipped(linear.name, f"the packed projection stays: {projections}"))
             else:
                 changed += 1
                 pending += projections  # each may be packed too
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
-        return PassResult(changed, tuple(skips))
+        return PassResult(changed, tuple(notes))
 
 
 def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> list[fx.Node] | str:

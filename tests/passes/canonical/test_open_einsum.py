@@ -58,5 +58,5 @@ def test_an_einsum_that_is_a_product_becomes_one(equation: str) -> None:
 def test_an_einsum_that_is_no_product_stays_and_says_why(equation: str, reason: str) -> None:
     model = Einsum(equation)
     gm = capture(seeded(model), tokens() if "nn" not in equation else tokens()[:, :, :TOKENS])
-    (skip,) = run_passes(gm, [OpenEinsum()])["OpenEinsum"].skips
+    (skip,) = run_passes(gm, [OpenEinsum()])["OpenEinsum"].notes
     assert reason in skip.reason and "einsum" in op_names(gm)

@@ -63,7 +63,7 @@ def test_batch_norm_folds_into_a_convolution(bias: bool, groups: int, affine: bo
     model = seeded(testing.ConvNorm(bias=bias, groups=groups, affine=affine))
     gm, result = assert_pass(model, images(), FoldBatchNorm(), changed=1)
     assert op_names(gm) == ["conv2d", "relu"]
-    assert result.skips == ()
+    assert result.notes == ()
 
 
 def test_batch_norm_folds_into_a_linear_over_flattened_tokens() -> None:
@@ -127,7 +127,7 @@ class Shared(nn.Module):
 )
 def test_batch_norm_stays_and_says_why(model: nn.Module, x: Tensor, reason: str) -> None:
     gm, result = assert_pass(seeded(model), x, FoldBatchNorm(), before=[DropNoOps()], changed=0)
-    (skip,) = result.skips
+    (skip,) = result.notes
     assert skip.reason.startswith("batch norm stays: ") and reason in skip.reason
     assert "batch_norm" in op_names(gm)
 
@@ -154,7 +154,7 @@ def test_each_packing_is_split(attention: Callable[[], nn.Module], parts: int) -
     )
     assert op_names(gm).count("linear") == parts
     assert not {"unbind", "split", "split_with_sizes", "chunk"} & set(op_names(gm))
-    assert result.skips == ()
+    assert result.notes == ()
 
 
 def test_vit_of_timm_is_split(vit: nn.Module) -> None:
@@ -274,7 +274,7 @@ def test_a_projection_stays_and_says_why(
     unpack: Callable[[Tensor], Tensor], x: Tensor, reason: str
 ) -> None:
     gm, result = assert_pass(seeded(Packed(unpack)), x, SplitProjections(), changed=0)
-    (skip,) = result.skips
+    (skip,) = result.notes
     assert skip.reason.startswith("the packed projection stays: ") and reason in skip.reason
     assert op_names(gm).count("linear") == 1
 
@@ -283,7 +283,7 @@ def test_a_linear_that_is_not_packed_is_no_site() -> None:
     _, result = assert_pass(
         seeded(Packed(lambda y: y.relu().unbind(-1)[0])), tokens(), SplitProjections(), changed=0
     )
-    assert result.skips == ()
+    assert result.notes == ()
 
 
 def test_the_parts_hold_the_rows_of_the_packed_weight() -> None:

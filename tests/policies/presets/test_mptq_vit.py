@@ -35,7 +35,7 @@ def test_all_parts_together_leave_by_every_way(tmp_path: Path) -> None:
         model.fc1.weight[:, 0] /= 60
     compiled = fxquant.compile(model, [BATCH], MIXED)
     assert compiled.report.changes["SmoothWithBias"] > 0
-    assert {gain[0] for gain in compiled.report.gains} == {"SmoothWithBias", "SearchScales"}
+    assert {item.step for item in compiled.report.comparisons} == {"SmoothWithBias", "SearchScales"}
     products = [e.spec for e in compiled.plan if e.op in ("linear", "matmul") and e.spec]
     assert len({spec.bits for spec in products}) > 1
     assert compiled.report.allocation is not None

@@ -1,4 +1,4 @@
-"""Runs a graph over data."""
+"""Runs a model over batches; errors in it name the images that it did not take."""
 
 from __future__ import annotations
 
@@ -9,35 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.config.vocabulary import Stage
-from fxquant.errors import BatchError, PassError
+from fxquant.errors import BatchError
 from fxquant.graph.capture import device_of
-from fxquant.graph.nodes import stage
-
-
-def calibrate(gm: fx.GraphModule, batches: Iterable[Tensor]) -> int:
-    """Shows every batch to the observers of a graph; keeps none of them.
-
-    Args:
-        gm: in stage OBSERVED.
-        batches: images ``(B, …)`` each, moved to the device of the graph.
-
-    Returns:
-        Number of images seen.
-
-    Raises:
-        BatchError: the model does not take the images.
-        NonFiniteError: an activation holds NaN or infinity.
-        PassError: the graph is in another stage.
-    """
-    if stage(gm) is not Stage.OBSERVED:
-        raise PassError(f"calibrate takes stage OBSERVED, got {stage(gm).name}")
-    return run_batches(gm, gm, batches)
 
 
 @contextmanager
 def errors_as_input_error(images: Tensor) -> Iterator[None]:
-    """Says of an error in a run of the model which images it did not take.
+    """Names the images in an error that a run of the model raises.
 
     Raises:
         BatchError: instead of the error.

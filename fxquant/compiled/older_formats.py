@@ -1,0 +1,51 @@
+"""Saved configurations of older versions, brought to today's format.
+
+Format 4 (version 0.1): specs of edges stood in the plan of the report alone; notes were
+``[pass, site, reason]``, comparisons ``[pass, site, choice, measure, ratio]`` under ``gains``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxquant.graph.notes import NoteKind
+
+READABLE = (4, 5)
+
+
+def to_current_format(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of any readable format in that of today.
+
+    Args:
+        config: as read; not changed, since digests are taken of it.
+    """
+    if config["format"] != 4:
+        return config
+    report = dict(config["report"])
+    plan = report["plan"]
+    report["notes"] = [
+        {"kind": _kind(step, site, reason), "site": site, "reason": reason, "step": step}
+        for step, site, reason in report["notes"]
+    ]
+    report["comparisons"] = [
+        {"site": site, "choice": choice, "measure": measure, "error_ratio": ratio, "step": step}
+        for step, site, choice, measure, ratio in report.pop("gains", ())
+    ]
+    report.setdefault("allocation", None)
+    specs = {entry["edge"]: entry["spec"] for entry in plan if entry["spec"] is not None}
+    return {**config, "format": READABLE[-1], "specs": specs, "report": report}
+
+
+def _kind(step: str, site: str, reason: str) -> NoteKind:
+    """The kind of a note of format 4, which had none: by its pass and its words."""
+    if step == "capture":
+        return NoteKind.MODEL
+    if step == "OpenEinsum":
+        return NoteKind.UNSUPPORTED
+    if step != "AssignSpecs":
+        return NoteKind.SKIPPED
+    if site.startswith("rule "):
+        return NoteKind.RULE
+    if "has no quantized form" in reason:
+        return NoteKind.UNSUPPORTED
+    return NoteKind.FLOAT if reason.startswith("left float") else NoteKind.ADJUSTED

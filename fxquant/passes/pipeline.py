@@ -1,0 +1,189 @@
+"""The runner of passes: checks each against its contract, and keeps results and times."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor, fx, nn
+
+from fxquant.errors import FxQuantError, PassError
+from fxquant.graph.capture import capture
+from fxquant.graph.meta import STAGE
+from fxquant.graph.nodes import stage
+from fxquant.graph.verify import verify
+from fxquant.passes.base import Comparison, Note, Pass, PassResult
+from fxquant.utils.progress import track, working
+
+# Called with the name of a pass and the graph that it left.
+OnPass = Callable[[str, fx.GraphModule], object]
+T = TypeVar("T")
+
+
+class Pipeline:
+    """A graph on its way through the passes.
+
+    Args:
+        gm: the graph, edited in place.
+        progress: show the progress of long steps on stderr.
+        on_pass: called with the name of each pass that has run, and the graph.
+
+    Attributes:
+        gm: the graph.
+        progress: as given; passes that take long take it as an option.
+        results: result of each pass that has run, in order, by class name; two of one class are
+            not told apart.
+        seconds: phase -> wall time so far.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, progress: bool = False, on_pass: OnPass | None = None
+    ) -> None:
+        self.gm, self.progress, self._on_pass = gm, progress, on_pass
+        self.results: dict[str, PassResult] = {}
+        self.seconds: dict[str, float] = {}
+
+    @classmethod
+    def capture(
+        cls, model: nn.Module, images: Tensor, progress: bool = False, on_pass: OnPass | None = None
+    ) -> Pipeline:
+        """A pipeline on the captured graph of a model; its first phase is ``capture``.
+
+        Args:
+            model: in eval mode; not changed.
+            images: a batch ``(B, …)``.
+            progress: as for the class.
+            on_pass: as for the class.
+
+        Raises:
+            CaptureError: the model cannot be captured.
+        """
+        start = time.perf_counter()
+        with working("capture", enabled=progress):
+            pipeline = cls(capture(model, images), progress, on_pass)
+        pipeline.seconds["capture"] = time.perf_counter() - start
+        return pipeline
+
+    def apply(self, item: Pass, phase: str | None = None) -> PassResult:
+        """Runs a pass, then lints, recompiles and verifies the graph.
+
+        Args:
+            item: the pass.
+            phase: where its time counts; None where it runs inside of a :meth:`phase`.
+
+        Raises:
+            PassError: the pass requires another stage than the graph is in, or fails.
+            VerifyError: the pass broke the graph.
+        """
+        if phase is not None:
+            with self.phase(phase):
+                return self.apply(item)
+        name = type(item).__name__
+        result = _run(item, self.gm, self.results)
+        self.record(name, result)
+        if self._on_pass is not None:
+            self._on_pass(name, self.gm)
+        return self.results[name]
+
+    def record(self, step: str, result: PassResult) -> None:
+        """Keeps the result of a step, whose name its notes and comparisons get."""
+        self.results[step] = replace(
+            result,
+            notes=tuple(replace(note, step=step) for note in result.notes),
+            comparisons=tuple(replace(item, step=step) for item in result.comparisons),
+        )
+
+    def preview(self, item: Pass) -> fx.GraphModule:
+        """The graph as a pass would leave it: a copy that shares the parameters.
+
+        Raises:
+            PassError: the pass requires another stage than the graph is in, or fails.
+            VerifyError: the pass broke the graph.
+        """
+        gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
+        gm.meta = dict(self.gm.meta)
+        _run(item, gm, self.results)
+        return gm
+
+    @contextmanager
+    def phase(self, name: str, *, shown: bool = False) -> Iterator[None]:
+        """Adds the wall time of its body to ``seconds[name]``.
+
+        Args:
+            name: of the phase.
+            shown: show it as under way where progress is shown, for steps that show none.
+        """
+        start = time.perf_counter()
+        try:
+            with working(name, enabled=shown and self.progress):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+        """The items, with the progress through them on stderr where it is shown.
+
+        Args:
+            items: what to go through.
+            label: name of the step.
+            total: number of items.
+        """
+        return track(items, label=label, total=total, enabled=self.progress)
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """The notes of all steps, in order."""
+        return tuple(note for result in self.results.values() for note in result.notes)
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The comparisons of all steps, in order."""
+        return tuple(item for result in self.results.values() for item in result.comparisons)
+
+
+def _run(item: Pass, gm: fx.GraphModule, before: Iterable[str]) -> PassResult:
+    """Runs a pass; the names of the steps before it are for its errors."""
+    name, already = type(item).__name__, ", ".join(before) or "none"
+    if stage(gm) is not item.requires:
+        raise PassError(
+            f"{name} takes a graph in stage {item.requires.name}, got {stage(gm).name}; "
+            f"already run: {already}"
+        )
+    try:
+        result = item.run(gm)
+        STAGE.set(gm, item.ensures)
+        gm.graph.lint()
+    except FxQuantError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise PassError(
+            f"{name} failed ({type(error).__name__}: {error}); already run before it: "
+            f"{already}. Please report this with the model's definition"
+        ) from error
+    gm.recompile()
+    verify(gm)
+    return result
+
+
+def run_passes(gm: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, PassResult]:
+    """Runs passes in order on a graph, as a :class:`Pipeline` does.
+
+    Args:
+        gm: edited in place.
+        passes: in order; two of one class in one call are not told apart in the result.
+
+    Returns:
+        Result of each pass, by class name.
+
+    Raises:
+        PassError: a pass requires another stage than the graph is in, or fails.
+        VerifyError: a pass broke the graph.
+    """
+    pipeline = Pipeline(gm)
+    for item in passes:
+        pipeline.apply(item)
+    return pipeline.results
