@@ -145,7 +145,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(
     def capture(*_: Any) -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("fxquant.compiler.capture", capture)
+    monkeypatch.setattr("fxquant.passes.pipeline.capture", capture)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file is a file; choose another folder"):
         fxquant.compile(
