@@ -61,7 +61,7 @@ def test_a_block_goes_on_from_its_last_look(
 ) -> None:
     whole = frozen()
     reconstruct(whole, **options)
-    real, looks, steps = training._Run.judge, [], []
+    real, looks, steps = training._Run.look, [], []
 
     def interrupted(run: training._Run, loss: float) -> None:
         real(run, loss)
@@ -69,12 +69,12 @@ def test_a_block_goes_on_from_its_last_look(
         if len(looks) == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "judge", interrupted)
+    monkeypatch.setattr(training._Run, "look", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reconstruct(frozen(), tmp_path, **options)
     (folder,) = tmp_path.iterdir()
     assert [path.name for path in folder.iterdir()] == ["block-0.training"]
-    monkeypatch.setattr(training._Run, "judge", real)
+    monkeypatch.setattr(training._Run, "look", real)
     take = training._Run.take
     monkeypatch.setattr(
         training._Run, "take", lambda run, images: (steps.append(run.step), take(run, images))
@@ -145,7 +145,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(
     def capture(*_: Any) -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("fxquant.compiler.capture", capture)
+    monkeypatch.setattr("fxquant.passes.pipeline.capture", capture)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file is a file; choose another folder"):
         fxquant.compile(
