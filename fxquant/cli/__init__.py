@@ -1,6 +1,6 @@
-"""The command line: what runs, exit codes, and how errors are shown.
+"""The command line: dispatch of commands, exit codes, display of errors.
 
-Exit codes: 0 success, 1 ``doctor`` found the file wrong, 2 an error, 130 interrupted.
+Exit codes: 0 success, 1 ``doctor`` reports a wrong file, 2 an error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fxquant.cli.arguments import build_parser
 from fxquant.errors import FxQuantError
 from fxquant.utils.log import show_log
 
-GOES_ON = (
-    ": the same command takes up a search of widths or a training where it stopped, other steps "
-    "begin anew"
+RESUME_HINT = (
+    ": the same command continues a search of widths or a training where it stopped, other steps "
+    "start again"
 )
 
 
@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: arguments without the program's name; those of the process if None.
+        argv: arguments without the program's name; None uses the process's arguments.
 
     Returns:
         The exit code.
     """
-    usual = argparse.Namespace(debug=False, verbose=False, threads=None)
-    options = build_parser().parse_args(argv, usual)
+    defaults = argparse.Namespace(debug=False, verbose=False, threads=None)
+    options = build_parser().parse_args(argv, defaults)
     if options.verbose:
         show_log()
     try:
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = options.command == "compile"  # from the losses and blocks in its cache
-        print(f"interrupted{GOES_ON if goes_on else ''}", file=sys.stderr)
+        resumes = options.command == "compile"  # from the losses and blocks in its cache
+        print(f"interrupted{RESUME_HINT if resumes else ''}", file=sys.stderr)
         return 130
 
 

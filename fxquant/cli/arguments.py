@@ -1,4 +1,4 @@
-"""The arguments of each command."""
+"""Arguments of each command."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _DATA_HELP = "folder of images, or `demo` for the built-in glyph images"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    # Global options may stand before or after the command; a default would undo the former.
+    """Builds the parser of all commands."""
+    # Global options may come before or after the command; a default of the latter would override.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--verbose", action="store_true", help="log what is done on stderr")
@@ -37,14 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def budget_of(options: argparse.Namespace) -> Budget | None:
-    """The budget asked for on the command line, if any.
+    """The budget of the command line; None where no cost is bounded.
 
     Raises:
-        PolicyError: it is malformed.
+        PolicyError: a bound is not a positive number.
     """
     limits = {str(cost): getattr(options, cost, None) for cost in Cost}
-    given = {cost: limit for cost, limit in limits.items() if limit is not None}
-    return Budget(**given) if given else None
+    bounded = {cost: limit for cost, limit in limits.items() if limit is not None}
+    return Budget(**bounded) if bounded else None
 
 
 def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -62,7 +62,9 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     weights.add_argument("--pretrained", action="store_true", help="download the weights")
     weights.add_argument(
-        "--random-weights", action="store_true", help="no weights: to try out speed and coverage"
+        "--random-weights",
+        action="store_true",
+        help="random weights: to try out speed and coverage",
     )
     parser.add_argument(
         "--model-arg",
@@ -77,8 +79,8 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         type=_count,
-        help="calibration images (32; 1024 with policies that train on so many that some are held "
-        "out: best with effort minutes or hours, aiqvit)",
+        help="number of calibration images (32; 1024 with policies that hold some out for "
+        "validation: best with effort minutes or hours, aiqvit)",
     )
     parser.add_argument("--batch-size", type=_count, default=8)
     parser.add_argument(
@@ -87,7 +89,10 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     _add_preset_options(parser)
     _add_budget(parser)
     parser.add_argument(
-        "--seed", type=int, default=0, help="for the choice of images, and random weights (0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of chosen images and of random weights (0)",
     )
     parser.add_argument(
         "--target", default="auto", help="CPUs that the ONNX file is for (auto: this machine's)"
@@ -108,24 +113,24 @@ def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=("torch", "onnx", "integer"),
-        help="torch simulates; the default is onnx, or torch for a folder without model.onnx",
+        help="torch simulates; the default is onnx, or torch in a folder without model.onnx",
     )
-    parser.add_argument("--images", type=_count, help="as many, chosen by --seed (all)")
+    parser.add_argument("--images", type=_count, help="number of images, chosen by --seed (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=_count, default=8)
-    parser.add_argument("--model", help="take the preprocessing of this timm or torchvision model")
+    parser.add_argument("--model", help="use the preprocessing of this timm or torchvision model")
     _add_preprocessing(parser)
 
 
 def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
-        "doctor", parents=[common], help="what onnxruntime makes of a quantized ONNX file"
+        "doctor", parents=[common], help="check how onnxruntime runs a quantized ONNX file"
     )
     parser.add_argument("path", type=Path, metavar="FILE.onnx")
     parser.add_argument("--data", metavar="FOLDER", help=f"{_DATA_HELP} (random numbers)")
     parser.add_argument("--images", type=_count, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", help="take the preprocessing of this timm or torchvision model")
+    parser.add_argument("--model", help="use the preprocessing of this timm or torchvision model")
     _add_preprocessing(parser)
 
 
@@ -133,7 +138,7 @@ def _add_pareto(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "pareto",
         parents=[common],
-        help="loss against cost, by the sensitivities of a model compiled with a budget",
+        help="plot loss against cost, from the sensitivities of a model compiled with a budget",
     )
     parser.add_argument("path", type=Path, metavar="DIR", help="folder from compile")
     parser.add_argument(
@@ -143,13 +148,13 @@ def _add_pareto(commands: Any, common: argparse.ArgumentParser) -> None:
         "--steps",
         type=_count,
         default=25,
-        help="budgets, from the least cost to the most (25)",
+        help="number of budgets from the least to the largest cost (25)",
     )
 
 
 def _add_policies(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("policies", parents=[common], help="list or print the presets")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one as YAML")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this preset as YAML")
     parser.add_argument("--describe", action="store_true", help="explain it instead")
     _add_preset_options(parser)
 
@@ -160,14 +165,14 @@ def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="glyph_vit", help="glyph_vit or glyph_swin")
     parser.add_argument("--images", type=_count, default=1000, help="test images (1000)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the files here")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to keep the files in")
 
 
 def _add_preset_options(parser: argparse.ArgumentParser) -> None:
-    """Those in ``PRESET_OPTIONS``."""
-    for kind, of in (("weight", "weights"), ("act", "activations")):
+    """Adds the options in ``PRESET_OPTIONS``."""
+    for kind, tensors in (("weight", "weights"), ("act", "activations")):
         parser.add_argument(
-            f"--{kind}-bits", type=_count, metavar="N", help=f"width of the preset's {of} (8)"
+            f"--{kind}-bits", type=_count, metavar="N", help=f"width of the preset's {tensors} (8)"
         )
     parser.add_argument(
         "--end-bits",
@@ -178,22 +183,22 @@ def _add_preset_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--effort",
         choices=[str(effort) for effort in Effort],
-        help="how long preset best may take (default: seconds); below 8 bits effort seconds trains "
-        "scales of small networks, minutes and hours weights as well, on hundreds of --images",
+        help="time that preset best may take (seconds); below 8 bits seconds trains the scales of "
+        "small networks, minutes and hours train weights as well, on hundreds of --images",
     )
     parser.add_argument(
         "--full",
         action="store_true",
         default=None,
-        help="the preset quantizes what stands between products as well",
+        help="also quantize norms, softmax, activation functions and additions",
     )
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "mixed precision", "each edge gets a width so that the loss is least within a budget"
+        "mixed precision", "each edge gets its own width, for the least loss within a budget"
     )
-    for cost, of in (
+    for cost, meaning in (
         (Cost.MEAN_BITS, "mean width of all weights and activations"),
         (Cost.MEAN_WEIGHT_BITS, "mean width of the weights"),
         (Cost.MEAN_ACT_BITS, "mean width of the activations of one image"),
@@ -201,20 +206,24 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         (Cost.BITOPS, "multiplications times both widths, for one image"),
     ):
         option = f"--{cost.replace('_', '-')}"
-        group.add_argument(option, type=float, metavar="X", help=f"at most X: {of}")
+        group.add_argument(option, type=float, metavar="X", help=f"upper bound: {meaning}")
     group.add_argument(
         "--allocate",
         choices=[str(method) for method in Method],
-        help="(the preset's own, else exact)",
+        help="method (that of the preset, otherwise exact)",
     )
 
 
 def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("preprocessing", "instead of the model's own")
+    group = parser.add_argument_group("preprocessing", "replaces the model's own")
     group.add_argument("--image-size", type=_count, metavar="PIXELS", help="height and width")
     for name in ("mean", "std"):
         group.add_argument(
-            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help="of values in 0..1"
+            f"--{name}",
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{name} of values in 0..1",
         )
 
 

@@ -1,4 +1,4 @@
-"""Weights out of the files that people have."""
+"""Weights from checkpoint files of common forms."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fxquant.errors import FileFormatError, ModelError
 
-# Training scripts keep the state dict under one of these; averaged weights (EMA) come first, as
-# in timm, since they are what such a script reports the accuracy of.
+# Keys under which training scripts store the state dict. Averaged weights (EMA) come first, as in
+# timm, since such scripts report the accuracy of these.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Prefixes that DistributedDataParallel and torch.compile put before each name.
 _PREFIXES = ("module.", "_orig_mod.")
-_SHOWN = 3
+# Number of parameters named in a message.
+_NAMED = 3
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -48,16 +49,17 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint; errors as in :func:`load_checkpoint`."""
-    found: Any = _read(path)
-    while isinstance(found, Mapping):
-        inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+    content: Any = _read(path)
+    while isinstance(content, Mapping):
+        inner = next((content[k] for k in WRAPPERS if isinstance(content.get(k), Mapping)), None)
         if inner is None:
             break
-        found = inner
-    names = list(found) if isinstance(found, Mapping) else []
-    state = {_plain(str(name)): found[name] for name in names if isinstance(found[name], Tensor)}
+        content = inner
+    names = list(content) if isinstance(content, Mapping) else []
+    tensors = {name: content[name] for name in names if isinstance(content[name], Tensor)}
+    state = {_plain(str(name)): tensor for name, tensor in tensors.items()}
     if not state:
-        what = f"a dict with keys {names[:_SHOWN]}" if names else type(found).__name__
+        what = f"a dict with keys {names[:_NAMED]}" if names else type(content).__name__
         raise FileFormatError(
             f"{path} holds no state dict but {what}; expected tensors by name, plain or under "
             f"one of {', '.join(WRAPPERS)}"
@@ -78,7 +80,8 @@ def _read(path: Path) -> Any:
             ) from error
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileFormatError(
-            f"{path} is truncated, unreadable or no checkpoint ({first}); copy or download it again"
+            f"{path} is truncated, unreadable or not a checkpoint ({first}); copy or download it "
+            "again"
         ) from error
 
 
@@ -89,27 +92,27 @@ def _plain(name: str) -> str:
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """How the names and shapes differ from the model's; empty if they do not."""
-    wanted = model.state_dict()
+    """Description of names and shapes that differ from the model's; empty if none do."""
+    expected = model.state_dict()
     shapes = [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
+        for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
     problems = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
         "of another shape": shapes,
     }
     return "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
+        f"{len(names)} {kind} ({', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''})"
         for kind, names in problems.items()
         if names
     )
 
 
 def _convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict in timm's names, where the model's module knows how authors named it."""
+    """The state dict in timm's names, where the model's module can convert the authors' names."""
     convert: Callable[..., dict[str, Tensor]] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
@@ -118,4 +121,4 @@ def _convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         return convert(dict(state), model)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
-        return state  # of no origin that timm knows: the first comparison explains it best
+        return state  # timm cannot convert it: the first comparison explains that best

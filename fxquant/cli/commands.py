@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
 
 ONNX_FILE = "model.onnx"
-# Folder for what a search or a training can be taken up from.
+# Folder of the losses and blocks from which an interrupted search or training continues.
 _CACHE = "cache"
-# Edges named for one reason; quant_config.json has them all.
-_SHOWN = 6
-# Of calibration: as a rule, where a training holds some out, and what it should then have at least.
-_IMAGES, _TRAINING_IMAGES, _FEWEST = 32, 1024, 128
+# Number of edges named for one reason; quant_config.json has all.
+_NAMED_EDGES = 6
+# Number of calibration images: default, default when training holds some out, minimum for training.
+_IMAGES, _TRAINING_IMAGES, _LEAST_TRAINING_IMAGES = 32, 1024, 128
 _FILES = (ONNX_FILE, CONFIG_FILE, WEIGHTS_FILE, PREPROCESSING_FILE)
 
 
@@ -57,13 +57,13 @@ def run_compile(options: Namespace) -> int:
     """``fxquant compile``: quantizes a model and writes it."""
     from fxquant.backends.onnx_qdq.target import resolve_target
 
-    # All that can be wrong is looked at before the work starts.
+    # Arguments are checked before anything takes long.
     source, policy = find_model(options.model), with_budget(policy_of(options), options)
     resolve_target(options.target)
     check_writable(options.out)
     arguments = dict(options.model_arg)
-    own = preprocessing_of(source, image_size_of(arguments))
-    preprocessing = _override(own, options)
+    size = image_size_of(arguments)
+    preprocessing = _override(preprocessing_of(source, size), options)
     trains = policy.reconstruction is not None and policy.reconstruction.held_out > 0
     count = options.images or (_TRAINING_IMAGES if trains else _IMAGES)
     loader = _calibration_loader(options, preprocessing, count)
@@ -74,50 +74,56 @@ def run_compile(options: Namespace) -> int:
     model = build_model(source, weights, arguments)
     images = _read_images(loader, count)
     cache = options.out / _CACHE
-    LOGGER.info("policy %s, %d images, cache %s", policy.name, sum(map(len, images)), cache)
+    image_count = sum(map(len, images))
+    LOGGER.info("policy %s, %d images, cache %s", policy.name, image_count, cache)
     with logged(f"compilation of {source.name}"):
         compiled = compile(model, images, policy, cache=cache, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
-    found = sum(map(len, images))
-    if trains and compiled.report.changes.get("Reconstruct") and found < _FEWEST:
-        print(f"note: it was trained on {found} images; hundreds (--images) train better")
+    if (
+        trains
+        and compiled.report.changes.get("Reconstruct")
+        and image_count < _LEAST_TRAINING_IMAGES
+    ):
+        print(f"note: trained on {image_count} images; hundreds (--images) train better")
     if compiled.report.allocation is not None:
         print(compiled.report.allocation.summary())
     print_left_float(compiled.report)
     print(export)
     print(f"wrote {', '.join(_FILES)} in {options.out}")
     if cache.exists():
-        print(f"{cache} has what the same search or training can be taken from; delete it at will")
+        print(f"the same search or training can continue from {cache}; delete it at will")
     return 0
 
 
 def _calibration_loader(options: Namespace, preprocessing: Preprocessing, count: int) -> Batches:
     if options.data is None and options.model not in DEMO_MODELS:
-        raise DataError("--data is missing: give a folder of images like those the model will see")
+        raise DataError(
+            "--data is missing: give a folder of images like those that the model will see"
+        )
     name = options.data or DEMO
     data = open_data(name, preprocessing, labelled=False, split="calib", count=count)
     return batches(data, count, options.batch_size, options.seed)
 
 
 def _read_images(loader: Batches, count: int) -> list[torch.Tensor]:
-    """Batches read now, so that a damaged file is found before the model is captured."""
+    """Reads all batches, so that a damaged file is reported before the model is captured."""
     images = [batch for batch, _ in track(loader, label="read images", total=len(loader))]
-    found = sum(map(len, images))
-    if found < count:
-        print(f"note: --data has {found} images, {count} were looked for", file=sys.stderr)
+    available = sum(map(len, images))
+    if available < count:
+        print(f"note: --data has {available} images, {count} were asked for", file=sys.stderr)
     return images
 
 
 def write_artifacts(
     compiled: CompiledModel, preprocessing: Preprocessing, folder: Path, target: str = "auto"
 ) -> OnnxExport:
-    """Writes the model's four files, all or none.
+    """Writes the model's four files: all of them, or none.
 
     Args:
-        compiled: the model.
-        preprocessing: of its images.
-        folder: is made.
+        compiled: the compiled model.
+        preprocessing: preprocessing of its images.
+        folder: folder of the files; it is made.
         target: CPUs that the ONNX file is for.
 
     Raises:
@@ -139,17 +145,17 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def print_left_float(report: Report) -> None:
-    """Prints which edges stayed float, by reason."""
+    """Prints the edges that stayed float, by reason."""
     by_reason: dict[str, list[str]] = {}
     for entry in report.left_float:
         by_reason.setdefault(entry.reason or "the policy keeps it float", []).append(entry.edge)
     for reason, names in by_reason.items():
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        print(f"stayed float: {', '.join(names[:_SHOWN])}{more}: {reason}")
+        more = f" and {len(names) - _NAMED_EDGES} more" if len(names) > _NAMED_EDGES else ""
+        print(f"stayed float: {', '.join(names[:_NAMED_EDGES])}{more}: {reason}")
 
 
 def run_eval(options: Namespace) -> int:
-    """``fxquant eval``: accuracy and speed on labelled images."""
+    """``fxquant eval``: measures accuracy and speed on labelled images."""
     runtime, folder = _open_runtime(options.path, options.backend, options.threads)
     preprocessing = _find_preprocessing(folder, options, runtime.image_shape)
     data = open_data(options.data, preprocessing, labelled=True, count=options.images)
@@ -167,7 +173,7 @@ def run_eval(options: Namespace) -> int:
 
 
 def _open_runtime(path: Path, backend: str | None, threads: int | None) -> tuple[Runtime, Path]:
-    """The runtime, and the folder that its preprocessing may be in."""
+    """The runtime, and the folder where its preprocessing may be."""
     if not path.exists():
         raise FileFormatError(f"{path} does not exist; give the folder from compile, or an .onnx")
     if not path.is_dir():
@@ -189,7 +195,7 @@ def _open_runtime(path: Path, backend: str | None, threads: int | None) -> tuple
 def _find_preprocessing(
     folder: Path, options: Namespace, shape: tuple[int, ...] | None
 ) -> Preprocessing:
-    """From ``--model``, else the file beside the model, else the options alone."""
+    """Preprocessing by ``--model``, else by the file next to the model, else by the options."""
     size = shape[-1] if shape is not None and shape[-1] == shape[-2] else None
     if options.model is not None:
         return _override(preprocessing_of(find_model(options.model), size), options)
@@ -207,12 +213,12 @@ def _find_preprocessing(
     return plain_preprocessing(str(options.path), size, options.mean, options.std)
 
 
-def _override(found: Preprocessing, options: Namespace) -> Preprocessing:
-    return found.changed(size=options.image_size, mean=options.mean, std=options.std)
+def _override(preprocessing: Preprocessing, options: Namespace) -> Preprocessing:
+    return preprocessing.changed(size=options.image_size, mean=options.mean, std=options.std)
 
 
 def run_doctor(options: Namespace) -> int:
-    """``fxquant doctor``: exit code 1 if onnxruntime's optimizations change the result."""
+    """``fxquant doctor``: checks a file; exit code 1 if optimizations change its results."""
     from fxquant.backends.onnx_qdq import doctor
 
     images = None

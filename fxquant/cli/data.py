@@ -18,7 +18,7 @@ from fxquant.cli.preprocess import Preprocessing
 from fxquant.errors import DataError
 
 DEMO = "demo"
-# As many glyph images as evaluation reads where nothing else is asked for.
+# Default number of glyph images for evaluation.
 DEMO_IMAGES = 1000
 DEMO_SHAPE = (3, 64, 64)
 Split = Literal["calib", "test"]
@@ -29,12 +29,12 @@ def read_image(path: str | Path) -> Image.Image:
     """Reads an image file as RGB; 16 bits of gray are scaled to 8.
 
     Raises:
-        DataError: it is no image, damaged, or of numbers without a known range; the message names
-            it.
+        DataError: the file is not an image, is damaged, or has numbers of unknown range; the
+            message names it.
     """
     try:
         with Image.open(path) as image:
-            # Pillow would clip all these at 255. Older ones open a PNG of 16 bits as "I".
+            # Pillow would clip these at 255. Older versions open a PNG of 16 bits as "I".
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
                 values = np.asarray(image).astype(np.float64) / 257
                 return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
@@ -43,16 +43,16 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{path} cannot be read as an image ({error}); repair the file or take it out"
+            f"{path} cannot be read as an image ({error}); repair or remove the file"
         ) from error
 
 
 class FlatFolder(Dataset[tuple[Tensor, int]]):
-    """The images that stand directly in a folder, all labelled -1.
+    """Images directly in a folder, all labelled -1.
 
     Args:
-        folder: the folder.
-        transform: from a PIL image to a tensor.
+        folder: folder of the images.
+        transform: function from a PIL image to a tensor.
     """
 
     def __init__(self, folder: Path, transform: Callable[[Any], Tensor]) -> None:
@@ -80,20 +80,20 @@ def open_data(
 
     Args:
         name: a folder with one subfolder per class, a folder of images, or ``demo``.
-        preprocessing: what the model takes; the demo images are ready as they are.
+        preprocessing: preprocessing of the model; demo images need none.
         labelled: whether classes are needed.
-        split: of the demo, ``calib`` or ``test``.
+        split: split of the demo, ``calib`` or ``test``.
         count: number of demo images; None is ``DEMO_IMAGES``.
 
     Raises:
-        DataError: the folder is missing or empty, or has no classes and they are needed.
+        DataError: the folder is missing or empty, or lacks the classes that are needed.
     """
     if name == DEMO:
         return _demo_data(preprocessing, split, count or DEMO_IMAGES)
     folder = Path(name)
     if not folder.is_dir():
-        found = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"--data {folder} {found}; give a folder of images, or `{DEMO}`")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"--data {folder} {problem}; give a folder of images, or `{DEMO}`")
     try:
         data = _folder_data(folder, preprocessing.transform())
     except OSError as error:
@@ -132,13 +132,13 @@ def _demo_data(preprocessing: Preprocessing, split: Split, count: int) -> Datase
 
 
 def batches(data: Dataset[Any], count: int | None, size: int, seed: int) -> Batches:
-    """Batches of a data set.
+    """A loader of batches of a data set.
 
     Args:
-        data: map-style.
-        count: number of images, chosen at random, in random order; None takes all in order.
+        data: map-style data set.
+        count: number of images, chosen at random, in random order; None loads all in order.
         size: images per batch.
-        seed: decides the choice.
+        seed: seed of the choice.
     """
     total: int = len(data)  # type: ignore[arg-type]
     if count is not None:

@@ -1,4 +1,4 @@
-"""The command ``demo``: one shipped model in every runtime, in one table."""
+"""The command ``demo``: compares one shipped model in every runtime, in a table."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def run_demo(options: Namespace) -> int:
         )
     if options.out is not None:
         check_writable(options.out)
-    # One thread gives steady, comparable times, and such small products gain little from more.
-    before, threads = torch.get_num_threads(), options.threads or 1
+    # One thread gives steady, comparable times; such small products gain little from more threads.
+    threads_before, threads = torch.get_num_threads(), options.threads or 1
     torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory() as temporary:
             _compare(options.model, options.images, options.out or Path(temporary), threads)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
     print(_NEXT if options.out is None else f"next: fxquant eval {options.out} --data {DEMO}")
     return 0
 
@@ -81,12 +81,12 @@ def _compare(name: str, count: int, folder: Path, threads: int) -> None:
     loader = batches(open_data(DEMO, preprocessing, labelled=True, count=count), None, 32, 0)
     data = [(x, y) for x, y in track(loader, label="draw test images", total=len(loader))]
     scores = {key: evaluate(runtime, data, len(data)) for key, runtime in runtimes.items()}
-    coded = (folder / WEIGHTS_FILE).stat().st_size
+    saved_bytes = (folder / WEIGHTS_FILE).stat().st_size
     sizes = {
         _FLOAT: len(save({k: v.contiguous() for k, v in model.state_dict().items()})),
-        _SIMULATION: coded,
+        _SIMULATION: saved_bytes,
         _ONNX: (folder / commands.ONNX_FILE).stat().st_size,
-        _INTEGER: coded,
+        _INTEGER: saved_bytes,
     }
     example = data[0][0][:1].expand(_BATCH, -1, -1, -1).contiguous()
     title = f"{name}, policy {_POLICY}, {count} test images, {threads} thread(s)"

@@ -21,9 +21,9 @@ class Runtime:
     """Something that classifies images.
 
     Attributes:
-        name: for people.
+        name: name in reports.
         run: images ``(B, C, H, W)`` to scores ``(B, classes)``.
-        image_shape: shape of one image; None where any size goes.
+        image_shape: shape of one image; None where any size works.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Score:
     """Accuracy and speed on labelled images.
 
     Attributes:
-        name: of the runtime.
+        name: name of the runtime.
         top1: share of images whose highest score is the label's.
-        top5: share whose five highest scores hold it.
+        top5: share of images whose five highest scores include the label's.
         classes: number of scores.
-        seconds: time in the model, reading of images not counted.
+        seconds: time in the model, without reading of images.
         predictions: class with the highest score, ``(N,)``.
     """
 
@@ -64,11 +64,11 @@ class Score:
 def torch_runtime(
     name: str, module: nn.Module, image_shape: tuple[int, ...] | None = None
 ) -> Runtime:
-    """A module as a runtime.
+    """Wraps a module as a runtime.
 
     Args:
-        name: for people.
-        module: gives scores, or a structure whose first tensor are scores.
+        name: name in reports.
+        module: returns scores, or a structure whose first tensor is scores.
         image_shape: shape of one image.
     """
 
@@ -82,14 +82,14 @@ def torch_runtime(
 
 
 def onnx_runtime(path: Path, threads: int | None) -> Runtime:
-    """An ONNX file in onnxruntime.
+    """Opens an ONNX file in onnxruntime.
 
     Args:
-        path: takes images as its first input and gives scores as its first output.
-        threads: threads of one operator; None leaves it to onnxruntime.
+        path: ONNX file whose first input is images and whose first output is scores.
+        threads: threads of one operator; None uses onnxruntime's default.
 
     Raises:
-        FileFormatError: onnxruntime cannot load it.
+        FileFormatError: onnxruntime cannot load the file.
     """
     from fxquant.backends.onnx_qdq import make_session
 
@@ -110,28 +110,28 @@ def onnx_runtime(path: Path, threads: int | None) -> Runtime:
     def run(images: Tensor) -> Tensor:
         if batch is None:
             return run_once(images)
-        parts = []
-        # The file takes batches of one size: the last is filled up.
-        for part in torch.split(images, batch):
-            whole = torch.cat([part, part[:1].expand(batch - len(part), *part.shape[1:])])
-            parts.append(run_once(whole)[: len(part)])
-        return torch.cat(parts)
+        scores = []
+        # The file has a fixed batch size: the last batch is padded.
+        for chunk in torch.split(images, batch):
+            padded = torch.cat([chunk, chunk[:1].expand(batch - len(chunk), *chunk.shape[1:])])
+            scores.append(run_once(padded)[: len(chunk)])
+        return torch.cat(scores)
 
     shape = tuple(fixed) if len(fixed) == len(entry.shape) - 1 else None
     return Runtime(name=f"{path.name} in onnxruntime", run=run, image_shape=shape)
 
 
 def evaluate(runtime: Runtime, data: Iterable[tuple[Tensor, Tensor]], count: int = 0) -> Score:
-    """Runs all batches.
+    """Measures accuracy and speed on all batches.
 
     Args:
-        runtime: what to run.
+        runtime: runtime to measure.
         data: batches of images and labels ``(B,)``.
-        count: number of batches, for the display of progress; 0 if unknown.
+        count: number of batches, for progress; 0 if unknown.
 
     Raises:
         DataError: the images or labels do not fit the model.
-        ModelError: its output is not scores ``(B, classes)``.
+        ModelError: the output of the runtime is not scores ``(B, classes)``.
     """
     predictions, hits, seconds, classes = [], torch.zeros(2), 0.0, 0
     for images, labels in track(data, label=runtime.name, total=count):
@@ -145,15 +145,15 @@ def evaluate(runtime: Runtime, data: Iterable[tuple[Tensor, Tensor]], count: int
         right = best == labels[:, None]
         hits += torch.stack([right[:, 0].sum(), right.any(1).sum()])
         predictions.append(best[:, 0])
-    found = torch.cat(predictions)
-    top1, top5 = (hits / len(found)).tolist()
+    all_predictions = torch.cat(predictions)
+    top1, top5 = (hits / len(all_predictions)).tolist()
     return Score(
         name=runtime.name,
         top1=top1,
         top5=top5,
         classes=classes,
         seconds=seconds,
-        predictions=found,
+        predictions=all_predictions,
     )
 
 
@@ -183,12 +183,12 @@ def _check_scores(runtime: Runtime, scores: Tensor, labels: Tensor) -> None:
 def measure_latency(
     runtimes: Mapping[str, Runtime], images: Tensor, rounds: int
 ) -> dict[str, float]:
-    """Median milliseconds per image, the runtimes timed in turn so that noise meets all alike.
+    """Median milliseconds per image; runtimes are timed in turn, so that noise affects all alike.
 
     Args:
-        runtimes: by name.
+        runtimes: runtimes by name.
         images: one batch.
-        rounds: runs of each; one more before warms up.
+        rounds: number of timed runs of each, after one run to warm up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}
     for i in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""Models by name: timm, torchvision, and the demo's."""
+"""Models by name, from timm, torchvision and the demo."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fxquant.utils.suggest import did_you_mean
 Library = Literal["timm", "torchvision", "demo"]
 # Trained models of fxquant.demo.models; named here so that a spelling mistake needs no import.
 DEMO_MODELS = ("glyph_vit", "glyph_swin")
-# What constructors raise when an argument is unknown or does not fit.
+# Exceptions of constructors whose arguments are unknown or do not fit.
 _CONSTRUCTION_ERRORS = (TypeError, ValueError, LookupError, RuntimeError, AssertionError)
 # The demo's pixels are (value - 127.5) / 63.75.
 _DEMO_SIZE, _DEMO_MEAN, _DEMO_STD = 64, (0.5,) * 3, (0.25,) * 3
@@ -32,11 +32,11 @@ _DEMO_SIZE, _DEMO_MEAN, _DEMO_STD = 64, (0.5,) * 3, (0.25,) * 3
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model comes from.
+    """Source of a model.
 
     Attributes:
-        library: who defines it.
-        name: its name there.
+        library: library that defines the model.
+        name: name of the model in that library.
     """
 
     library: Library
@@ -45,12 +45,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Which weights a model gets; none chosen is an error, so that nobody does so by accident.
+    """Choice of a model's weights. No choice is an error, so that random weights are no accident.
 
     Attributes:
-        checkpoint: a file.
-        pretrained: the library's default weights, downloaded.
-        random: random weights.
+        checkpoint: file of weights.
+        pretrained: use the library's default weights, downloaded.
+        random: use random weights.
     """
 
     checkpoint: Path | None = None
@@ -59,14 +59,14 @@ class Weights:
 
 
 def find_model(text: str) -> Source:
-    """The model that a name on the command line means.
+    """Finds the model that a name on the command line means.
 
     Args:
         text: ``timm/NAME``, ``torchvision/NAME``, a bare name (timm before torchvision), or a
             demo model.
 
     Raises:
-        ModelError: there is none; the message has the nearest name.
+        ModelError: there is no such model; the message has the nearest name.
     """
     library, _, name = text.rpartition("/")
     if not library and name in DEMO_MODELS:
@@ -101,22 +101,22 @@ def preprocessing_of(source: Source, size: int | None = None) -> Preprocessing:
     """The preprocessing of a model's default weights.
 
     Args:
-        source: the model.
-        size: another height and width, pixels.
+        source: source of the model.
+        size: height and width in pixels; None keeps those of the weights.
     """
     if source.library == "demo":
         return plain_preprocessing(source.name, _DEMO_SIZE, _DEMO_MEAN, _DEMO_STD)
-    own = timm_preprocessing if source.library == "timm" else torchvision_preprocessing
-    return own(source.name).changed(size=size)
+    read = timm_preprocessing if source.library == "timm" else torchvision_preprocessing
+    return read(source.name).changed(size=size)
 
 
 def build_model(source: Source, weights: Weights, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model in eval mode.
+    """Builds a model in evaluation mode.
 
     Args:
-        source: which.
-        weights: its weights; demo models have their own.
-        arguments: for its constructor.
+        source: source of the model.
+        weights: choice of its weights; demo models have their own.
+        arguments: arguments of its constructor.
 
     Raises:
         ModelError: the arguments or the checkpoint do not fit, no weights were chosen, or the
@@ -131,7 +131,7 @@ def build_model(source: Source, weights: Weights, arguments: Mapping[str, Any]) 
             "download them, or --random-weights if only speed and coverage matter"
         )
     if weights.checkpoint is not None and not weights.checkpoint.is_file():
-        raise ModelError(f"--checkpoint {weights.checkpoint} is no file")
+        raise ModelError(f"--checkpoint {weights.checkpoint} is not a file")
     model = _construct(source, weights.pretrained, arguments)
     if weights.checkpoint is not None:
         load_checkpoint(model, weights.checkpoint)
@@ -143,17 +143,17 @@ def _construct(source: Source, pretrained: bool, arguments: Mapping[str, Any]) -
         if source.library == "timm":
             model: nn.Module = timm.create_model(source.name, pretrained=pretrained, **arguments)
         else:
-            chosen = "DEFAULT" if pretrained else None
-            model = torchvision.models.get_model(source.name, weights=chosen, **arguments)
+            name = "DEFAULT" if pretrained else None
+            model = torchvision.models.get_model(source.name, weights=name, **arguments)
     except OSError as error:
         raise ModelError(
             f"cannot download the weights of {source.name} ({str(error)[:150]}). Check the "
             "network, or fetch the file elsewhere and give --checkpoint FILE"
         ) from error
     except _CONSTRUCTION_ERRORS as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
+        listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         raise ModelError(
-            f"{source.library} cannot make {source.name} with {given}: {error}. Check --model-arg"
+            f"{source.library} cannot make {source.name} with {listed}: {error}. Check --model-arg"
         ) from error
     return model
 
@@ -161,7 +161,7 @@ def _construct(source: Source, pretrained: bool, arguments: Mapping[str, Any]) -
 def _demo_model(name: str, weights: Weights, arguments: Mapping[str, Any]) -> nn.Module:
     if weights != Weights() or arguments:
         raise ModelError(
-            f"{name} comes trained and as it is; leave out --checkpoint, --pretrained, "
+            f"{name} is already trained and has no arguments; remove --checkpoint, --pretrained, "
             "--random-weights and --model-arg"
         )
     from fxquant.demo.models import build
@@ -171,7 +171,7 @@ def _demo_model(name: str, weights: Weights, arguments: Mapping[str, Any]) -> nn
 
 
 def image_size_of(arguments: Mapping[str, Any]) -> int | None:
-    """The image size among constructor arguments: timm's ``img_size``, torchvision's, or None."""
+    """The image size in constructor arguments (``img_size`` or ``image_size``); None if not set."""
     size = arguments.get("img_size", arguments.get("image_size"))
     if isinstance(size, tuple | list) and len(set(size)) == 1:
         size = size[0]

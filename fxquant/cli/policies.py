@@ -1,4 +1,4 @@
-"""The command ``policies``, and the policy that a command line asks for."""
+"""The command ``policies``, and the policy of a command line."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def policy_of(options: Namespace) -> Policy:
     Raises:
         PolicyError: there is none of that name, or it does not take an option.
     """
-    given = _preset_options(options)
+    values = _preset_options(options)
     if policies.takes(options.policy, "budget"):
-        given["budget"] = budget_of(options)
-    if all(value is None for value in given.values()):
+        values["budget"] = budget_of(options)
+    if all(value is None for value in values.values()):
         return resolve(options.policy)
     if Path(options.policy).suffix in (".yaml", ".yml"):
-        names = ", ".join(f"--{k.replace('_', '-')}" for k, v in given.items() if v is not None)
+        names = ", ".join(f"--{k.replace('_', '-')}" for k, v in values.items() if v is not None)
         raise PolicyError(f"{names} are for presets; {options.policy} has its own widths and rules")
-    return policies.preset(options.policy, **given)
+    return policies.preset(options.policy, **values)
 
 
 def _preset_options(options: Namespace) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _preset_options(options: Namespace) -> dict[str, Any]:
 
 
 def run_policies(options: Namespace) -> int:
-    """``fxquant policies``: the presets, or one of them."""
+    """``fxquant policies``: lists the presets, or prints one."""
     if options.name is None:
         width = max(map(len, policies.PRESETS))
         for name, make in policies.PRESETS.items():

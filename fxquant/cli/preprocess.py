@@ -1,4 +1,4 @@
-"""From an image file to what a model takes: the model's own preprocessing, and its file."""
+"""Preprocessing of images as the model's weights need it, and the file that stores it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _CROP = 224 / 256
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How images are resized, cropped and normalised.
+    """Resizing, cropping and normalisation of images.
 
-    ``compile`` writes it beside the model as ``preprocessing.json``: ``format`` and these fields.
+    ``fxquant compile`` writes these fields and ``format`` next to the model, as
+    ``preprocessing.json``.
 
     Attributes:
-        model: the model that it is for.
-        library: whose transform it is; the two resize differently.
+        model: name of the model.
+        library: library of the transform; the two resize differently.
         settings: keyword arguments of ``timm.data.create_transform`` or of torchvision's
             ``ImageClassification``.
     """
@@ -38,10 +39,10 @@ class Preprocessing:
     settings: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Checks the numbers that every value is divided by.
+        """Checks mean and std.
 
         Raises:
-            DataError: mean or std is not of values in 0..1.
+            DataError: mean or std does not fit values in 0..1.
         """
         for name, least in (("mean", -1e-9), ("std", 0.0)):
             values = self.settings.get(name)
@@ -62,7 +63,7 @@ class Preprocessing:
         return 3, height, width
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """The function from a PIL image to a float tensor ``(3, H, W)``."""
+        """Makes the function from a PIL image to a float tensor ``(3, H, W)``."""
         if self.library == "timm":
             from timm.data.transforms_factory import create_transform
 
@@ -84,7 +85,7 @@ class Preprocessing:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Preprocessing:
-        """With another image size (height and width, pixels), mean or std; None keeps."""
+        """A copy with another image size (height and width, pixels), mean or std; None keeps."""
         settings = dict(self.settings)
         if mean is not None:
             settings["mean"] = tuple(mean)
@@ -97,20 +98,20 @@ class Preprocessing:
         return dataclasses.replace(self, settings=settings)
 
     def to_json(self) -> str:
-        """The text of ``preprocessing.json``."""
+        """JSON text of ``preprocessing.json``."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
 
 def plain_preprocessing(
     model: str, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Preprocessing:
-    """Resizes the shorter side to ``size * 256 / 224`` pixels and crops ``size`` from the centre.
+    """Preprocessing that resizes the shorter side to ``size * 256 / 224`` and crops the centre.
 
     Args:
-        model: the model that it is for.
-        size: height and width, pixels.
-        mean: of the red, green and blue values in 0..1.
-        std: likewise.
+        model: name of the model.
+        size: height and width of the crop, pixels.
+        mean: mean of the red, green and blue values in 0..1.
+        std: standard deviation of these values.
     """
     settings = {"interpolation": "bilinear"}
     plain = Preprocessing(model=model, library="torchvision", settings=settings)
@@ -123,10 +124,10 @@ def timm_preprocessing(name: str) -> Preprocessing:
     from timm.data.config import resolve_data_config
 
     resolve: Callable[..., dict[str, Any]] = resolve_data_config
-    found = timm.get_pretrained_cfg(name)
-    # Where timm knows no weights, an empty value makes it fall back on ImageNet's usual ones.
-    own = {"mean": None} if found is None else dataclasses.asdict(found)
-    settings = resolve({}, pretrained_cfg=own)
+    config = timm.get_pretrained_cfg(name)
+    # Where timm has no weights, an empty value selects ImageNet's usual settings.
+    fields = {"mean": None} if config is None else dataclasses.asdict(config)
+    settings = resolve({}, pretrained_cfg=fields)
     return Preprocessing(model=f"timm/{name}", library="timm", settings=settings)
 
 
@@ -146,19 +147,19 @@ def torchvision_preprocessing(name: str) -> Preprocessing:
 
 
 def read_preprocessing(path: Path) -> Preprocessing:
-    """Reads what ``compile`` wrote.
+    """Reads the file that ``fxquant compile`` wrote.
 
     Raises:
         FileFormatError: the file is truncated or foreign.
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise FileFormatError(f"{path} is not of format {FORMAT}; compile the model again")
-        found = Preprocessing(**values)
-        found.transform()
-        assert len(found.image_shape) == 3
+        preprocessing = Preprocessing(**values)
+        preprocessing.transform()
+        assert len(preprocessing.image_shape) == 3
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DataError) as error:
@@ -166,4 +167,4 @@ def read_preprocessing(path: Path) -> Preprocessing:
             f"{path} is damaged ({type(error).__name__}: {error}); compile the model again, or "
             "remove the file and give --model"
         ) from error
-    return found
+    return preprocessing

@@ -1,4 +1,4 @@
-"""Bit-widths on the command line: a budget for ``compile``, and the sweep of ``pareto``."""
+"""Mixed precision on the command line: the budget of ``compile``, the sweep of ``pareto``."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ _STYLES = {"uniform": "s", "greedy": "o-", "exact": ".-"}
 
 
 def with_budget(policy: Policy, options: Namespace) -> Policy:
-    """The policy with the budget asked for on the command line, if any, instead of its own.
+    """The policy with the budget of the command line, if any, instead of its own.
 
     Raises:
-        PolicyError: the budget is malformed, or a method is given without one.
+        PolicyError: a bound is not a positive number, or there is a method but no budget.
     """
-    budget, own = budget_of(options), policy.allocation
-    if budget is None and own is None:
+    budget, allocation = budget_of(options), policy.allocation
+    if budget is None and allocation is None:
         if options.allocate is not None:
             raise PolicyError(
-                f"--allocate chooses how a budget is met, and there is none: give {_BUDGETS}"
+                f"--allocate is the method of meeting a budget, and there is none: add {_BUDGETS}"
             )
         return policy
     if budget is not None:
-        if own is None:
+        if allocation is None:
             policy = dataclasses.replace(policy, name=f"{policy.name}_mixed")
-        own = dataclasses.replace(own or Allocation(budget=budget), budget=budget)
-    assert own is not None
+        allocation = dataclasses.replace(allocation or Allocation(budget=budget), budget=budget)
+    assert allocation is not None
     if options.allocate is not None:
-        own = dataclasses.replace(own, method=options.allocate)
-    return dataclasses.replace(policy, allocation=own)
+        allocation = dataclasses.replace(allocation, method=options.allocate)
+    return dataclasses.replace(policy, allocation=allocation)
 
 
 def run_pareto(options: Namespace) -> int:
-    """``fxquant pareto``: loss against cost, from the sensitivities that a compilation kept."""
-    outcome = load(options.path).report.allocation
-    if outcome is None:
+    """``fxquant pareto``: plots loss against cost, from the sensitivities of a saved model."""
+    allocation = load(options.path).report.allocation
+    if allocation is None:
         raise PolicyError(
             f"{options.path} was compiled without a budget, so it has no sensitivities: compile "
             f"with {_BUDGETS}"
         )
     cost = Cost(options.cost)
-    points = sweep(outcome.problem, cost, options.steps)
+    points = sweep(allocation.problem, cost, options.steps)
     text = sweep_csv(points)
     write_together(
         {
@@ -62,23 +62,23 @@ def run_pareto(options: Namespace) -> int:
     )
     for point in points:
         if point.method == "uniform":
-            near = [p for p in points if p.plan.costs[cost] <= point.plan.costs[cost]]
-            best = {m: min(p.plan.loss for p in near if p.method == m) for m in _STYLES}
-            shown = ", ".join(f"{method} {loss:.3g}" for method, loss in best.items())
-            print(f"{cost} {point.plan.costs[cost]:,.6g}: predicted loss {shown}")
+            cheaper = [p for p in points if p.plan.costs[cost] <= point.plan.costs[cost]]
+            best = {m: min(p.plan.loss for p in cheaper if p.method == m) for m in _STYLES}
+            losses = ", ".join(f"{method} {loss:.3g}" for method, loss in best.items())
+            print(f"{cost} {point.plan.costs[cost]:,.6g}: predicted loss {losses}")
     print(f"wrote {CSV_FILE}, {PLOT_FILE} in {options.path}")
     return 0
 
 
 def _plot(points: list[SweepPoint], cost: Cost, path: Path) -> None:
-    """Loss against cost, a line a method."""
+    """Plots loss against cost, a line for each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.5), layout="tight")
     axes = figure.subplots()
     for method, style in _STYLES.items():
-        own = [point.plan for point in points if point.method == method]
-        costs, losses = [plan.costs[cost] for plan in own], [plan.loss for plan in own]
+        plans = [point.plan for point in points if point.method == method]
+        costs, losses = [plan.costs[cost] for plan in plans], [plan.loss for plan in plans]
         axes.plot(costs, losses, style, label=method)
     axes.set(xlabel=cost.replace("_", " "), ylabel="predicted loss", yscale="log")
     axes.legend()

@@ -25,11 +25,11 @@ Split = Literal["train", "calib", "test"]
 Level = Literal["easy", "augmented"]
 Target = Literal["glyph", "glyph_font"]
 
-# Left out on purpose: glyphs whose lower and upper case differ by size alone, look-alikes (0/O,
-# 1/I/l, p/P), and glyphs that two of the fonts draw alike (8, @, %, #, I).
+# Excluded: glyphs whose lower and upper case differ only in size, look-alikes (0/O, 1/I/l, p/P),
+# and glyphs that two of the fonts draw alike (8, @, %, #, I).
 GLYPHS: Final[str] = "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghijkmnqrty2345679&?"
 
-# The upright light DejaVu Sans Mono faces are left out: most of their glyphs are DejaVu Sans ones.
+# The upright light DejaVu Sans Mono faces are excluded: most of their glyphs are DejaVu Sans ones.
 FONTS: Final[tuple[str, ...]] = (
     "DejaVuSans",
     "DejaVuSans-Oblique",
@@ -162,22 +162,22 @@ def render(
         split: "train", "calib" or "test"; no image is shared between them.
         indices: which images of the split to draw, 0 or more.
         seed: changes every image of every split, 0 or more.
-        level: "easy", "augmented", or ranges of your own.
+        level: "easy", "augmented", or custom ranges.
         target: what the labels count: "glyph" (50) or "glyph_font" (950).
 
     Returns:
         The images, uint8 RGB of shape (n, 64, 64, 3), and their labels of shape (n,).
     """
     _check_choice("split", split, _SPLIT_CODES)
-    wanted = list(indices)
-    if seed < 0 or any(index < 0 for index in wanted):
+    positions = list(indices)
+    if seed < 0 or any(index < 0 for index in positions):
         raise ValueError("the seed and every index must be 0 or more")
     augmentation = level if isinstance(level, Augmentation) else _augmentation_of(level)
-    images = np.empty((len(wanted), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for row, (index, label) in enumerate(zip(wanted, labels_of(wanted), strict=True)):
+    images = np.empty((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for row, (index, label) in enumerate(zip(positions, labels_of(positions), strict=True)):
         generator = np.random.default_rng((seed, _SPLIT_CODES[split], index))
         images[row] = _draw(int(label), augmentation, generator)
-    return images, labels_of(wanted, target)
+    return images, labels_of(positions, target)
 
 
 def normalise(images: NDArray[np.uint8]) -> torch.Tensor:
@@ -194,7 +194,7 @@ def normalise(images: NDArray[np.uint8]) -> torch.Tensor:
 
 
 class GlyphDataset(Dataset[tuple[torch.Tensor, int]]):
-    """A map-style data set of glyph images, drawn when they are asked for.
+    """Map-style data set of glyph images, drawn on access.
 
     Items are a float32 tensor of shape (3, 64, 64), normalised, and an int label.
     """
@@ -214,7 +214,7 @@ class GlyphDataset(Dataset[tuple[torch.Tensor, int]]):
             split: "train", "calib" or "test".
             length: number of images, 1 or more.
             seed: changes every image.
-            level: "easy", "augmented", or ranges of your own.
+            level: "easy", "augmented", or custom ranges.
             target: "glyph" for 50 classes, "glyph_font" for 950.
         """
         _check_choice("split", split, _SPLIT_CODES)
@@ -293,7 +293,7 @@ def _warp(mask: Image.Image, augmentation: Augmentation, draws: NDArray[np.float
     x = IMAGE_SIZE / 2 + augmentation.shift * (2 * draws[2] - 1)
     y = IMAGE_SIZE / 2 + augmentation.shift * (2 * draws[3] - 1)
     middle = _MASK_SIZE / 2
-    # PIL wants the map from image to mask coordinates; (x, y) must land on the mask's middle.
+    # PIL needs the map from image to mask coordinates; (x, y) must land on the mask's middle.
     to_mask = (
         cosine,
         sine,

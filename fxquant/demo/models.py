@@ -56,7 +56,7 @@ def build_untrained(name: str) -> VisionTransformer | SwinTransformer:
         name: one of ``NAMES``.
 
     Returns:
-        A stock timm model from (n, 3, 64, 64) images to (n, 950) logits.
+        Unmodified timm model from (n, 3, 64, 64) images to (n, 950) logits.
     """
     if name not in _BUILDERS:
         raise ValueError(f"no demo model is called {name!r}; pass one of {', '.join(NAMES)}")
@@ -71,7 +71,7 @@ def build(name: str, weights: Path | None = None) -> VisionTransformer | SwinTra
         weights: a safetensors file to load instead of the one in the package.
 
     Returns:
-        A stock timm model from normalised (n, 3, 64, 64) images to (n, 950) logits.
+        Unmodified timm model from normalised (n, 3, 64, 64) images to (n, 950) logits.
     """
     model = build_untrained(name)
     path = _WEIGHTS / f"{name}.safetensors" if weights is None else weights

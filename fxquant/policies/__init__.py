@@ -1,4 +1,4 @@
-"""The presets. Each is a function that returns a Policy."""
+"""The presets: functions that return a :class:`fxquant.Policy`."""
 
 from __future__ import annotations
 
@@ -45,32 +45,32 @@ PRESETS: dict[str, Callable[..., Policy]] = {
 
 
 def preset(name: str, **options: Any) -> Policy:
-    """The preset of that name.
+    """The policy of a preset.
 
     Args:
-        name: of a function here.
-        **options: of it; those that are None stay at their defaults.
+        name: name of the preset.
+        **options: options of the preset; an option that is None stays at its default.
 
     Raises:
-        UnknownPresetError: there is none; the message names the nearest.
-        PolicyError: it does not take an option.
+        UnknownPresetError: there is no such preset; the message names the nearest.
+        PolicyError: the preset does not have an option.
     """
     if name not in PRESETS:
         raise UnknownPresetError(
             f"no preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}. "
             "compile takes policy files as well, which must exist and end in .yaml or .yml"
         )
-    given = {key: value for key, value in options.items() if value is not None}
-    for key in given:
-        takers = [other for other in PRESETS if takes(other, key)]
+    chosen = {key: value for key, value in options.items() if value is not None}
+    for key in chosen:
+        takers = [preset_name for preset_name in PRESETS if takes(preset_name, key)]
         if name not in takers:
-            own = inspect.signature(PRESETS[name]).parameters
+            parameters = inspect.signature(PRESETS[name]).parameters
             verb = "takes" if len(takers) == 1 else "take"
-            who = f": {', '.join(takers)} {verb} it" if takers else did_you_mean(key, own)
-            raise PolicyError(f"preset {name} has no {key}{who}")
-    return PRESETS[name](**given)
+            hint = f": {', '.join(takers)} {verb} it" if takers else did_you_mean(key, parameters)
+            raise PolicyError(f"preset {name} has no {key}{hint}")
+    return PRESETS[name](**chosen)
 
 
 def takes(name: str, option: str) -> bool:
-    """Whether there is a preset of that name, and it has the option."""
+    """Whether a preset exists and has an option."""
     return name in PRESETS and option in inspect.signature(PRESETS[name]).parameters

@@ -1,4 +1,4 @@
-"""Policies: which edge is quantized how, as ordered rules, in Python or YAML."""
+"""Policies: ordered rules for the quantization of edges, and the steps after it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Says how the edges that it matches are quantized. All given conditions must hold.
+    """Quantization of the edges that match all of the rule's conditions.
 
     Attributes:
-        spec: how; None keeps the edge float.
+        spec: quantization of the edges; None keeps them float.
         path: regular expression that the whole module path must match.
-        op: kind of the consuming operation; where None, any product. Norms, softmax, activation
-            functions and additions are matched by rules alone that name them.
-        arg: which of its inputs.
-        fed_by: what computed the values, data movement looked through: ``softmax``, ``gelu``,
+        op: kind of the consuming operation; None matches any product. Norms, softmax, activation
+            functions and additions are matched only by rules that name them.
+        arg: input of the consuming operation.
+        fed_by: operation that computed the values, data movement skipped: ``softmax``, ``gelu``,
             ``layer_norm``, ``image`` … (``graph.PRODUCER_NAMES``).
-        end: ``first`` or ``last``: products with no product before, or none after, which are
-            often kept at 8 bits (BRECQ, arXiv 2102.05426, section 4).
+        end: ``first`` for products with no product before them, ``last`` for products with none
+            after; both are often kept at 8 bits (BRECQ, arXiv 2102.05426, section 4).
         optional: a rule that matches nothing is an error unless it is optional.
-        pinned: a search of bit-widths (:class:`fxquant.Allocation`) leaves its edges at the width
-            of ``spec``.
+        pinned: keep the edges at the width of ``spec`` in mixed precision
+            (:class:`fxquant.Allocation`).
     """
 
     spec: TensorSpec | None
@@ -56,18 +56,18 @@ class Rule:
     pinned: bool = False
 
     def __str__(self) -> str:
-        """Its conditions, as a policy file has them."""
+        """Conditions of the rule in the notation of policy files."""
         names = ("path", "op", "arg", "fed_by", "end")
-        given = {name: getattr(self, name) for name in names}
-        shown = [f"{k}: {v}" for k, v in given.items() if v not in (None, ".*")]
-        return ", ".join(shown) or "any product"
+        values = {name: getattr(self, name) for name in names}
+        conditions = [f"{k}: {v}" for k, v in values.items() if v not in (None, ".*")]
+        return ", ".join(conditions) or "any product"
 
     def __post_init__(self) -> None:
         """Checks the conditions.
 
         Raises:
-            PolicyError: ``spec`` is no TensorSpec, ``path`` no regular expression, ``optional``
-                or ``pinned`` no boolean.
+            PolicyError: ``spec`` is not a TensorSpec, ``path`` not a regular expression, or
+                ``optional`` or ``pinned`` not a boolean.
             UnknownKeyError: ``fed_by`` names no producer, or ``op``, ``arg`` or ``end`` is unknown.
         """
         if self.spec is not None and not isinstance(self.spec, TensorSpec):
@@ -87,14 +87,14 @@ class Rule:
         try:
             re.compile(self.path)
         except re.error as error:
-            raise PolicyError(f"path {self.path!r} is no regular expression: {error}") from error
+            raise PolicyError(f"path {self.path!r} is not a regular expression: {error}") from error
         if self.fed_by is not None and self.fed_by not in list(PRODUCER_NAMES):
             raise UnknownKeyError(
                 f"fed_by {self.fed_by!r} is unknown; one of {', '.join(sorted(PRODUCER_NAMES))}"
             )
 
     def matches(self, edge: Edge) -> bool:
-        """Whether all conditions hold for ``edge``."""
+        """Whether all conditions of the rule hold for ``edge``."""
         return (
             (edge.kind.is_product if self.op is None else self.op is edge.kind)
             and (self.arg is None or self.arg is edge.arg)
@@ -112,19 +112,20 @@ class Policy:
         name: shown in reports.
         rules: in order of precedence.
         description: one sentence for ``fxquant policies``.
-        search: how scales are searched by the output error of products; None leaves them as the
-            observers fitted them.
+        search: search of scales by the output error of products; None keeps the scales that the
+            observers fitted.
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
-            its weights and those of the linears it feeds (arXiv 2212.08254).
-        smooth: shift and scale channels behind norms and of attention values so that products lose
-            least, folded into the weights around them (SQ-b, arXiv 2401.14895).
-        bias_correction: take the mean output error of the rounded weights out of the biases
+            the norm's weights and those of the linears it feeds (RepQ-ViT, arXiv 2212.08254).
+        smooth: shift and scale channels behind norms and of attention values where that lowers the
+            error of products, folded into the weights around them (SQ-b, arXiv 2401.14895).
+        bias_correction: subtract the mean output error of the rounded weights from the biases
             (arXiv 2111.12293, section 5.3).
-        low_rank: branches beside linears that add what rounding took from their weights (LQER,
-            arXiv 2402.02446), kept where they lower the output error.
-        allocation: which width each edge gets, within a budget; None leaves the rules' widths.
-        compensation: weights that make up for quantization in closed form; None keeps them.
-        reconstruction: training of blocks against the float ones, after that; None trains nothing.
+        low_rank: branches parallel to linears that add the rounding error of their weights back
+            (LQER, arXiv 2402.02446), kept where they lower the output error.
+        allocation: choice of a width for each edge within a budget; None keeps the rules' widths.
+        compensation: closed-form correction of weights; None keeps the weights.
+        reconstruction: training of blocks towards the float ones, the last step; None trains
+            nothing.
     """
 
     name: str
@@ -140,10 +141,11 @@ class Policy:
     reconstruction: Reconstruction | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks types and combinations.
 
         Raises:
-            PolicyError: there is no rule, or a value has the wrong type.
+            PolicyError: there is no rule, a value has the wrong type, or ``low_rank`` meets
+                ``compensation`` or ``reconstruction``.
         """
         for name, kind in _PARTS.items():
             value = getattr(self, name)
@@ -166,13 +168,13 @@ class Policy:
             raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
         if self.low_rank is not None and self.recovers:
             raise PolicyError(
-                "low_rank adds branches, which compensation and reconstruction do not know of: "
-                "leave out the one or the others (reconstruction has low-rank factors of its own)"
+                "low_rank adds branches, which compensation and reconstruction do not support: "
+                "remove either (reconstruction has low-rank factors of its own)"
             )
 
     @property
     def recovers(self) -> bool:
-        """Whether anything is done to weights once scales are fixed, which takes images again."""
+        """Whether weights are corrected or trained after scales are fixed; that needs images."""
         return self.compensation is not None or self.reconstruction is not None
 
     @property
@@ -182,9 +184,9 @@ class Policy:
 
     @property
     def samples(self) -> ScaleSearch | None:
-        """How products are to be sampled; None where nothing needs their rows.
+        """Options for sampling rows of products; None where no step needs rows.
 
-        Estimates of sensitivity need gradients, whatever the search takes.
+        Estimates of sensitivity need gradients, whichever metric the search uses.
         """
         if self.allocation is not None and (
             self.search is None or self.search.metric not in GRADIENT_METRICS
@@ -196,6 +198,6 @@ class Policy:
         return self.search
 
     def with_rules(self, *rules: Rule) -> Policy:
-        """This policy with ``rules`` put before its own, its name marked as changed."""
+        """A copy with ``rules`` before the policy's own rules, its name marked as changed."""
         name = self.name if self.name.endswith(_CHANGED) else self.name + _CHANGED
         return replace(self, name=name, rules=(*rules, *self.rules))

@@ -1,4 +1,4 @@
-"""Policies in and out of YAML and dicts, with errors that point at the line."""
+"""Policies as YAML and dicts, with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ _ENUMS: dict[str, type[StrEnum]] = {
     "block_loss": BlockLoss,
     "gradient": GradientLoss,
 }
-# Parts of a policy that hold plain values alone.
+# Parts of a policy whose fields are all plain values.
 _PARTS = {
     "search": ScaleSearch,
     "low_rank": LowRank,
     "compensation": Compensation,
     "reconstruction": Reconstruction,
 }
-# A policy needs four: rules, number, spec, bits.
+# Levels of nesting. A policy needs four: rules, number, spec, bits.
 _DEEPEST = 20
-_TOO_DEEP = "nested too deeply, or an alias (*name) stands inside what it names: write values out"
-# Where in a file a value stands: its keys and positions from the root, e.g. ("rules", 0, "op").
+_TOO_DEEP = "nested too deeply, or an alias (*name) is inside what it names: write values out"
+# Location of a value in a file: keys and positions from the root, e.g. ("rules", 0, "op").
 Location = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads ``1e13`` as a number, which YAML 1.2 takes for one and PyYAML for text."""
+    """Loader that reads ``1e13`` as a number, as YAML 1.2 does; PyYAML reads it as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -64,7 +64,7 @@ _Loader.add_implicit_resolver(
 
 
 def resolve(policy: str | Path | Policy | Mapping[str, Any]) -> Policy:
-    """A Policy from whatever ``compile()`` takes.
+    """Converts the policy argument of ``compile()`` to a Policy.
 
     Args:
         policy: preset name, path of a YAML file, Policy, or dict.
@@ -100,9 +100,9 @@ def read_policy(path: Path) -> Policy:
     except OSError as error:
         raise PolicyError(f"cannot read policy file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise PolicyError(f"policy file {path} is no UTF-8 text") from error
+        raise PolicyError(f"policy file {path} is not UTF-8 text") from error
     except yaml.YAMLError as error:
-        raise PolicyError(f"policy file {path} is no YAML: {error}") from error
+        raise PolicyError(f"policy file {path} is not YAML: {error}") from error
     except RecursionError as error:
         raise PolicyError(f"policy file {path} is {_TOO_DEEP}") from error
     lines: dict[Location, int] = {}
@@ -124,12 +124,12 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """Plain values, those at their default left out."""
+    """Plain values of a policy, without values at their default."""
     values: dict[str, Any] = {"name": policy.name, "description": policy.description}
     for flag in ("reparameterize", "smooth", "bias_correction"):
         if getattr(policy, flag):
             values[flag] = True
-    if policy.search is not None:  # the metric is always spelled out, for the reader
+    if policy.search is not None:  # the metric is always written, for readers
         changed = _changed(policy.search, ScaleSearch())
         values["search"] = {"metric": str(policy.search.metric), **changed}
     if policy.low_rank is not None:
@@ -141,9 +141,9 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
             changed["widths"] = list(changed["widths"])
         values["allocation"] = {"budget": budget, **changed}
     for name in ("compensation", "reconstruction"):
-        part = getattr(policy, name)
-        if part is not None:
-            changed = _changed(part, type(part)())
+        options = getattr(policy, name)
+        if options is not None:
+            changed = _changed(options, type(options)())
             values[name] = {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}
     return {**values, "rules": [_rule_to_dict(rule) for rule in policy.rules]}
 
@@ -158,24 +158,24 @@ def write_policy(policy: Policy, path: Path) -> None:
 
 
 def to_yaml(policy: Policy) -> str:
-    """The policy as YAML text."""
+    """YAML text of a policy."""
     return yaml.safe_dump(policy_to_dict(policy), sort_keys=False)
 
 
 def _rule_to_dict(rule: Rule) -> dict[str, Any]:
     values = _changed(rule, Rule(spec=None))
     values["spec"] = None
-    if rule.spec is not None:  # the bit-width is always spelled out, for the reader
+    if rule.spec is not None:  # the bit-width is always written, for readers
         values["spec"] = {"bits": rule.spec.bits, **_changed(rule.spec, TensorSpec())}
     return values
 
 
 def _changed(item: Any, default: Any) -> dict[str, Any]:
-    usual = asdict(default)
+    defaults = asdict(default)
     return {
         key: str(value) if isinstance(value, StrEnum) else value
         for key, value in asdict(item).items()
-        if value != usual[key]
+        if value != defaults[key]
     }
 
 
@@ -187,7 +187,7 @@ def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int]) ->
         for key, value in node.value:
             if (*at, key.value) in lines:
                 raise PolicyError(
-                    f"line {key.start_mark.line + 1}: {key.value!r} is given twice; keep one"
+                    f"line {key.start_mark.line + 1}: {key.value!r} is there twice; keep one"
                 )
             _collect_lines(value, (*at, key.value), lines)
             lines[(*at, key.value)] = key.start_mark.line + 1
@@ -203,50 +203,50 @@ def _nearest(lines: dict[Location, int], at: Location) -> int:
 
 
 def _policy(values: Any, where: Callable[[Location], str]) -> Policy:
-    given = _mapping(values, Policy, (), where)
-    rules = given.pop("rules", [])
+    items = _mapping(values, Policy, (), where)
+    rules = items.pop("rules", [])
     if not isinstance(rules, list):
         raise PolicyError(f"{where(('rules',))}: rules must be a list")
-    given["rules"] = tuple(_rule(rule, ("rules", i), where) for i, rule in enumerate(rules))
+    items["rules"] = tuple(_rule(rule, ("rules", i), where) for i, rule in enumerate(rules))
     for name, kind in _PARTS.items():
-        if given.get(name) is not None:
-            part = _mapping(given[name], kind, (name,), where)
-            given[name] = _build(kind, part, (name,), where)
-    if given.get("allocation") is not None:
-        given["allocation"] = _allocation(given["allocation"], where)
-    return _build(Policy, {"name": "custom", **given}, (), where)  # type: ignore[no-any-return]
+        if items.get(name) is not None:
+            options = _mapping(items[name], kind, (name,), where)
+            items[name] = _build(kind, options, (name,), where)
+    if items.get("allocation") is not None:
+        items["allocation"] = _allocation(items["allocation"], where)
+    return _build(Policy, {"name": "custom", **items}, (), where)  # type: ignore[no-any-return]
 
 
 def _allocation(values: Any, where: Callable[[Location], str]) -> Allocation:
     at: Location = ("allocation",)
-    given = _mapping(values, Allocation, at, where)
-    if "budget" not in given:
+    items = _mapping(values, Allocation, at, where)
+    if "budget" not in items:
         raise PolicyError(f"{where(at)}: the allocation has no budget")
     budget_at = (*at, "budget")
-    budget = _mapping(given["budget"], Budget, budget_at, where)
-    given["budget"] = _build(Budget, budget, budget_at, where)
-    if isinstance(given.get("widths"), list):
-        given["widths"] = tuple(given["widths"])
-    return _build(Allocation, given, at, where)  # type: ignore[no-any-return]
+    budget = _mapping(items["budget"], Budget, budget_at, where)
+    items["budget"] = _build(Budget, budget, budget_at, where)
+    if isinstance(items.get("widths"), list):
+        items["widths"] = tuple(items["widths"])
+    return _build(Allocation, items, at, where)  # type: ignore[no-any-return]
 
 
 def _rule(values: Any, at: Location, where: Callable[[Location], str]) -> Rule:
-    given = _mapping(values, Rule, at, where)
-    if "spec" not in given:
+    items = _mapping(values, Rule, at, where)
+    if "spec" not in items:
         raise PolicyError(
             f"{where(at)}: the rule has no spec; give one, or `spec: null` to keep edges float"
         )
-    if given["spec"] is not None:
+    if items["spec"] is not None:
         spec_at = (*at, "spec")
-        spec = _mapping(given["spec"], TensorSpec, spec_at, where)
-        given["spec"] = _build(TensorSpec, spec, spec_at, where)
-    return _build(Rule, given, at, where)  # type: ignore[no-any-return]
+        spec = _mapping(items["spec"], TensorSpec, spec_at, where)
+        items["spec"] = _build(TensorSpec, spec, spec_at, where)
+    return _build(Rule, items, at, where)  # type: ignore[no-any-return]
 
 
 def _mapping(
     values: Any, cls: type, at: Location, where: Callable[[Location], str]
 ) -> dict[str, Any]:
-    """``values`` as a dict whose keys are fields of ``cls`` and whose enums are parsed."""
+    """``values`` as a dict from current names of fields of ``cls`` to values, enums parsed."""
     if not isinstance(values, Mapping):
         raise PolicyError(
             f"{where(at)}: expected the fields of a {cls.__name__}, got {values!r:.80}"
@@ -276,10 +276,10 @@ def _mapping(
 
 
 def _build(
-    cls: Callable[..., Any], given: dict[str, Any], at: Location, where: Callable[[Location], str]
+    cls: Callable[..., Any], items: dict[str, Any], at: Location, where: Callable[[Location], str]
 ) -> Any:
     try:
-        return cls(**given)
+        return cls(**items)
     except PolicyError as error:
         raise type(error)(f"{where(at)}: {error}") from error
     except TypeError as error:

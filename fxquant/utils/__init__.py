@@ -1,1 +1,1 @@
-"""Helpers that know nothing of quantization: files, progress, suggestions."""
+"""Helpers independent of quantization: files, logging, progress, suggestions."""

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writing of files: complete, or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from fxquant.errors import OutputError
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside ``path`` and renames, so that no half-written file is ever there.
+    """Writes to a temporary file next to ``path`` and renames it, so that no half is ever visible.
 
     Args:
-        path: the file wanted; its folder is made.
-        write: called with a temporary path in the same folder; what it writes there becomes
-            ``path``.
+        path: the file to write; its folder is made.
+        write: writes the file to the temporary path that it is called with.
 
     Raises:
         OutputError: the folder or file cannot be written, or the disk is full.
@@ -28,24 +27,24 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Writes files that belong together: all of them, or none.
+    """Writes several files: all of them, or none.
 
     Args:
-        files: as in :func:`write_whole`, for each file; of a link, what it leads to is written.
+        files: path -> function as in :func:`write_whole`; for a link its target is written.
 
     Raises:
-        OutputError: one of them cannot be written, or is there and no file: a pipe or device.
+        OutputError: a file cannot be written, or its path is a pipe or device.
     """
     files = {path.resolve() if path.is_symlink() else path: write for path, write in files.items()}
     path = Path()
     temporary: dict[Path, Path] = {}
-    made: list[Path] = []
+    new_folders: list[Path] = []
     try:
         for path, write in files.items():
-            made += _make_folder(path.parent)
+            new_folders += _make_folder(path.parent)
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder")
-            if path.exists() and not path.is_file():  # renaming would put a file in its place
+            if path.exists() and not path.is_file():  # renaming would replace it by a file
                 raise OSError(f"{path} is a pipe or device")
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             os.close(handle)
@@ -54,7 +53,7 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
             temporary[path].chmod(0o666 & ~_umask())
         for path in files:
             os.replace(temporary[path], path)
-        made.clear()
+        new_folders.clear()
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Choose a writable "
@@ -63,13 +62,13 @@ def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
     finally:
         for leftover in temporary.values():
             leftover.unlink(missing_ok=True)
-        for folder in reversed(made):
+        for folder in reversed(new_folders):
             with suppress(OSError):
                 folder.rmdir()
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Makes a folder and its parents; those that were not there, outermost first."""
+    """Makes a folder and its parents; returns the new ones, outermost first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()][::-1]
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file")
@@ -78,12 +77,12 @@ def _make_folder(folder: Path) -> list[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` as UTF-8, whole or not at all; errors as in :func:`write_whole`."""
+    """Writes ``text`` as UTF-8, atomically; errors as in :func:`write_whole`."""
     write_whole(path, lambda temporary: write_utf8(temporary, text))
 
 
 def write_utf8(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` itself; for :func:`write_together`."""
+    """Writes ``text`` directly to ``path``; for :func:`write_together`."""
     path.write_text(text, encoding="utf-8")
 
 
@@ -94,18 +93,18 @@ def _umask() -> int:
 
 
 def check_writable(folder: Path) -> None:
-    """Looks whether files can be written in a folder, made or not, before long work.
+    """Checks, before any long computation, that files can be written in a folder, made or not.
 
     Raises:
-        OutputError: they cannot.
+        OutputError: files cannot be written there.
     """
-    near = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not near.is_dir():
-        raise OutputError(f"cannot write in {folder}: {near} is a file; choose another folder")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"cannot write in {folder}: {nearest} is a file; choose another folder")
     try:
-        with tempfile.TemporaryDirectory(prefix=".fxquant.", dir=near):
+        with tempfile.TemporaryDirectory(prefix=".fxquant.", dir=nearest):
             pass
     except OSError as error:
         raise OutputError(
-            f"cannot write in {folder}: {error.strerror} for {near}; choose another folder"
+            f"cannot write in {folder}: {error.strerror} for {nearest}; choose another folder"
         ) from error

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing under two seconds."""
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere, nothing under two seconds."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ LINE_SECONDS = 5.0
 def track(
     items: Iterable[T], *, label: Label, total: int = 0, done: int = 0, enabled: bool = True
 ) -> Iterator[T]:
-    """Yields ``items`` and shows how far they are, on stderr.
+    """Yields ``items`` and shows progress on stderr.
 
     Args:
-        items: what to go through.
-        label: what is being done; asked anew for each item where it is a function.
-        total: number of items, 0 if unknown, with those done before.
-        done: number of items done before.
-        enabled: False yields silently.
+        items: items to yield.
+        label: name of the step, or a function that returns it, called for each item.
+        total: number of items including ``done``; 0 if unknown.
+        done: number of items that were done before.
+        enabled: False shows nothing.
     """
     if not enabled:
         yield from items
         return
     console = Console(file=sys.stderr)
-    show = _bar if console.is_terminal else _lines
-    yield from show(items, label if callable(label) else lambda: label, total, done, console)
+    shown_as = _bar if console.is_terminal else _lines
+    yield from shown_as(items, label if callable(label) else lambda: label, total, done, console)
 
 
 def _bar(
@@ -74,10 +74,10 @@ def _lines(
 
 @contextmanager
 def working(label: str, *, enabled: bool = True) -> Iterator[None]:
-    """Shows that one step without countable parts is under way, on stderr.
+    """Shows on stderr that a step without countable items is running.
 
     Args:
-        label: what is being done.
+        label: name of the step.
         enabled: False shows nothing.
     """
     if not enabled:

@@ -1,4 +1,4 @@
-"""Keeps from the user what torch says of a model that it traces: errors say it in a sentence."""
+"""Suppression of torch's output while it traces a model; our errors explain failures instead."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager, redirect_stderr
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Neither warns, logs nor prints to stderr, progress excepted."""
-    before = logging.root.manager.disable
+    """Suppresses warnings, logging and stderr inside the ``with`` block."""
+    disabled_before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled_before)

@@ -290,7 +290,7 @@ def test_a_demo_model_needs_nothing_else(
 ) -> None:
     assert "did you mean 'glyph_vit'" in fails(capsys, "demo", "--model", "glif_vit")
     error = fails(capsys, "compile", "glyph_vit", "--random-weights", "--out", tmp_path)
-    assert "glyph_vit comes trained" in error
+    assert "glyph_vit is already trained" in error
 
 
 def test_the_module_runs() -> None:

@@ -60,7 +60,7 @@ def test_compile_prints_the_summary_and_what_stayed_float(
     printed = captured.out
     assert "mine: " in printed
     assert "3 calibration images" in printed
-    assert "has 3 images, 32 were looked for" in captured.err
+    assert "has 3 images, 32 were asked for" in captured.err
     assert "stayed float: blocks_0_attn" in printed
 
 
@@ -77,7 +77,7 @@ def test_a_training_that_holds_images_out_looks_for_many(
     common = ["--policy", str(policy), "--data", str(flat), "--out", str(tmp_path)]
     assert main(["compile", "vit_tiny_patch16_224", *ARGS, "--random-weights", *common]) == 0
     captured = capsys.readouterr()
-    assert f"has 3 images, {count} were looked for" in captured.err
+    assert f"has 3 images, {count} were asked for" in captured.err
     assert ("trained on 3 images; hundreds" in captured.out) == bool(held_out)
 
 
@@ -155,12 +155,12 @@ def test_damaged_checkpoints_are_refused(
     (tmp_path / "short.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:-500])
     assert "short.pth is truncated" in fails(capsys, *start, tmp_path / "short.pth")
     (tmp_path / "text.pth").write_text("hello")
-    assert "no checkpoint" in fails(capsys, *start, tmp_path / "text.pth")
+    assert "not a checkpoint" in fails(capsys, *start, tmp_path / "text.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "object.pth")
     assert "Python objects, which would run code" in fails(capsys, *start, tmp_path / "object.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     assert "holds no state dict but list" in fails(capsys, *start, tmp_path / "list.pth")
-    assert "missing.pth is no file" in fails(capsys, *start, tmp_path / "missing.pth")
+    assert "missing.pth is not a file" in fails(capsys, *start, tmp_path / "missing.pth")
 
 
 # errors of compile

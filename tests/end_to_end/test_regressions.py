@@ -117,7 +117,7 @@ def test_a_model_wrapped_by_torch_compile_is_unwrapped() -> None:
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("rules:\n  - spec:\n      bits: 8\n      bits: 4\n")
-    with pytest.raises(PolicyError, match="line 4: 'bits' is given twice"):
+    with pytest.raises(PolicyError, match="line 4: 'bits' is there twice"):
         fxquant.compile(seeded(nn.Linear(DIM, DIM)), [tokens()], path)
 
 

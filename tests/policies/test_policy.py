@@ -227,8 +227,8 @@ def test_rules_put_before_a_preset_come_first() -> None:
         ("name: p\n", PolicyError, ["mine.yaml:1:", "has no rules"]),
         ("", PolicyError, ["mine.yaml:1:", "fields of a Policy"]),
         ("- a\n- b\n", PolicyError, ["mine.yaml:1:", "fields of a Policy"]),
-        ("rules: [\n", PolicyError, ["mine.yaml", "no YAML", "line 2"]),
-        ("rules: !!python/object:os.system {}\n", PolicyError, ["mine.yaml", "no YAML"]),
+        ("rules: [\n", PolicyError, ["mine.yaml", "is not YAML", "line 2"]),
+        ("rules: !!python/object:os.system {}\n", PolicyError, ["mine.yaml", "is not YAML"]),
     ],
 )
 def test_a_malformed_file_is_explained(
@@ -266,7 +266,7 @@ def test_names_that_are_no_policy(tmp_path: Path) -> None:
         resolve(8)  # type: ignore[arg-type]
     binary = tmp_path / "binary.yml"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PolicyError, match=r"binary\.yml is no UTF-8 text"):
+    with pytest.raises(PolicyError, match=r"binary\.yml is not UTF-8 text"):
         resolve(binary)
 
 

@@ -1,1 +1,1 @@
-"""The presets, one file for each family of methods."""
+"""The presets, one file for each kind of method."""

@@ -1,4 +1,4 @@
-"""The presets' best parts, put together for each width."""
+"""The preset ``best``: for each width the methods that measured best."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fxquant.policies.presets.shared_rules import elementwise_rules, end_rules
 from fxquant.utils.suggest import did_you_mean
 
 _END_BITS = 8
-# Of each product, for the search: half of what other presets take, for speed.
+# Rows of each product for the search: half as many as in other presets, for speed.
 _ROWS = 256
-# Scales, zero points and biases of the whole network, codes of weights as rounding by columns left
-# them: all weights would fit the few images. These are neither held out nor enough without others
-# made of them; what they may take is some two minutes on two cores of an AVX512 server.
+# Trains scales, zero points and biases of the whole network and keeps the weights' codes from GPTQ:
+# trained weights would overfit the few images. None of these is held out, and more are augmented
+# from them. The bound takes about two minutes on two cores of an AVX512 server.
 _SECONDS = Reconstruction(
     scope=Scope.NETWORK,
     weights=WeightTraining.SCALES,
@@ -35,7 +35,7 @@ _SECONDS = Reconstruction(
     augment=True,
     max_macs=1e13,
 )
-# Hundreds of images carry the weights too. 1,000 steps of a small network, 400 of DeiT-S.
+# Hundreds of images suffice to train weights too: 1,000 steps of a small network, 400 of DeiT-S.
 _MINUTES = replace(
     _SECONDS,
     weights=WeightTraining.STRAIGHT_THROUGH,
@@ -49,7 +49,7 @@ _TRAINING = {
     Effort.MINUTES: _MINUTES,
     Effort.HOURS: replace(_MINUTES, iterations=10_000, max_macs=None),
 }
-# To round weights by: 32 have fewer rows than a wide layer columns where tokens are merged.
+# For GPTQ: where tokens are merged, 32 images have fewer rows than a wide layer has columns.
 _IMAGES = 128
 
 
@@ -62,33 +62,34 @@ def best(
     budget: Budget | None = None,
     full: bool = False,
 ) -> Policy:
-    """Our own pick, by what was measured on the example models.
+    """Combination of methods that measured best on the example models.
 
-    At 8 bits :func:`w8a8`: nothing else gains there, and integer kernels run it as it is. Below,
-    :func:`mptq_vit` with weights rounded by columns (:class:`fxquant.Compensation`), the first and
-    last linears and convolutions at 8 bits, and scales and biases then trained, as far as the
-    effort goes, to give what the float network gives (:class:`fxquant.Reconstruction`). With
-    effort ``minutes`` and ``hours`` weights are moved by the ridge first, and trained as well.
-    ``benchmarks/accuracy.py`` has its rows.
+    At 8 bits it is :func:`w8a8`: no other method gains there, and integer kernels run it directly.
+    Below 8 bits it is :func:`mptq_vit` with weights rounded by GPTQ (:class:`fxquant.Compensation`)
+    and the first and last linears and convolutions at 8 bits; then scales and biases are trained
+    towards the float network's outputs, as far as the effort allows
+    (:class:`fxquant.Reconstruction`). With effort ``minutes`` and ``hours`` weights are also moved
+    by the ridge before rounding, and trained. ``benchmarks/accuracy.py`` measures it.
 
     Args:
         weight_bits: width of weights, symmetric per output channel.
         act_bits: width of activations.
-        effort: ``seconds`` with 32 images, ``minutes`` or ``hours`` with hundreds; at 8 bits alike.
-            The first two bound what training takes, so that large networks get fewer steps.
-        end_bits: least width of the weights of those, and of what the last ones read
-            (:func:`fxquant.policies.end_rules`), 8 where not given; 2 gives them no width of their
-            own.
-        budget: mixed precision within it, chosen exactly, instead of all those widths; at
-            ``weight_bits`` and ``act_bits`` it is then decided what to smooth.
-        full: also quantize what norms, softmax, activation functions and additions read, to 8
+        effort: ``seconds`` for 32 images, ``minutes`` or ``hours`` for hundreds; without effect at
+            8 bits. The first two bound the multiplications of the training, so that large networks
+            get fewer steps.
+        end_bits: least width of the weights of the first and last layers, and of the last layers'
+            inputs (:func:`fxquant.policies.end_rules`); None is 8, and 2 gives these layers the
+            width of all others.
+        budget: budget of mixed precision, chosen exactly, instead of fixed widths; smoothing is
+            then decided at ``weight_bits`` and ``act_bits``.
+        full: also quantize the inputs of norms, softmax, activation functions and additions to 8
             bits.
 
     Raises:
         BitWidthError: a width is outside 2..16.
         UnknownKeyError: the effort is unknown.
-        PolicyError: ``budget`` is no Budget, or ``full`` no boolean; or both ``budget`` and
-            ``end_bits`` are given.
+        PolicyError: ``budget`` is not a Budget, ``full`` not a boolean, or both ``budget`` and
+            ``end_bits`` are set.
     """
     check_flags(full=full)
     if effort not in list(Effort):
@@ -97,9 +98,9 @@ def best(
             f"{', '.join(Effort)}"
         )
     for bits in (weight_bits, act_bits):
-        TensorSpec(bits=bits)  # which checks it
+        TensorSpec(bits=bits)  # checks the width
     if budget is not None and end_bits is not None:
-        raise PolicyError("end_bits goes with one width for all; a budget chooses each edge's own")
+        raise PolicyError("set either end_bits or budget: a budget chooses the width of each edge")
     wide = end_rules(_END_BITS if end_bits is None else end_bits)
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
@@ -117,11 +118,11 @@ def best(
     if end_bits not in (None, _END_BITS):
         suffix = f"_ends{end_bits}{suffix}"
     image = [rule for rule in base.rules if rule.fed_by == "image"]
-    others = [rule for rule in base.rules if rule not in image]
+    base_rules = [rule for rule in base.rules if rule not in image]
     return replace(
         base,
         name=f"best_{widths}_{effort}{suffix}",
-        rules=(*(elementwise_rules() if full else ()), *image, *ends, *others),
+        rules=(*(elementwise_rules() if full else ()), *image, *ends, *base_rules),
         search=replace(base.search or ScaleSearch(), rows=_ROWS),
         description=f"our own pick: {base.description}; weights rounded by columns; trained",
         allocation=None if budget is None else Allocation(budget=budget),

@@ -1,4 +1,4 @@
-"""Presets whose scales come from the observed ranges."""
+"""Presets whose scales are fitted to observed ranges."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fxquant.policies.presets.shared_rules import elementwise_rules
 
 
 def w8a8(*, full: bool = False) -> Policy:
-    """Eight bits everywhere, laid out as integer CPU kernels want it.
+    """Eight bits everywhere, in the layout of integer CPU kernels.
 
-    Weights symmetric per output channel; activations asymmetric per tensor, their range chosen by
-    least squared error; the right operands of attention products symmetric, since they take the
-    place of weights in the kernel; attention probabilities on the full range [0, max].
+    Weights are symmetric per output channel; activations asymmetric per tensor, their range chosen
+    by least squared error; the right operands of attention products symmetric, since integer
+    kernels treat them as weights; attention probabilities use the full range [0, max].
 
     Args:
         full: also quantize what norms, softmax, activation functions and additions read, so that
@@ -22,20 +22,20 @@ def w8a8(*, full: bool = False) -> Policy:
             (:func:`elementwise_rules`).
 
     Raises:
-        PolicyError: ``full`` is no boolean.
+        PolicyError: ``full`` is not a boolean.
     """
     check_flags(full=full)
-    besides = ", norms, softmax, GELU and sums" if full else ""
+    between = ", norms, softmax, GELU and sums" if full else ""
     return Policy(
         name="w8a8_full" if full else "w8a8",
-        description=f"8-bit weights and activations{besides} for integer CPU kernels; least "
+        description=f"8-bit weights and activations{between} for integer CPU kernels; least "
         "squared error",
         rules=(
             *(elementwise_rules() if full else ()),
             Rule(
                 arg=Arg.WEIGHT,
                 spec=TensorSpec(bits=8, symmetric=True, granularity=Granularity.CHANNEL),
-                optional=True,  # a model of products of activations only
+                optional=True,  # a model may have products of activations only
             ),
             Rule(
                 arg=Arg.RHS,
@@ -49,12 +49,12 @@ def w8a8(*, full: bool = False) -> Policy:
 
 
 def w8a8_full() -> Policy:
-    """:func:`w8a8` with ``full=True``: eight bits between products too."""
+    """Preset :func:`w8a8` with ``full=True``: eight bits between products too."""
     return w8a8(full=True)
 
 
 def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
-    """The plain baseline: ranges are the smallest and largest value seen.
+    """Min-max baseline: ranges are the smallest and largest values observed.
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.

@@ -1,4 +1,4 @@
-"""Presets that search scales by what products give."""
+"""Presets that search scales by the output error of products."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def base_ptq(weight_bits: int = 8, act_bits: int = 8, *, image_bits: int = 8) ->
     """The baseline of PTQ4ViT: uniform everywhere, one round, cosine (arXiv 2111.12293, table 1).
 
     Activations are asymmetric and weights have a scale for each output channel, as in all presets
-    here, where the paper has them symmetric and per tensor; so it is a stronger baseline.
+    here; in the paper they are symmetric and per tensor. The baseline here is therefore stronger.
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of activations; queries, keys and values symmetric per head, all others
             asymmetric per tensor.
-        image_bits: width of the images that the first layer takes.
+        image_bits: width of the images that the first layer reads.
 
     Raises:
         BitWidthError: a width is outside 2..16.
@@ -48,24 +48,24 @@ def ptq4vit(
 ) -> Policy:
     """PTQ4ViT: twin uniform quantizers and a gradient-guided search (arXiv 2111.12293).
 
-    Where it differs from the paper: activations are asymmetric and weights have a scale for each
-    output channel, which the paper has symmetric and per tensor; the image has 8 bits; and the
-    default search is ours (see :class:`ScaleSearch`).
+    Differences from the paper: activations are asymmetric and weights have a scale for each output
+    channel (in the paper symmetric and per tensor); the image has 8 bits; and the default search is
+    ours (see :class:`ScaleSearch`).
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of activations; queries, keys and values symmetric per head, all others
             per tensor.
-        image_bits: width of the images that the first layer takes.
-        twin: twin uniform quantizers behind softmax, GELU, SiLU and hard-swish.
-        search: metric, grid and rounds.
-        reparameterize: see :class:`Policy`.
-        bias_correction: see :class:`Policy`.
+        image_bits: width of the images that the first layer reads.
+        twin: use twin uniform quantizers behind softmax, GELU, SiLU and hard-swish.
+        search: metric, grid and rounds of the search of scales.
+        reparameterize: move channels behind LayerNorms onto one range; see :class:`Policy`.
+        bias_correction: correct biases for the rounding of weights; see :class:`Policy`.
 
     Raises:
         BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
-            not take: turn them off with ``twin=False``.
-        PolicyError: ``search`` is no ScaleSearch, or a flag no boolean.
+            not support: turn them off with ``twin=False``.
+        PolicyError: ``search`` is not a ScaleSearch, or a flag not a boolean.
     """
     check_flags(twin=twin, reparameterize=reparameterize, bias_correction=bias_correction)
     if not isinstance(search, ScaleSearch):
@@ -80,12 +80,12 @@ def ptq4vit(
             for name in ("softmax", "gelu", "silu", "hardswish")
         )
     options = {"_uniform": not twin, "_repq": reparameterize, "_bias": bias_correction}
-    changed = "".join(suffix for suffix, on in options.items() if on)
+    suffixes = "".join(suffix for suffix, on in options.items() if on)
     if search != ScaleSearch():
-        changed += f"_{search.metric}"
+        suffixes += f"_{search.metric}"
     kind = "twin uniform" if twin else "uniform"
     return Policy(
-        name=f"ptq4vit_w{weight_bits}a{act_bits}{changed}",
+        name=f"ptq4vit_w{weight_bits}a{act_bits}{suffixes}",
         description=f"PTQ4ViT: {kind} quantizers; scales by output error ({search.metric})",
         search=search,
         reparameterize=reparameterize,
@@ -104,24 +104,24 @@ def mptq_vit(
 ) -> Policy:
     """MPTQ-ViT: SQ-b, OPT-m and mixed precision (arXiv 2401.14895).
 
-    :func:`ptq4vit`, its channels smoothed first where that halves the loss, the region ratio of
-    twin quantizers searched with their scale, uniform ones among the candidates.
+    Extends :func:`ptq4vit`: channels are smoothed first where that halves the loss, and the region
+    ratio of twin quantizers is searched with their scale, uniform quantizers among the candidates.
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of activations; queries, keys and values symmetric per head, all others
             per tensor.
-        image_bits: width of the images that the first layer takes.
-        budget: greedy mixed precision within it: each operand of a product but the image gets a
-            width of 3 to 8 bits of its own (:class:`fxquant.Allocation`); at ``weight_bits`` and
-            ``act_bits`` it is then decided what to smooth.
-        full: also quantize what norms, softmax, GELU and additions read, to 8 bits
+        image_bits: width of the images that the first layer reads.
+        budget: budget of greedy mixed precision (:class:`fxquant.Allocation`): each operand of a
+            product except the image gets its own width of 3 to 8 bits; smoothing is then decided
+            at ``weight_bits`` and ``act_bits``.
+        full: also quantize the inputs of norms, softmax, GELU and additions to 8 bits
             (:func:`elementwise_rules`).
 
     Raises:
         BitWidthError: a width is outside 2..16; or act_bits is above 8, which twin quantizers do
-            not take.
-        PolicyError: ``budget`` is no Budget, or ``full`` no boolean.
+            not support.
+        PolicyError: ``budget`` is not a Budget, or ``full`` not a boolean.
     """
     check_flags(full=full)
     search = ScaleSearch(search_region_ratio=True)

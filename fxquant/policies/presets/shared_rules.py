@@ -1,4 +1,4 @@
-"""Rules that several presets share."""
+"""Rules used by several presets."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Ru
 def end_rules(bits: int = 8) -> tuple[Rule, ...]:
     """Rules for the first and last linears and convolutions, often kept at 8 bits.
 
-    They are a small part of the network, and what they lose is lost for all of it (BRECQ, arXiv
-    2102.05426, section 4). A rule for images goes before these.
+    These layers are a small part of the network, and their errors affect all of it (BRECQ, arXiv
+    2102.05426, section 4). Put a rule for images before these rules.
 
     Args:
-        bits: width of their weights, symmetric per output channel, and of what the last ones
-            read, asymmetric per tensor.
+        bits: width of these layers' weights, symmetric per output channel, and of the last layers'
+            inputs, asymmetric per tensor.
 
     Raises:
-        BitWidthError: it is outside 2..16.
+        BitWidthError: the width is outside 2..16.
     """
     weight = TensorSpec(bits=bits, symmetric=True, granularity=Granularity.CHANNEL)
     return (
@@ -57,13 +57,13 @@ def end_rules(bits: int = 8) -> tuple[Rule, ...]:
 
 
 def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Rule, ...]:
-    """Rules for what stands between products: additions, norms, softmax, activation functions.
+    """Rules for operations between products: additions, norms, softmax, activation functions.
 
     Args:
         act_bits: width of activations, asymmetric per tensor.
         constant_bits: width of constants that are added: position embeddings, relative position
-            biases, attention masks. A constant costs no time to quantize, and a mask of 0 and -100
-            beside scores of a few units needs a wide grid.
+            biases, attention masks. Quantizing a constant costs no time, and a mask of 0 and -100
+            added to scores of a few units needs a fine grid.
 
     Raises:
         BitWidthError: a width is outside 2..16.
@@ -71,10 +71,10 @@ def elementwise_rules(act_bits: int = 8, *, constant_bits: int = 16) -> tuple[Ru
     constants = TensorSpec(bits=constant_bits)
     scores = TensorSpec(bits=act_bits, observer=ObserverKind.SOFTMAX)
     # One spec for additions and norms: the residual stream, which both read, is quantized once.
-    rest = TensorSpec(bits=act_bits, observer=ObserverKind.MSE)
+    stream = TensorSpec(bits=act_bits, observer=ObserverKind.MSE)
     kinds = (OpKind.ADD, OpKind.LAYER_NORM, OpKind.RMS_NORM, OpKind.ACTIVATION)
     return (
         Rule(op=OpKind.ADD, fed_by="parameter", spec=constants, optional=True),
         Rule(op=OpKind.SOFTMAX, spec=scores, optional=True),
-        *(Rule(op=kind, spec=rest, optional=True) for kind in kinds),
+        *(Rule(op=kind, spec=stream, optional=True) for kind in kinds),
     )

@@ -12,7 +12,7 @@ from fxquant.errors import PolicyError
 from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.presets.shared_rules import searched_rules
 
-# Squared error of the block's output, no drops.
+# As in the paper: squared error of the block's output, no drops.
 _PAPER = Reconstruction(block_loss=BlockLoss.MSE, drop=0.0)
 
 
@@ -28,25 +28,25 @@ def aiqvit(
 ) -> Policy:
     """AIQViT: low-rank changes of weights, trained block by block (arXiv 2502.04628).
 
-    Weights move by factors whose rank a search chooses, and are rounded after that; attention is
+    Weights are changed by low-rank factors whose rank is searched, and then rounded; attention is
     quantized by a dynamic focusing quantizer whose interval is trained; training begins with the
-    images that are easy. Where it differs from the paper: weights are symmetric, which integer
-    kernels want; the channels behind LayerNorms are moved onto one range before training, not
-    after; scales start from the gradient-weighted search of :func:`ptq4vit`; biases are trained
-    too, and the patch embedding and head as well as the blocks; of eight states on the way that one
-    is kept whose loss is least on images held out; and there are far fewer steps.
+    easy images. Differences from the paper: weights are symmetric, as integer kernels need; the
+    channels behind LayerNorms are moved onto one range before training, not after; scales start
+    from the gradient-weighted search of :func:`ptq4vit`; biases are trained too, and the patch
+    embedding and head as well as the blocks; of eight states during training the state of least
+    loss on held-out images is kept; and there are far fewer steps.
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of activations, 2 to 8; queries, keys and values symmetric per head, all
             others per tensor.
-        image_bits: width of the images that the first layer takes.
-        low_rank: train factors; without, weights stay and scales and biases alone are trained.
-        focusing: the focusing quantizer; without, a uniform one.
-        curriculum: easy images first.
-        reconstruction: steps, rates, loss; its weights, ranks and curriculum are set here. The
-            paper takes 2,000 ``rank_iterations`` and 6,000 ``iterations`` of 24 images out of
-            1,024.
+        image_bits: width of the images that the first layer reads.
+        low_rank: train low-rank factors of weights; False trains only scales and biases.
+        focusing: use the dynamic focusing quantizer behind softmax; False uses a uniform one.
+        curriculum: begin the training with easy images.
+        reconstruction: steps, learning rates and loss; its weights, ranks and curriculum are
+            replaced. The paper uses 2,000 ``rank_iterations`` and 6,000 ``iterations`` of 24 images
+            out of 1,024.
 
     Raises:
         BitWidthError: a width is outside 2..16, or act_bits above 8 with the focusing quantizer.
@@ -63,10 +63,10 @@ def aiqvit(
         percentile=99.8,
     )
     rules = (Rule(fed_by="softmax", spec=focus, optional=True),) if focusing else ()
-    parts = {"_no_low_rank": low_rank, "_no_focusing": focusing, "_no_curriculum": curriculum}
-    changed = "".join(suffix for suffix, on in parts.items() if not on)
+    options = {"_no_low_rank": low_rank, "_no_focusing": focusing, "_no_curriculum": curriculum}
+    suffixes = "".join(suffix for suffix, on in options.items() if not on)
     return Policy(
-        name=f"aiqvit_w{weight_bits}a{act_bits}{changed}",
+        name=f"aiqvit_w{weight_bits}a{act_bits}{suffixes}",
         description="AIQViT: low-rank changes of weights and focused attention, trained by blocks",
         search=ScaleSearch(),
         reparameterize=True,
