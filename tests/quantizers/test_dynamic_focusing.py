@@ -1,76 +1,27 @@
-"""The dynamic focusing quantizer: the laws of quantizers, and the paper's formula."""
+"""The dynamic focusing quantizer: its interval, and the formula of the paper."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fxquant import TensorSpec
 from fxquant.errors import CalibrationError
-from fxquant.quantizers import DynamicFocusingQuantizer, largest_start
-from tests.helpers.laws import (
-    assert_codes_are_whole,
-    assert_forward_is_dequantize_of_quantize,
-    assert_idempotent,
-    assert_monotone,
-    assert_state_is_complete,
-)
+from fxquant.quantizers import DynamicFocusingQuantizer
+from tests.helpers.quantizer_cases import Case, focusing_cases
 
 
-@dataclass
-class Case:
-    """A quantizer and data that reach beyond both of its ends."""
-
-    quantizer: DynamicFocusingQuantizer
-    x: Tensor
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    bits = draw(st.integers(2, 8))
-    start = draw(st.integers(0, largest_start(bits)))
-    scale = torch.tensor(draw(st.floats(1e-6, 1e3)))
-    quantizer = DynamicFocusingQuantizer(scale, start=start, bits=bits)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    steps = torch.rand(3, 4, 50, generator=generator) * 1.5 * (start + 2**bits) - 1
-    return Case(quantizer, steps * scale)
-
-
-@given(cases())
-def test_codes_are_whole_numbers_of_their_bits(case: Case) -> None:
-    assert_codes_are_whole(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_dequantize_of_quantize(case: Case) -> None:
-    assert_forward_is_dequantize_of_quantize(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_idempotent(case: Case) -> None:
-    assert_idempotent(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_monotone(case: Case) -> None:
-    assert_monotone(case.quantizer, case.x)
-
-
-@given(cases())
-def test_state_is_complete(case: Case) -> None:
-    assert_state_is_complete(case.quantizer, case.x)
+@given(focusing_cases())
+def test_state_is_complete(case: Case[DynamicFocusingQuantizer]) -> None:
     again = DynamicFocusingQuantizer.from_config(case.quantizer.config())
     again.load_state_dict(case.quantizer.state_dict())
     assert again.start == case.quantizer.start
 
 
-@given(cases())
-def test_codes_are_those_of_the_paper(case: Case) -> None:
+@given(focusing_cases())
+def test_codes_are_those_of_the_paper(case: Case[DynamicFocusingQuantizer]) -> None:
     """0 below b1, the last above b2, between them round((x - b1) / step): eq. 15."""
     quantizer, x = case.quantizer, case.x.double()
     b1, b2 = quantizer.interval
@@ -82,8 +33,8 @@ def test_codes_are_those_of_the_paper(case: Case) -> None:
     assert bool(near_tie[off].all())
 
 
-@given(cases())
-def test_values_lie_on_the_plain_grid_of_8_bit_codes(case: Case) -> None:
+@given(focusing_cases())
+def test_values_lie_on_the_plain_grid_of_8_bit_codes(case: Case[DynamicFocusingQuantizer]) -> None:
     """What makes a clip and one ordinary uniform quantizer of it."""
     quantizer = case.quantizer
     steps = quantizer(case.x) / quantizer.scale
@@ -91,8 +42,8 @@ def test_values_lie_on_the_plain_grid_of_8_bit_codes(case: Case) -> None:
     assert steps.min() > quantizer.start - 0.5 and steps.max() < 255.5
 
 
-@given(cases())
-def test_each_value_goes_to_the_nearest_of_the_grid(case: Case) -> None:
+@given(focusing_cases())
+def test_each_value_goes_to_the_nearest_of_the_grid(case: Case[DynamicFocusingQuantizer]) -> None:
     """Values below b1 too, which so read as b1 and not as zero."""
     quantizer = case.quantizer
     grid = (quantizer.start + torch.arange(2**quantizer.bits)) * quantizer.scale
@@ -101,8 +52,10 @@ def test_each_value_goes_to_the_nearest_of_the_grid(case: Case) -> None:
     torch.testing.assert_close(error, nearest, rtol=1e-4, atol=float(quantizer.scale) * 1e-3)
 
 
-@given(cases())
-def test_gradient_is_that_of_the_identity_within_the_interval_and_zero_outside(case: Case) -> None:
+@given(focusing_cases())
+def test_gradient_is_that_of_the_identity_within_the_interval_and_zero_outside(
+    case: Case[DynamicFocusingQuantizer],
+) -> None:
     x, quantizer = case.x.clone().requires_grad_(), case.quantizer
     quantizer(x).sum().backward()
     b1, b2 = quantizer.interval

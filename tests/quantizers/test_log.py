@@ -1,9 +1,8 @@
-"""Logarithmic quantizers: the laws of quantizers, the paper's formula, the table and the shift."""
+"""Logarithmic quantizers: the formula of the paper, the table and the shift."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,13 +12,7 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 from fxquant.quantizers import LogQuantizer, log_ops
-from tests.helpers.laws import (
-    assert_codes_are_whole,
-    assert_forward_is_dequantize_of_quantize,
-    assert_idempotent,
-    assert_monotone,
-    assert_state_is_complete,
-)
+from tests.helpers.quantizer_cases import Case, log_cases
 
 octaves = (
     st.tuples(st.integers(1, 24), st.integers(1, 16))
@@ -28,61 +21,20 @@ octaves = (
 )
 
 
-@dataclass
-class Case:
-    """A quantizer, and data of every size from below its smallest value to above its largest."""
-
-    quantizer: LogQuantizer
-    x: Tensor
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    bits, (n, d) = draw(st.integers(2, 8)), draw(octaves)
-    scale = torch.tensor(draw(st.floats(1e-6, 1e3)))
-    quantizer = LogQuantizer(scale, bits=bits, n=n, d=d)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    exponent = 3 - torch.rand(3, 4, 50, generator=generator) * (quantizer.zero_code * n / d + 8)
-    x = scale * 2**exponent
-    x[0, 0, :2] = torch.tensor([0.0, -float(scale)])
-    return Case(quantizer, x)
-
-
 def powers(quantizer: LogQuantizer) -> Tensor:
     """The exact powers that the codes before that of zero stand for."""
     codes = torch.arange(quantizer.zero_code, dtype=torch.float64)
     return quantizer.scale.double() * 2.0 ** (-codes * quantizer.n / quantizer.d)
 
 
-@given(cases())
-def test_codes_are_whole_numbers_of_their_bits(case: Case) -> None:
-    assert_codes_are_whole(case.quantizer, case.x)
+@given(log_cases())
+def test_codes_are_whole_numbers_of_their_bits(case: Case[LogQuantizer]) -> None:
     assert case.quantizer.quantize(case.x).max() <= case.quantizer.zero_code
     assert case.quantizer.zero_code < 2**case.quantizer.bits
 
 
-@given(cases())
-def test_forward_is_dequantize_of_quantize(case: Case) -> None:
-    assert_forward_is_dequantize_of_quantize(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_idempotent(case: Case) -> None:
-    assert_idempotent(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_monotone(case: Case) -> None:
-    assert_monotone(case.quantizer, case.x)
-
-
-@given(cases())
-def test_state_is_complete(case: Case) -> None:
-    assert_state_is_complete(case.quantizer, case.x)
-
-
-@given(cases())
-def test_codes_are_those_of_the_paper(case: Case) -> None:
+@given(log_cases())
+def test_codes_are_those_of_the_paper(case: Case[LogQuantizer]) -> None:
     """``clamp(round(-(d / n) log2(x / s)))`` down to the smallest power, half of which is zero."""
     quantizer, x = case.quantizer, case.x.double()
     own, smallest = quantizer.quantize(case.x), float(powers(quantizer)[-1])
@@ -94,8 +46,8 @@ def test_codes_are_those_of_the_paper(case: Case) -> None:
     assert bool(near_tie[off].all())
 
 
-@given(cases())
-def test_values_are_powers_as_near_as_the_table_has_them(case: Case) -> None:
+@given(log_cases())
+def test_values_are_powers_as_near_as_the_table_has_them(case: Case[LogQuantizer]) -> None:
     quantizer = case.quantizer
     codes = torch.arange(quantizer.zero_code + 1).float()
     values = quantizer.dequantize(codes)
@@ -106,8 +58,8 @@ def test_values_are_powers_as_near_as_the_table_has_them(case: Case) -> None:
     assert powers(quantizer)[-1] >= quantizer.scale * 2.0**-16
 
 
-@given(cases())
-def test_a_code_decodes_by_a_table_and_a_shift(case: Case) -> None:
+@given(log_cases())
+def test_a_code_decodes_by_a_table_and_a_shift(case: Case[LogQuantizer]) -> None:
     quantizer = case.quantizer
     table = log_ops.log_table(quantizer.d)
     assert len(table) == quantizer.d <= 16 and max(table) <= 128
@@ -120,8 +72,10 @@ def test_a_code_decodes_by_a_table_and_a_shift(case: Case) -> None:
     torch.testing.assert_close(quantizer.dequantize(codes).double(), whole, rtol=1e-6, atol=0)
 
 
-@given(cases())
-def test_gradient_is_that_of_the_identity_within_the_range_and_zero_outside(case: Case) -> None:
+@given(log_cases())
+def test_gradient_is_that_of_the_identity_within_the_range_and_zero_outside(
+    case: Case[LogQuantizer],
+) -> None:
     x, quantizer = case.x.clone().requires_grad_(), case.quantizer
     quantizer(x).sum().backward()
     above = quantizer.scale * 2.0 ** (quantizer.n / quantizer.d)

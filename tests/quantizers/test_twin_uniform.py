@@ -1,8 +1,6 @@
-"""The twin uniform quantizer: the laws of quantizers, its code words, and the paper's formula."""
+"""The twin uniform quantizer: its code words, and the formula of the paper."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,35 +12,7 @@ from fxquant import TensorSpec
 from fxquant.config.spec import Granularity, Scheme
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
 from fxquant.quantizers import TwinUniformQuantizer, ops
-from tests.helpers.laws import (
-    assert_codes_are_whole,
-    assert_forward_is_dequantize_of_quantize,
-    assert_idempotent,
-    assert_monotone,
-    assert_state_is_complete,
-)
-
-
-@dataclass
-class Case:
-    """A quantizer and data that reach beyond both of its ends."""
-
-    quantizer: TwinUniformQuantizer
-    x: Tensor
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    bits, two_sided = draw(st.integers(2, 8)), draw(st.booleans())
-    shift = draw(st.integers(0 if two_sided else 1, 11))
-    scale = torch.tensor(draw(st.floats(1e-6, 1e3)))
-    quantizer = TwinUniformQuantizer(scale, shift=shift, bits=bits, two_sided=two_sided)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    # Values of every size between a tenth of a fine step and past the coarse end.
-    reach = torch.log2(10 * quantizer.levels * torch.tensor(2.0**shift))
-    exponent = torch.rand(3, 4, 50, generator=generator) * (reach + 3) - 3
-    sign = torch.randn(3, 4, 50, generator=generator).sign()
-    return Case(quantizer, sign * scale * 2**exponent)
+from tests.helpers.quantizer_cases import Case, twin_cases
 
 
 def grid(quantizer: TwinUniformQuantizer) -> Tensor:
@@ -52,28 +22,8 @@ def grid(quantizer: TwinUniformQuantizer) -> Tensor:
     return torch.cat([fine, magnitudes * quantizer.coarse_scale])
 
 
-@given(cases())
-def test_code_words_are_whole_numbers_of_their_bits(case: Case) -> None:
-    assert_codes_are_whole(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_dequantize_of_quantize(case: Case) -> None:
-    assert_forward_is_dequantize_of_quantize(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_idempotent(case: Case) -> None:
-    assert_idempotent(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_monotone(case: Case) -> None:
-    assert_monotone(case.quantizer, case.x)
-
-
-@given(cases())
-def test_each_value_goes_to_the_nearest_of_both_grids(case: Case) -> None:
+@given(twin_cases())
+def test_each_value_goes_to_the_nearest_of_both_grids(case: Case[TwinUniformQuantizer]) -> None:
     values = grid(case.quantizer)
     nearest = (case.x.unsqueeze(-1) - values).abs().amin(-1)
     error = (case.quantizer(case.x) - case.x).abs()
@@ -81,13 +31,8 @@ def test_each_value_goes_to_the_nearest_of_both_grids(case: Case) -> None:
     torch.testing.assert_close(error, nearest, rtol=1e-5, atol=float(case.quantizer.scale) * 1e-5)
 
 
-@given(cases())
-def test_state_is_complete(case: Case) -> None:
-    assert_state_is_complete(case.quantizer, case.x)
-
-
-@given(cases())
-def test_values_lie_on_a_plain_grid_of_the_fine_step(case: Case) -> None:
+@given(twin_cases())
+def test_values_lie_on_a_plain_grid_of_the_fine_step(case: Case[TwinUniformQuantizer]) -> None:
     """What lets one integer product serve both regions: (a + b 2^m) D_R1."""
     quantizer = case.quantizer
     steps = quantizer(case.x) / quantizer.scale + quantizer.grid_zero_point
@@ -95,8 +40,10 @@ def test_values_lie_on_a_plain_grid_of_the_fine_step(case: Case) -> None:
     assert steps.min() > -0.5 and steps.max() < quantizer.grid_size - 0.5
 
 
-@given(cases())
-def test_gradient_is_that_of_the_identity_within_the_range_and_zero_outside(case: Case) -> None:
+@given(twin_cases())
+def test_gradient_is_that_of_the_identity_within_the_range_and_zero_outside(
+    case: Case[TwinUniformQuantizer],
+) -> None:
     x, quantizer = case.x.clone().requires_grad_(), case.quantizer
     quantizer(x).sum().backward()
     values = grid(quantizer)

@@ -1,91 +1,28 @@
-"""The laws of quantizers, for every width, symmetry and granularity."""
+"""The uniform quantizer: ranges, rounding, gradients, and its operators in torch."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fxquant.config.spec import TensorSpec
 from fxquant.errors import CalibrationError, FileFormatError
 from fxquant.quantizers import UniformQuantizer, accumulator_scale, from_config, ops
-from tests.helpers.laws import (
-    assert_forward_is_dequantize_of_quantize,
-    assert_idempotent,
-    assert_state_is_complete,
-)
+from tests.helpers.quantizer_cases import RangeCase, uniform_cases
 
-# Axis a scale runs along -> what the granularity is called; the data is (2, 3, 4, 5).
-AXES = {None: "tensor", 0: "weight channel", -1: "channel", -3: "head"}
 # float32 without its subnormal numbers, which torch may flush to zero.
 RANGE_ENDS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 
 
-@dataclass
-class Case:
-    """A quantizer, data to quantize, and the range that the quantizer covers."""
-
-    quantizer: UniformQuantizer
-    x: Tensor
-    lo: Tensor
-    hi: Tensor
-
-    def along(self, values: Tensor) -> Tensor:
-        """A per-axis parameter in a shape that broadcasts against the data."""
-        return ops.broadcast(values, self.x.ndim, self.quantizer.axis)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Any uniform quantizer, fitted to a part of its data so that some of it clips."""
-    spec = TensorSpec(bits=draw(st.integers(2, 16)), symmetric=draw(st.booleans()))
-    axis = draw(st.sampled_from(list(AXES)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    magnitude = 10.0 ** draw(st.integers(-20, 20))
-    shift = draw(st.sampled_from([0.0, 3.0, -3.0]))
-    x = (torch.randn(2, 3, 4, 5, generator=generator) + shift) * magnitude
-    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
-    lo, hi = 0.6 * rows.amin(1), 0.6 * rows.amax(1)
-    if axis is None:
-        lo, hi = lo[0], hi[0]
-    return Case(UniformQuantizer.from_range(lo, hi, spec, axis), x, lo, hi)
-
-
-@given(cases())
-def test_codes_are_whole_numbers_of_the_code_range(case: Case) -> None:
-    codes = case.quantizer.quantize(case.x)
-    assert torch.equal(codes, codes.round())
-    assert case.quantizer.qmin <= codes.min() and codes.max() <= case.quantizer.qmax
-    assert case.quantizer.qmax - case.quantizer.qmin + 1 == 2**case.quantizer.bits
-
-
-@given(cases())
-def test_forward_is_dequantize_of_quantize(case: Case) -> None:
-    assert_forward_is_dequantize_of_quantize(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_idempotent(case: Case) -> None:
-    assert_idempotent(case.quantizer, case.x)
-
-
-@given(cases())
-def test_forward_is_monotone(case: Case) -> None:
-    larger = case.x + torch.rand_like(case.x) * case.x.abs()
-    assert bool((case.quantizer(larger) >= case.quantizer(case.x)).all())
-
-
-@given(cases())
-def test_zero_stays_zero(case: Case) -> None:
+@given(uniform_cases())
+def test_zero_stays_zero(case: RangeCase) -> None:
     assert torch.equal(case.quantizer(torch.zeros_like(case.x)), torch.zeros_like(case.x))
 
 
-@given(cases())
-def test_error_within_the_range_is_at_most_half_a_step(case: Case) -> None:
+@given(uniform_cases())
+def test_error_within_the_range_is_at_most_half_a_step(case: RangeCase) -> None:
     lo, hi = case.along(case.lo.clamp(max=0)), case.along(case.hi.clamp(min=0))
     inside = torch.minimum(torch.maximum(case.x, lo), hi)
     error = (case.quantizer(inside) - inside).abs()
@@ -94,13 +31,10 @@ def test_error_within_the_range_is_at_most_half_a_step(case: Case) -> None:
     assert bool((error <= case.along(case.quantizer.scale) / 2 * slack).all())
 
 
-@given(cases())
-def test_state_is_complete(case: Case) -> None:
-    assert_state_is_complete(case.quantizer, case.x)
-
-
-@given(cases())
-def test_gradient_is_that_of_the_identity_within_the_range_and_zero_outside(case: Case) -> None:
+@given(uniform_cases())
+def test_gradient_is_that_of_the_identity_within_the_range_and_zero_outside(
+    case: RangeCase,
+) -> None:
     x = case.x.clone().requires_grad_()
     case.quantizer(x).sum().backward()
     lo, hi, step = map(

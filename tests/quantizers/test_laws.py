@@ -1,0 +1,132 @@
+"""The laws that the quantizers of every family keep."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxquant.config.spec import Scheme
+from fxquant.quantizers import FAMILIES, Quantizer, family_of, from_config
+from tests.helpers.quantizer_cases import CASES, Case
+
+every_scheme = pytest.mark.parametrize("scheme", CASES)
+
+
+def drawn(data: st.DataObject, scheme: Scheme) -> Case[Quantizer]:
+    return data.draw(CASES[scheme])
+
+
+def test_every_scheme_has_a_family_and_cases() -> None:
+    assert set(FAMILIES) == set(CASES) == set(Scheme)
+
+
+@every_scheme
+@given(data=st.data())
+def test_a_quantizer_is_of_its_family(scheme: Scheme, data: st.DataObject) -> None:
+    quantizer = drawn(data, scheme).quantizer
+    assert type(quantizer) is FAMILIES[scheme].quantizer
+    assert family_of(quantizer).quantizer is type(quantizer)
+
+
+@every_scheme
+@given(data=st.data())
+def test_codes_are_whole_numbers_of_the_code_range(scheme: Scheme, data: st.DataObject) -> None:
+    case = drawn(data, scheme)
+    codes, (least, largest) = case.quantizer.quantize(case.x), case.quantizer.code_range
+    assert torch.equal(codes, codes.round())
+    assert least <= codes.min() and codes.max() <= largest
+    assert largest - least + 1 == 2**case.quantizer.bits
+
+
+@every_scheme
+@given(data=st.data())
+def test_forward_is_dequantize_of_quantize(scheme: Scheme, data: st.DataObject) -> None:
+    case = drawn(data, scheme)
+    codes = case.quantizer.quantize(case.x)
+    assert torch.equal(case.quantizer(case.x), case.quantizer.dequantize(codes))
+
+
+@every_scheme
+@given(data=st.data())
+def test_forward_is_idempotent(scheme: Scheme, data: st.DataObject) -> None:
+    case = drawn(data, scheme)
+    once = case.quantizer(case.x)
+    assert torch.equal(case.quantizer(once), once)
+    assert torch.equal(case.quantizer.quantize(once), case.quantizer.quantize(case.x))
+
+
+@every_scheme
+@given(data=st.data())
+def test_forward_is_monotone(scheme: Scheme, data: st.DataObject) -> None:
+    case = drawn(data, scheme)
+    larger = case.x + torch.rand_like(case.x) * case.x.abs()
+    assert bool((case.quantizer(larger) >= case.quantizer(case.x)).all())
+    if case.quantizer.scale_axis is None:
+        ordered = case.quantizer(case.x.flatten().sort().values)
+        assert bool((ordered.diff() >= 0).all())
+
+
+@every_scheme
+@given(data=st.data())
+def test_the_code_of_zero_stands_for_zero(scheme: Scheme, data: st.DataObject) -> None:
+    """Where zero has no code, as in an interval that begins above it, the code is out of range."""
+    quantizer = drawn(data, scheme).quantizer
+    least, largest = quantizer.code_range
+    codes = quantizer.zero_codes
+    assert codes.shape == quantizer.scale.shape
+    if bool(((codes >= least) & (codes <= largest)).all()):
+        shape = [-1, *[1] * (-(quantizer.scale_axis or -1) - 1)] if codes.ndim else []
+        values = quantizer.dequantize(codes.view(shape) if shape else codes)
+        assert bool((values == 0).all()) or quantizer.scale_axis == 0
+    else:
+        assert FAMILIES[scheme].quantizer.type_name == "dynamic_focusing"
+
+
+@every_scheme
+@given(data=st.data())
+def test_state_is_complete(scheme: Scheme, data: st.DataObject) -> None:
+    case = drawn(data, scheme)
+    again = from_config(case.quantizer.config())
+    again.load_state_dict(case.quantizer.state_dict())
+    assert type(again) is type(case.quantizer)
+    assert again.bits == case.quantizer.bits
+    assert again.config() == case.quantizer.config()
+    assert torch.equal(again(case.x), case.quantizer(case.x))
+    assert torch.equal(again.quantize(case.x), case.quantizer.quantize(case.x))
+
+
+@every_scheme
+@given(data=st.data())
+def test_broken_numbers_have_a_fault(scheme: Scheme, data: st.DataObject) -> None:
+    quantizer = drawn(data, scheme).quantizer
+    assert quantizer.fault() is None
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        broken = copy.deepcopy(quantizer)
+        broken.scale.view(-1)[0] = wrong
+        assert "not positive and finite" in (broken.fault() or "")
+
+
+@pytest.mark.parametrize("scheme", [s for s in CASES if FAMILIES[s].candidates is not None])
+def test_candidates_reach_their_share_of_the_range(scheme: Scheme) -> None:
+    from fxquant.config.spec import TensorSpec
+
+    candidates = FAMILIES[scheme].candidates
+    assert candidates is not None
+    rows = candidates(0.0, 3.0, TensorSpec(bits=4, scheme=scheme), (0.5, 1.0))
+    tops = [float(q(torch.tensor(1e6))) for row in rows for q in row]
+    assert all(type(q) is FAMILIES[scheme].quantizer for row in rows for q in row)
+    assert max(tops) == pytest.approx(3.0) and min(tops) == pytest.approx(1.5, rel=0.6)
+
+
+@pytest.mark.parametrize("scheme", [s for s in CASES if FAMILIES[s].trained is not None])
+@given(data=st.data())
+def test_training_starts_at_the_quantizer(scheme: Scheme, data: st.DataObject) -> None:
+    case, form = drawn(data, scheme), FAMILIES[scheme].trained
+    assert form is not None
+    fitted = form(case.quantizer, 0.0).fitted()
+    assert type(fitted) is type(case.quantizer)
+    assert torch.equal(fitted(case.x), case.quantizer(case.x))
