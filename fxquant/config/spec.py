@@ -24,8 +24,8 @@ MAX_SHIFT = 11
 class Scheme(StrEnum):
     """Families of quantizers; :mod:`fxquant.quantizers.families` has a row for each.
 
-    ``dynamic_focusing``, ``log2`` and ``adalog`` are for values from zero up that a linear or
-    matmul reads, such as softmax outputs.
+    ``power_of_two`` is ``uniform`` with scales ``2^n``. ``dynamic_focusing``, ``log2`` and
+    ``adalog`` are for values from zero up that a linear or matmul reads, such as softmax outputs.
     """
 
     UNIFORM = "uniform"
@@ -33,6 +33,7 @@ class Scheme(StrEnum):
     DYNAMIC_FOCUSING = "dynamic_focusing"
     LOG2 = "log2"
     ADALOG = "adalog"
+    POWER_OF_TWO = "power_of_two"
 
     @property
     def limits(self) -> SchemeLimits:
@@ -66,6 +67,7 @@ _LIMITS = {
     Scheme.DYNAMIC_FOCUSING: SchemeLimits(is_one_sided=True),
     Scheme.LOG2: SchemeLimits(is_one_sided=True),
     Scheme.ADALOG: SchemeLimits(is_one_sided=True),
+    Scheme.POWER_OF_TWO: SchemeLimits(is_general=True, max_bits=MAX_BITS),
 }
 
 

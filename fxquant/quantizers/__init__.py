@@ -12,6 +12,7 @@ from fxquant.quantizers.families import (
     uniform_class,
 )
 from fxquant.quantizers.log import LogQuantizer
+from fxquant.quantizers.power_of_two import PowerOfTwoQuantizer
 from fxquant.quantizers.twin_uniform import TwinUniformQuantizer, covering_shift
 from fxquant.quantizers.uniform import UniformQuantizer
 
@@ -22,6 +23,7 @@ __all__ = [
     "DynamicFocusingQuantizer",
     "Family",
     "LogQuantizer",
+    "PowerOfTwoQuantizer",
     "Quantizer",
     "TwinUniformQuantizer",
     "UniformQuantizer",

@@ -24,6 +24,7 @@ from fxquant.quantizers.candidates import (
 )
 from fxquant.quantizers.dynamic_focusing import DynamicFocusingQuantizer
 from fxquant.quantizers.log import LogQuantizer
+from fxquant.quantizers.power_of_two import PowerOfTwoQuantizer
 from fxquant.quantizers.trained import (
     TrainedFocusing,
     TrainedQuantizer,
@@ -92,6 +93,12 @@ FAMILIES: dict[Scheme, Family] = {
         fit=DynamicFocusingQuantizer.from_range,
         candidates=lambda lo, hi, spec, shares: focusing_candidates(hi, spec, shares),
         trained=TrainedFocusing,
+    ),
+    Scheme.POWER_OF_TWO: Family(
+        quantizer=PowerOfTwoQuantizer,
+        label=lambda spec: "sym 2^n" if spec.symmetric else "asym 2^n",
+        fit=PowerOfTwoQuantizer.from_range,
+        trained=TrainedUniform,
     ),
     Scheme.LOG2: _log_family((Fraction(1),), "log2"),
     Scheme.ADALOG: _log_family(ADALOG_OCTAVES, "adalog"),

@@ -119,6 +119,7 @@ def log_cases(
 
 CASES: dict[Scheme, st.SearchStrategy[Case[Quantizer]]] = {
     Scheme.UNIFORM: uniform_cases(),
+    Scheme.POWER_OF_TWO: uniform_cases(Scheme.POWER_OF_TWO),
     Scheme.TWIN_UNIFORM: twin_cases(),
     Scheme.DYNAMIC_FOCUSING: focusing_cases(),
     Scheme.LOG2: log_cases(st.just((1, 1))),
