@@ -29,7 +29,7 @@ from fxquant.search.product_loss import Consumer, ProductSample, candidate_losse
 from fxquant.search.scales import stacked
 
 # Exponents in twentieths: every other one first, then the two neighbours of the best.
-_COARSE_EXPONENTS, _NEIGHBOURS = range(0, 21, 2), (-1, 1)
+_COARSE, _NEIGHBOURS = range(0, 21, 2), (-1, 1)
 # Clipped ranges as shares of the whole range: about as a search of scales would choose afterwards.
 _CLIPPING_SHARES = (1.0, 0.85, 0.7, 0.55)
 
@@ -124,7 +124,7 @@ def _best_scaled(
     def error(twentieths: int) -> float:
         return TrialFold(consumers, at(twentieths), metric).error
 
-    best = min(_COARSE_EXPONENTS, key=error)
+    best = min(_COARSE, key=error)
     near = (best + step for step in _NEIGHBOURS if 0 <= best + step <= 20)
     return at(min((best, *near), key=error))
 

@@ -91,7 +91,7 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_images_that_change_each_others_outputs_are_noted(batch_first: bool) -> None:
     report = fxquant.compile(seeded(Mixing(batch_first)), [tokens()], "w8a8").report
-    found = [(n.step, n.site) for n in report.notes if "the others of its batch" in n.reason]
+    found = [(name, site) for name, site, why in report.notes if "other images of its batch" in why]
     assert found == ([] if batch_first else [("capture", "model")])
 
 

@@ -158,7 +158,7 @@ def test_few_exponents_find_what_all_would(seed: int, outlier: float) -> None:
     _, found = finalists(readings, Metric.MSE, shiftable=False)
     error = TrialFold(readings, found, Metric.MSE).error
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(smoothing, "_COARSE_EXPONENTS", range(21))
+        patch.setattr(smoothing, "_COARSE", range(21))
         _, best = finalists(readings, Metric.MSE, shiftable=False)
     assert error < 1.1 * TrialFold(readings, best, Metric.MSE).error
 
