@@ -1,4 +1,4 @@
-"""Frozen data that says how a tensor is to be quantized. No tensors live here."""
+"""Specification of how a tensor is quantized. Frozen data without tensors."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ _LIMITS = {
 
 
 class Granularity(StrEnum):
-    """What shares one scale.
+    """Values that share one scale.
 
-    The tensor; an output channel of a weight, or a channel of an activation (its last axis, axis 1
-    at a convolution); or an attention head (axis -3 of a matmul operand).
+    The whole tensor; an output channel of a weight, or a channel of an activation (its last axis,
+    axis 1 at a convolution); or an attention head (axis -3 of a matmul operand).
     """
 
     TENSOR = "tensor"
@@ -84,7 +84,7 @@ class Granularity(StrEnum):
 
 
 class ObserverKind(StrEnum):
-    """How the range of a tensor is chosen.
+    """Method of fitting the range of a tensor to data.
 
     ``softmax`` is for what a softmax reads along its last axis: all values but those so far below
     the largest of their row that nothing is left of them.
@@ -98,7 +98,7 @@ class ObserverKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """How one edge is quantized.
+    """Quantization of one edge.
 
     Attributes:
         bits: bit-width of the codes, 2 to 16.

@@ -315,7 +315,7 @@ def test_interrupting_is_quiet(
 
     monkeypatch.setattr(commands, "find_model", interrupt)
     assert main(["compile", "vit_tiny_patch16_224", "--out", "x"]) == 130
-    assert capsys.readouterr().err.startswith("interrupted: the same command takes up a search")
+    assert capsys.readouterr().err.startswith("interrupted: the same command continues a search")
 
 
 def test_threads_are_set_and_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_a_budget_that_cannot_be_met_ends_with_the_least(
     own = ["--policy", "mptq_vit", "--mean-act-bits", "1"]
     assert "mean_act_bits is at least" in fails(capsys, *start, *own)
     assert "mean_weight_bits is at least" in fails(capsys, *start, "--mean-weight-bits", "1")
-    assert "there is none: give --mean-bits" in fails(capsys, *start, "--allocate", "exact")
+    assert "there is none: add --mean-bits" in fails(capsys, *start, "--allocate", "exact")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,5 +73,5 @@ def test_options_change_what_the_policy_has() -> None:
     kept = with_budget(mixed, none)
     assert kept.name == mixed.name and kept.allocation is not None
     assert kept.allocation.method is Method.GREEDY
-    with pytest.raises(PolicyError, match="give --mean-bits"):
+    with pytest.raises(PolicyError, match="add --mean-bits"):
         with_budget(plain, none)

@@ -119,7 +119,7 @@ def test_the_first_and_last_layers_keep_their_bits() -> None:
     for widths in ((4, 4), (8, 8)):
         with pytest.raises(BitWidthError):
             policies.best(*widths, end_bits=99)
-    with pytest.raises(PolicyError, match="a budget chooses each edge's own"):
+    with pytest.raises(PolicyError, match="a budget chooses the width of each edge"):
         policies.best(4, 4, end_bits=6, budget=Budget(mean_bits=4))
     with pytest.raises(PolicyError, match="set either end_bits or budget"):
         policies.best(4, 4, end_bits=8, budget=Budget(mean_bits=4))
