@@ -95,7 +95,7 @@ def test_a_float_operand_gets_the_values_of_the_codes(scheme: Scheme) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Scheme.ADALOG, Scheme.DYNAMIC_FOCUSING])
 def test_the_compiled_form_gives_the_integer_results(scheme: Scheme) -> None:
-    model = compiled("sharp", scheme, 4)
+    model = compiled("block", scheme, 4)
     assert torch.equal(model.lower("inductor")(tokens(5)), model.lower("integer")(tokens(5)))
 
 
