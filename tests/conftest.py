@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import nn
 
+import fxquant
+from fxquant.testing import images
 from tests.helpers.cli_helpers import draw_classes, draw_flat
 
 # Tests run in several processes; more threads than cores wait for one another at every product.
@@ -37,6 +39,12 @@ def vit() -> nn.Module:
         num_heads=2,
         num_classes=5,
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def quantized(vit: nn.Module) -> fxquant.CompiledModel:
+    """The ViT compiled by the default policy on four images; not to be changed."""
+    return fxquant.compile(vit, [images(4, 16)])
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-import fxquant
-from fxquant import testing
-from fxquant.testing import seeded, tokens
+from fxquant.testing import tokens
+from tests.helpers import compiled
 from tests.helpers.round_trip import assert_round_trip
 
 
@@ -26,7 +25,7 @@ def through_torch_save(model: Any) -> Any:
 
 @pytest.mark.parametrize("again", [copy.deepcopy, through_torch_save])
 def test_copies_do_all_that_the_model_does(again: Callable[[Any], Any], tmp_path: Path) -> None:
-    model = fxquant.compile(seeded(testing.Block()), [tokens(4)])
+    model = compiled.block()
     copied = again(model)
     assert copied.report == model.report and copied.policy == model.policy
     assert_round_trip(copied, tokens(4), tmp_path / "saved")

@@ -20,11 +20,6 @@ from fxquant.testing import DIM, images, seeded, tokens
 X = images(4, 16)
 
 
-@pytest.fixture(scope="module")
-def quantized(vit: nn.Module) -> fxquant.CompiledModel:
-    return fxquant.compile(vit, [X])
-
-
 def test_plan_and_report(quantized: fxquant.CompiledModel) -> None:
     report = quantized.report
     plan = {entry.edge: entry for entry in quantized.plan}

@@ -24,12 +24,13 @@ from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
 from fxquant.errors import FileFormatError, OutputError
 from fxquant.graph.edges import edges
 from fxquant.testing import DIM, images, seeded, tokens
+from tests.helpers import compiled
 from tests.helpers.round_trip import assert_round_trip
 
 
 @pytest.fixture(scope="module")
 def small() -> fxquant.CompiledModel:
-    return fxquant.compile(seeded(testing.Block()), [tokens(4)])
+    return compiled.block()
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def saved(small: fxquant.CompiledModel, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_vit(vit: nn.Module, tmp_path: Path) -> None:
-    assert_round_trip(fxquant.compile(vit, [images(4, 16)]), images(4, 16), tmp_path)
+def test_vit(quantized: fxquant.CompiledModel, tmp_path: Path) -> None:
+    assert_round_trip(quantized, images(4, 16), tmp_path)
 
 
 def test_swin(swin: nn.Module, tmp_path: Path) -> None:

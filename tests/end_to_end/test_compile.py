@@ -33,11 +33,6 @@ from fxquant.errors import (
 from fxquant.testing import DIM, images, relative_error, seeded, tokens
 
 
-@pytest.fixture(scope="module")
-def quantized(vit: nn.Module) -> fxquant.CompiledModel:
-    return fxquant.compile(vit, [images(4, 16)])
-
-
 def test_the_quantized_model_is_close_to_the_float_one(
     vit: nn.Module, quantized: fxquant.CompiledModel
 ) -> None:

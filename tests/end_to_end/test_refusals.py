@@ -31,11 +31,6 @@ from fxquant.testing import DIM, TOKENS, images, relative_error, seeded, tokens
 X = images(4, 16)
 
 
-@pytest.fixture(scope="module")
-def quantized(vit: nn.Module) -> fxquant.CompiledModel:
-    return fxquant.compile(vit, [X])
-
-
 @pytest.mark.parametrize(
     ("change", "where"),
     [

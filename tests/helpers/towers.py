@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,18 @@ class Tower(Stack):
 
 
 def frozen(model: nn.Module | None = None) -> fx.GraphModule:
+    """A seeded model, a Tower where none is named, in stage FROZEN; free to be changed."""
+    return copy.deepcopy(_tower()) if model is None else _frozen(model)
+
+
+@cache
+def _tower() -> fx.GraphModule:
+    return _frozen(Tower())
+
+
+def _frozen(model: nn.Module) -> fx.GraphModule:
     rules = Rule(arg=Arg.WEIGHT, spec=THREE), Rule(spec=FIVE)
-    return stages.frozen(*rules, model=model or Tower(), data=[BATCH])
+    return stages.frozen(*rules, model=model, data=[BATCH])
 
 
 def reconstruct(gm: fx.GraphModule, cache: Path | None = None, **options: Any) -> PassResult:

@@ -9,12 +9,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-import fxquant
 from fxquant.backends.onnx_qdq import doctor, make_session
 from fxquant.backends.onnx_qdq.compact import compact
 from fxquant.backends.onnx_qdq.rules import check_rules
 from fxquant.errors import LoweringError
-from fxquant.testing import Block, seeded, tokens
+from tests.helpers import compiled
 from tests.helpers.qdq_files import K, gemm_file
 
 
@@ -67,7 +66,7 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_exported_file_holds_nothing_that_can_be_derived(tmp_path: Path) -> None:
-    model = fxquant.compile(seeded(Block()), [tokens(6)], "w8a8")
+    model = compiled.block()
     file = onnx.load(str(model.export_onnx(tmp_path / "m.onnx").path))
     assert not file.graph.value_info
     units = [n for n in file.graph.node if n.op_type == "Mul"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import CompiledModel, Policy, Rule, TensorSpec, policies, testing
-from fxquant.backends.onnx_qdq import TARGETS, make_session
+from fxquant.backends.onnx_qdq import TARGETS, OnnxExport, make_session
 from fxquant.backends.onnx_qdq.difference import TOLERANCE, relative_difference
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
 from fxquant.errors import LoweringError, OutputError
@@ -46,7 +47,17 @@ def images(count: int = 6) -> Tensor:
 
 
 def build(policy: Policy, model: nn.Module | None = None) -> CompiledModel:
-    return fxquant.compile(seeded(Block() if model is None else model), [images()], policy)
+    """Compiled, a Block once for each policy where no model is named; not to be changed."""
+    return _block(policy) if model is None else _compile(policy, model)
+
+
+@cache
+def _block(policy: Policy) -> CompiledModel:
+    return _compile(policy, Block())
+
+
+def _compile(policy: Policy, model: nn.Module) -> CompiledModel:
+    return fxquant.compile(seeded(model), [images()], policy)
 
 
 def run(path: Path, batch: Tensor) -> Tensor:
@@ -54,8 +65,14 @@ def run(path: Path, batch: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
 
-def test_every_product_runs_on_an_integer_kernel(tmp_path: Path) -> None:
-    exported = build(policies.w8a8()).export_onnx(tmp_path / "m.onnx")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> OnnxExport:
+    """The file of a Block at eight bits; not to be changed."""
+    path = tmp_path_factory.mktemp("exported") / "m.onnx"
+    return build(policies.w8a8()).export_onnx(path)
+
+
+def test_every_product_runs_on_an_integer_kernel(exported: OnnxExport) -> None:
     # embed, q, k, v, proj, fc1, fc2 and the two attention products
     assert exported.unfused == () and sum(exported.fused.values()) == 9
     assert exported.fused["QGemm"] == 7
@@ -63,8 +80,7 @@ def test_every_product_runs_on_an_integer_kernel(tmp_path: Path) -> None:
     assert "QGemm" in str(exported)
 
 
-def test_the_file_has_the_promised_format(tmp_path: Path) -> None:
-    exported = build(policies.w8a8()).export_onnx(tmp_path / "m.onnx")
+def test_the_file_has_the_promised_format(exported: OnnxExport) -> None:
     model = onnx.load(str(exported.path))
     assert model.ir_version == 10
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [21]
@@ -74,9 +90,8 @@ def test_the_file_has_the_promised_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_any_batch_size_equals_the_simulation(tmp_path: Path, batch: int) -> None:
+def test_any_batch_size_equals_the_simulation(exported: OnnxExport, batch: int) -> None:
     model = build(policies.w8a8())
-    exported = model.export_onnx(tmp_path / "m.onnx")
     torch.testing.assert_close(
         run(exported.path, images(batch)), model(images(batch)), rtol=1e-2, atol=1e-2
     )

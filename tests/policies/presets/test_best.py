@@ -104,7 +104,8 @@ def test_it_compiles() -> None:
 
 def test_the_first_and_last_layers_keep_their_bits() -> None:
     def bits(**options: int) -> dict[str, int]:
-        policy = policies.best(4, 5, **options)
+        # Widths do not hang on what is trained afterwards.
+        policy = replace(policies.best(4, 5, **options), reconstruction=None)
         report = fxquant.compile(seeded(Ends()), [tokens(8)], policy).report
         return {entry.edge: entry.spec.bits for entry in report.plan if entry.spec}
 
