@@ -86,7 +86,7 @@ class Mixing(nn.Module):
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_images_that_change_each_others_outputs_are_noted(batch_first: bool) -> None:
     report = fxquant.compile(seeded(Mixing(batch_first)), [tokens()], "w8a8").report
-    found = [(name, site) for name, site, why in report.notes if "other images of its batch" in why]
+    found = [(n.step, n.site) for n in report.notes if "other images of its batch" in n.reason]
     assert found == ([] if batch_first else [("capture", "model")])
 
 
