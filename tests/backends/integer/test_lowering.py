@@ -267,6 +267,7 @@ def test_a_scale_that_does_not_factor_out_is_refused(w8a8, edge, channels, axis,
 class Rounded(Quantizer):
     """A quantizer that is not uniform, as far as the backend knows."""
 
+    type_name = "rounded"
     bits = 8
 
     def quantize(self, x):
@@ -279,13 +280,17 @@ class Rounded(Quantizer):
         return x.round()
 
     def config(self):
-        return {"type": "rounded"}
+        return {"type": self.type_name}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
 
 
 def test_a_quantizer_that_is_not_uniform_is_refused(w8a8):
     gm = copy.deepcopy(w8a8.graph_module)
     gm.set_submodule("quant.matmul__lhs", Rounded())
-    with pytest.raises(LoweringError, match=r"matmul__lhs.*got Rounded"):
+    with pytest.raises(LoweringError, match=r"matmul__lhs.*has no form of Rounded"):
         lower_to_integer(gm)
 
 
