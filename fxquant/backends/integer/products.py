@@ -53,7 +53,9 @@ def make_product(
             raise LoweringError(
                 f"{edge.name} ({edge.path}): the integer backend multiplies the codes of "
                 f"uniform, twin and logarithmic quantizers, got {type(quantizer).__name__}; give "
-                "the edge scheme uniform or keep one operand float (spec: null)"
+                "the edge scheme uniform or keep one operand float (spec: null)",
+                edge=edge.name,
+                got=type(quantizer).__name__,
             )
     if left.kind is OpKind.MATMUL:
         return IntMatmul(_side(gm, left, summed=-1), _side(gm, right, summed=-2)), ()
@@ -122,7 +124,8 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
     if value is None:
         raise LoweringError(
             f"{edge.name} ({edge.path}): the integer backend takes constant weights, got one "
-            "computed at run time; keep this edge float (spec: null)"
+            "computed at run time; keep this edge float (spec: null)",
+            edge=edge.name,
         )
     return value.shape
 

@@ -77,7 +77,9 @@ class Legalizer:
             raise LoweringError(
                 f"{edge.name}: ONNX has no form of {type(module).__name__}: its QuantizeLinear is "
                 "uniform; use scheme uniform, twin_uniform or dynamic_focusing for this edge, or "
-                'the integer backend, lower("integer")'
+                'the integer backend, lower("integer")',
+                edge=edge.name,
+                got=type(module).__name__,
             )
         return edge, module if isinstance(module, UniformQuantizer) else None
 
@@ -92,7 +94,10 @@ class Legalizer:
             raise LoweringError(
                 f"{x_edge.name}: onnxruntime takes one scale for the input of a product with a "
                 f"weight, this one has {x.scale.numel()}; use granularity tensor for this edge, "
-                "or keep it float"
+                "or keep it float",
+                edge=x_edge.name,
+                got=x.scale.numel(),
+                expected=1,
             )
         codes = None if x is None else self._write.codes(x_edge, x)
         if codes is not None and x is not None and w is not None:
