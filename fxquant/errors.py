@@ -6,7 +6,28 @@ path), what was found and expected, and what to do about it.
 
 
 class FxQuantError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package.
+
+    Attributes:
+        edge: name of the edge that the error is about, None where it is about no single edge.
+        got: the value that was refused, None where there is no single one.
+        expected: the value, or the range in words, that stands in its place.
+    """
+
+    edge: str | None
+    got: object
+    expected: object
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        edge: str | None = None,
+        got: object = None,
+        expected: object = None,
+    ) -> None:
+        super().__init__(message)
+        self.edge, self.got, self.expected = edge, got, expected
 
 
 class CaptureError(FxQuantError):

@@ -184,7 +184,8 @@ def test_tests_mirror_the_package() -> None:
 @pytest.mark.parametrize("path", TESTS, ids=ids)
 def test_files_of_tests_lie_in_a_room_and_helpers_in_one_folder(path: Path) -> None:
     if path.parent == HERE:
-        assert path.name in ("conftest.py", Path(__file__).name)
+        modules = {f"test_{module.name}" for module in PACKAGE.glob("*.py")}
+        assert path.name in {"conftest.py", Path(__file__).name} | modules
     else:
         assert path.name.startswith("test_") == ("helpers" not in path.parts)
 

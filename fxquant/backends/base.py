@@ -104,6 +104,8 @@ def lowering_of(
         raise LoweringError(
             f"{edge.name} ({edge.path}): {backend} has no form of {type(quantizer).__name__}; it "
             f"has one of schemes {', '.join(schemes)}: give the edge one of these, keep it float "
-            "(spec: null), or lower the model to another backend"
+            "(spec: null), or lower the model to another backend",
+            edge=edge.name,
+            got=type(quantizer).__name__,
         )
     return lowering

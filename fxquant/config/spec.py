@@ -135,11 +135,13 @@ class TensorSpec:
         parse_field(self, "observer", ObserverKind)
         check_flag(self, "symmetric")
         if not is_whole(self.bits):
-            raise BitWidthError(f"bits must be an integer, got {self.bits!r}")
+            raise BitWidthError(f"bits must be an integer, got {self.bits!r}", got=self.bits)
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise BitWidthError(
                 f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}; "
-                "to leave a tensor float, give the rule `spec: null`"
+                "to leave a tensor float, give the rule `spec: null`",
+                got=self.bits,
+                expected=f"{MIN_BITS}..{MAX_BITS}",
             )
         self._check_percentile()
         self._check_shift()
@@ -173,7 +175,9 @@ class TensorSpec:
         if self.bits > self.scheme.limits.max_bits:
             raise BitWidthError(
                 f"scheme {self.scheme} takes {MIN_BITS} to {self.scheme.limits.max_bits} bits, got "
-                f"{self.bits}"
+                f"{self.bits}",
+                got=self.bits,
+                expected=f"{MIN_BITS}..{self.scheme.limits.max_bits}",
             )
         if self.symmetric or self.granularity is not Granularity.TENSOR:
             raise PolicyError(

@@ -61,7 +61,8 @@ class Observer(nn.Module, ABC):
         if self.lo is None or self.hi is None:
             raise CalibrationError(
                 f"{self.where}: no calibration data reached this edge; it lies on a path that "
-                "the calibration images do not take. Keep it float with a rule (spec: null)"
+                "the calibration images do not take. Keep it float with a rule (spec: null)",
+                edge=self.where,
             )
         return self.lo, self.hi
 
@@ -88,7 +89,9 @@ class Observer(nn.Module, ABC):
         if least < 0:
             raise CalibrationError(
                 f"{self.where}: scheme {spec.scheme} is for values from zero up, such as softmax "
-                f"gives, got {least:.3g}; add `fed_by: softmax` to the rule, or use scheme uniform"
+                f"gives, got {least:.3g}; add `fed_by: softmax` to the rule, or use scheme uniform",
+                edge=self.where,
+                got=least,
             )
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -109,7 +112,8 @@ class Observer(nn.Module, ABC):
             raise NonFiniteError(
                 f"{self.where}: NaN or infinity during calibration. The float model itself "
                 "produces it for these images: check its weights and the image normalisation"
-                f"{mask if below else ''}"
+                f"{mask if below else ''}",
+                edge=self.where,
             )
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)

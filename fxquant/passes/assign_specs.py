@@ -55,18 +55,24 @@ def _check_scheme(edge: Edge, scheme: Scheme, hit: int) -> None:
     if edge.arg is Arg.WEIGHT:
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives a weight scheme {scheme}, which is for "
-            "activations; add a rule with `arg: weight` before it, or `fed_by` to it"
+            "activations; add a rule with `arg: weight` before it, or `fed_by` to it",
+            edge=edge.name,
+            got=scheme,
         )
     if not edge.kind.is_product:
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives what {edge.kind} reads scheme {scheme}, "
-            "which is for products; use scheme uniform"
+            "which is for products; use scheme uniform",
+            edge=edge.name,
+            got=scheme,
         )
     if scheme.limits.is_one_sided and edge.kind is OpKind.CONV:
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives the input of a convolution scheme {scheme}, "
             "which is for what linear and matmul read; add `fed_by: softmax` to the rule, or use "
-            "scheme uniform"
+            "scheme uniform",
+            edge=edge.name,
+            got=scheme,
         )
 
 

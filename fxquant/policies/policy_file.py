@@ -281,6 +281,8 @@ def _build(
     try:
         return cls(**items)
     except PolicyError as error:
-        raise type(error)(f"{where(at)}: {error}") from error
+        raise type(error)(
+            f"{where(at)}: {error}", got=error.got, expected=error.expected
+        ) from error
     except TypeError as error:
         raise PolicyError(f"{where(at)}: a value has the wrong type: {error}") from error

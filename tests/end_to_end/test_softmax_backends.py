@@ -145,6 +145,7 @@ def test_a_clip_and_a_uniform_quantizer_give_the_same_value_to_the_last_bit(
 def test_onnx_has_no_logarithmic_form(scheme: Scheme, tmp_path: Path) -> None:
     with pytest.raises(LoweringError) as caught:
         compiled("block", scheme, 4).export_onnx(tmp_path / "m.onnx")
+    assert (caught.value.edge, caught.value.got) == ("attn_matmul_1__lhs", "LogQuantizer")
     message = str(caught.value)
     assert message.startswith("attn_matmul_1__lhs (")
     assert "has no form of LogQuantizer" in message

@@ -234,16 +234,20 @@ def test_mse_clips_an_outlier() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_and_infinity_raise_and_name_the_edge(kind: ObserverKind, bad: float) -> None:
     observer = make_observer(TensorSpec(observer=kind), axis=None, where="blocks_0_fc1__input")
-    with pytest.raises(NonFiniteError, match=r"blocks_0_fc1__input: NaN or infinity"):
+    with pytest.raises(NonFiniteError, match=r"blocks_0_fc1__input: NaN or infinity") as caught:
         observer(torch.tensor([1.0, bad]))
+    assert caught.value.edge == "blocks_0_fc1__input"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edge_without_data_raises(kind: ObserverKind) -> None:
     observer = make_observer(TensorSpec(observer=kind), axis=None, where="blocks_0_fc1__input")
     observer(torch.empty(0, 4))
-    with pytest.raises(CalibrationError, match=r"blocks_0_fc1__input: no calibration data"):
+    with pytest.raises(
+        CalibrationError, match=r"blocks_0_fc1__input: no calibration data"
+    ) as caught:
         observer.fit()
+    assert caught.value.edge == "blocks_0_fc1__input"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -102,8 +102,9 @@ def test_tied_weights_share_a_quantizer() -> None:
 
 def test_freeze_without_data_raises_and_names_the_edge() -> None:
     gm = with_observers(Rule(spec=EIGHT))
-    with pytest.raises(CalibrationError, match="attn_qkv__input: no calibration data"):
+    with pytest.raises(CalibrationError) as caught:
         run_passes(gm, [Freeze()])
+    assert caught.value.edge == "attn_qkv__input"
 
 
 def test_calibrate_takes_an_observed_graph() -> None:

@@ -142,8 +142,9 @@ def test_minmax_takes_widths() -> None:
     policy = policies.minmax(weight_bits=4, act_bits=6)
     assert policy.name == "minmax_w4a6"
     assert [rule.spec.bits for rule in policy.rules if rule.spec] == [4, 6]
-    with pytest.raises(BitWidthError, match=r"2\.\.16, got 1"):
+    with pytest.raises(BitWidthError, match=r"2\.\.16, got 1") as caught:
         policies.minmax(weight_bits=1)
+    assert (caught.value.got, caught.value.expected) == (1, "2..16")
 
 
 def test_rules_put_before_a_preset_come_first() -> None:

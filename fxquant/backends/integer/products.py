@@ -110,7 +110,8 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
     if value is None:
         raise LoweringError(
             f"{edge.name} ({edge.path}): the integer backend takes constant weights, got one "
-            "computed at run time; keep this edge float (spec: null)"
+            "computed at run time; keep this edge float (spec: null)",
+            edge=edge.name,
         )
     return value.shape
 

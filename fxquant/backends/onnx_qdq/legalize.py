@@ -87,7 +87,10 @@ class Legalizer:
             raise LoweringError(
                 f"{x_edge.name}: onnxruntime takes one scale for the input of a product with a "
                 f"weight, this one has {x.scale.numel()}; use granularity tensor for this edge, "
-                "or keep it float"
+                "or keep it float",
+                edge=x_edge.name,
+                got=x.scale.numel(),
+                expected=1,
             )
         codes = None if x is None else self._write.codes(x_edge, x)
         if codes is not None and x is not None and w is not None:

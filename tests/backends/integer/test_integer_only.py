@@ -223,7 +223,9 @@ def test_functions_before_the_first_and_behind_the_last_product_may_be_float() -
 
 
 def test_the_other_backends_take_no_such_options() -> None:
-    with pytest.raises(LoweringError, match="no flag 'integer_only', which belongs to backend integer"):
+    with pytest.raises(
+        LoweringError, match="no flag 'integer_only', which belongs to backend integer"
+    ):
         full().lower("inductor", integer_only=True)
 
 

@@ -290,8 +290,9 @@ class Rounded(Quantizer):
 def test_a_quantizer_that_is_not_uniform_is_refused(w8a8):
     gm = copy.deepcopy(w8a8.graph_module)
     gm.set_submodule("quant.matmul__lhs", Rounded())
-    with pytest.raises(LoweringError, match=r"matmul__lhs.*has no form of Rounded"):
+    with pytest.raises(LoweringError, match=r"matmul__lhs.*has no form of Rounded") as caught:
         lower_to_integer(gm)
+    assert (caught.value.edge, caught.value.got) == ("matmul__lhs", "Rounded")
 
 
 def test_a_quantizer_that_is_not_uniform_stays_on_a_float_product():
