@@ -1,6 +1,6 @@
-"""Observers: a tensor in, streaming statistics kept, a quantizer out.
+"""Observers: record streaming statistics of a tensor and fit a quantizer to them.
 
-Memory is bounded by the number of scales, never by the number of images seen.
+The number of scales bounds an observer's memory; the number of images does not matter.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.observers.ranges import GRID, bin_centres, mse_range, percentile_range
 from fxquant.quantizers import FAMILIES, Quantizer
 
-# Power of two, so that a doubled range merges whole pairs of bins.
+# Bins of a histogram: a power of two, so that a doubled range merges whole pairs of bins.
 BINS = 4096
-# Below the largest of its row by this much, a value is nothing to a softmax.
-_NEGLIGIBLE = 12.0
-# Share kept by the percentile observer, in percent, where the spec names none.
-_PERCENTILE = 99.99
+# A softmax maps values this far below the largest of their row to shares below exp(-12).
+_SOFTMAX_DEPTH = 12.0
+# Percentile that the percentile observer keeps where the spec names none.
+_DEFAULT_PERCENTILE = 99.99
 
 
 class Observer(nn.Module, ABC):
-    """Records what passes through it and fits a quantizer to it.
+    """Records statistics of the tensors that pass through and fits a quantizer to them.
 
     Args:
-        spec: the quantizer wanted.
-        axis: axis of the observed tensor that gets a scale each; None for per tensor.
+        spec: spec of the quantizer to fit.
+        axis: axis of the observed tensor whose entries get a scale each; None for per tensor.
         where: edge name, for messages.
     """
 
@@ -53,10 +53,10 @@ class Observer(nn.Module, ABC):
         return x
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value seen, ``()`` or ``(C,)``.
+        """Smallest and largest observed value, each ``(C,)``, with C = 1 for per tensor.
 
         Raises:
-            CalibrationError: nothing was seen.
+            CalibrationError: no value was observed.
         """
         if self.lo is None or self.hi is None:
             raise CalibrationError(
@@ -67,10 +67,10 @@ class Observer(nn.Module, ABC):
         return self.lo, self.hi
 
     def fit(self, spec: TensorSpec | None = None) -> Quantizer:
-        """The quantizer for what was seen.
+        """Fits a quantizer to the observed values.
 
         Args:
-            spec: instead of the observer's own: of another width, or fitted otherwise.
+            spec: replaces the observer's spec, by one of another width or with another fit.
         """
         spec = spec or self.spec
         lo, hi = self._fit_range(spec)
@@ -81,21 +81,23 @@ class Observer(nn.Module, ABC):
         return self._fit(lo, hi, spec)
 
     def _fit(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> Quantizer:
-        """The quantizer that covers ``[lo, hi]``."""
+        """Fits the quantizer that covers ``[lo, hi]``."""
         return FAMILIES[spec.scheme].fit(lo, hi, spec, self.axis)
 
     def _check_one_sided(self, spec: TensorSpec) -> None:
+        """Raises CalibrationError where a value is negative, for which the scheme has no code."""
         least = float(self.range()[0].min())
         if least < 0:
             raise CalibrationError(
-                f"{self.where}: scheme {spec.scheme} is for values from zero up, such as softmax "
-                f"gives, got {least:.3g}; add `fed_by: softmax` to the rule, or use scheme uniform",
+                f"{self.where}: scheme {spec.scheme} is for values from zero up, such as outputs "
+                f"of softmax, got {least:.3g}; add `fed_by: softmax` to the rule, or use scheme "
+                "uniform",
                 edge=self.where,
                 got=least,
             )
 
     def _rows(self, x: Tensor) -> Tensor:
-        """``x`` as ``(C, n)``, one row a scale."""
+        """Values of ``x`` as ``(C, n)``, one row for each scale."""
         if self.axis is None:
             return x.reshape(1, -1)
         return x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
@@ -105,8 +107,8 @@ class Observer(nn.Module, ABC):
         if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
             below = bool((lo == -torch.inf).any()) and not bool((hi.isnan() | hi.isposinf()).any())
             mask = (
-                ". Minus infinity is what attention masks are made of, which integers have no code "
-                "for: mask with a finite number, such as -1e4, or leave its additions and the "
+                ". Attention masks are made of minus infinity, for which integers have no code: "
+                "mask with a finite number, such as -1e4, or leave its additions and the "
                 "softmax float by rules `op: add` and `op: softmax` with `spec: null`"
             )
             raise NonFiniteError(
@@ -120,29 +122,32 @@ class Observer(nn.Module, ABC):
 
     @abstractmethod
     def _record(self, rows: Tensor) -> None:
-        """Takes one batch, ``(C, n)``."""
+        """Records one batch, ``(C, n)``."""
 
     @abstractmethod
     def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        """The range to cover, ``(C,)`` each."""
+        """Fits the lower and the upper end of the range to cover, ``(C,)`` each."""
 
 
 class MinMaxObserver(Observer):
-    """Covers everything seen."""
+    """Fits the range from the smallest to the largest observed value."""
 
     def _record(self, rows: Tensor) -> None:
         pass
 
     def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        assert spec.observer is ObserverKind.MINMAX, "only a histogram can be fitted so"
+        assert spec.observer is ObserverKind.MINMAX, (
+            "a fit by percentile or squared error needs a histogram"
+        )
         return self.range()
 
 
 class SoftmaxObserver(MinMaxObserver):
-    """Covers what is less than 12 below the largest value of its row, the last axis.
+    """Covers values less than 12 below the largest value of their row, the last axis.
 
-    A value further down has a share below ``exp(-12)``, 6e-6. In a row with an attention mask of
-    -100, most of the range would otherwise be spent on what the softmax takes to zero.
+    The softmax maps a value further down to a share below ``exp(-12)``, 6e-6. In a row with an
+    attention mask of -100, most of the range would otherwise be spent on values that the softmax
+    maps to zero.
     """
 
     def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
@@ -151,7 +156,7 @@ class SoftmaxObserver(MinMaxObserver):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Records ``x`` and the largest values of its rows."""
+        """Records ``x`` and the smallest among the largest values of its rows."""
         if x.numel():
             peak = x.detach().float().amax(-1).amin()
             self.peak = peak if self.peak is None else torch.minimum(self.peak, peak)
@@ -160,14 +165,14 @@ class SoftmaxObserver(MinMaxObserver):
     def _fit_range(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         lo, hi = self.range()
         assert self.peak is not None
-        return torch.maximum(lo, self.peak - _NEGLIGIBLE), hi
+        return torch.maximum(lo, self.peak - _SOFTMAX_DEPTH), hi
 
 
 class HistogramObserver(Observer):
-    """Keeps one histogram a scale, over a range that doubles as larger values come.
+    """Records one histogram for each scale, over a range that doubles as larger values arrive.
 
-    The bins of ``[-R, R)`` become the middle half of ``[-2R, 2R)`` by adding neighbours, so the
-    result depends on the data alone, not on its order or how it was split into batches.
+    Adding neighbours turns the bins of ``[-R, R)`` into the middle half of ``[-2R, 2R)``, so that
+    the result depends on the data alone, not on its order or its division into batches.
     """
 
     def __init__(self, spec: TensorSpec, *, axis: int | None, where: str) -> None:
@@ -180,11 +185,11 @@ class HistogramObserver(Observer):
         # The smallest power of two above the peak, so that doubling is exact and the peak falls
         # inside the half-open last bin; never so large that float32 overflows.
         exponent = torch.frexp(peak.clamp(min=1e-30))[1].clamp(max=127)
-        fit = torch.ldexp(torch.ones_like(peak), exponent)
+        needed = torch.ldexp(torch.ones_like(peak), exponent)
         if self.counts is None or self.limit is None:
             self.counts = torch.zeros(rows.shape[0], BINS, dtype=torch.float64, device=rows.device)
-            self.limit = fit
-        while bool((grow := self.limit < fit).any()):
+            self.limit = needed
+        while bool((grow := self.limit < needed).any()):
             self.counts[grow] = _halve_resolution(self.counts[grow])
             self.limit = torch.where(grow, self.limit * 2, self.limit)
         self.counts += _count(rows, self.limit)
@@ -193,14 +198,14 @@ class HistogramObserver(Observer):
         lo, hi = self.range()
         assert self.counts is not None and self.limit is not None
         if spec.observer is ObserverKind.PERCENTILE:
-            share = _PERCENTILE if spec.percentile is None else spec.percentile
+            share = _DEFAULT_PERCENTILE if spec.percentile is None else spec.percentile
             return percentile_range(self.counts, self.limit, lo, hi, share)
         if spec.observer is ObserverKind.MINMAX or not spec.scheme.limits.is_general:
             return lo, hi
         return mse_range(self.counts, self.limit, lo, hi, spec)
 
     def _fit(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> Quantizer:
-        """The candidate of least squared error; the range alone where the spec asks for that."""
+        """Fits the candidate of least squared error, or the range alone where the spec says so."""
         candidates = FAMILIES[spec.scheme].candidates
         if candidates is None or spec.observer is not ObserverKind.MSE:
             return super()._fit(lo, hi, spec)
@@ -208,7 +213,7 @@ class HistogramObserver(Observer):
         return self.best([quantizer.to(lo.device) for row in rows for quantizer in row])
 
     def best(self, candidates: Sequence[Quantizer]) -> Quantizer:
-        """The quantizer, for the whole tensor, of least squared error on the histogram."""
+        """The candidate, one for the whole tensor, of least squared error on the histogram."""
         assert self.counts is not None and self.limit is not None
         lo, hi = (end.reshape(1) for end in self.range())
         centres = bin_centres(self.counts, self.limit, lo, hi)[0]
@@ -216,13 +221,14 @@ class HistogramObserver(Observer):
 
 
 def _halve_resolution(counts: Tensor) -> Tensor:
+    """Counts of bins twice as wide, over twice the range."""
     quarter = BINS // 4
     merged = counts.reshape(-1, BINS // 2, 2).sum(-1)
     return torch.nn.functional.pad(merged, (quarter, quarter))
 
 
 def _count(rows: Tensor, limit: Tensor) -> Tensor:
-    """Histogram of each row over ``[-limit, limit)``: ``(C, BINS)``."""
+    """Histogram of each row over ``[-limit, limit)``, ``(C, BINS)``."""
     width = (limit / (BINS // 2)).unsqueeze(1)
     counts = []
     # A row at a time keeps the index tensor as small as one head or channel.
@@ -235,14 +241,14 @@ def _count(rows: Tensor, limit: Tensor) -> Tensor:
 def make_observer(
     spec: TensorSpec, *, axis: int | None, where: str, histogram: bool = False
 ) -> Observer:
-    """The observer that ``spec.observer`` names.
+    """Makes the observer that ``spec.observer`` names.
 
     Args:
-        spec: the quantizer wanted.
-        axis: axis of the observed tensor that gets a scale each; None for per tensor.
+        spec: spec of the quantizer to fit.
+        axis: axis of the observed tensor whose entries get a scale each; None for per tensor.
         where: edge name, for messages.
-        histogram: keep one in any case, so that :meth:`Observer.fit` takes any spec; but not of
-            what a softmax reads, whose range is no matter of the width.
+        histogram: record a histogram in any case, so that :meth:`Observer.fit` accepts any spec;
+            except for the input of a softmax, whose range does not depend on the width.
     """
     if spec.observer is ObserverKind.MINMAX and not histogram:
         return MinMaxObserver(spec, axis=axis, where=where)
@@ -256,8 +262,8 @@ def least_error(values: Tensor, counts: Tensor, candidates: Sequence[Quantizer])
 
     Args:
         values: centres of the bins, ``(bins,)``.
-        counts: how many values each stands for, ``(bins,)``.
-        candidates: at least one.
+        counts: number of values in each bin, ``(bins,)``.
+        candidates: quantizers, at least one.
     """
     counts = counts.to(values.dtype)
     errors = [

@@ -1,4 +1,4 @@
-"""Quantizers: all the rounding there is, one class for each kind of grid, one family a scheme."""
+"""Quantizers: all rounding; one class for each kind of grid, one family for each scheme."""
 
 from fxquant.quantizers.affine import INT32_MAX, AffineQuantizer, accumulator_scale
 from fxquant.quantizers.base import Quantizer

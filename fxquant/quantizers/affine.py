@@ -10,16 +10,16 @@ from fxquant.quantizers import ops
 from fxquant.quantizers.base import Quantizer
 
 INT32_MAX = 2**31 - 1
-# Below this a scale's reciprocal overflows and x / scale becomes infinite.
+# Below this bound the reciprocal of a scale overflows and x / scale becomes infinite.
 LEAST_SCALE = torch.finfo(torch.float32).tiny * 2**24
 
 
 class AffineQuantizer(Quantizer):
-    """Equally spaced values, per tensor or along one axis.
+    """Quantizer to equally spaced values, per tensor or along one axis.
 
     Invariants: ``scale`` is float32, finite, positive, of shape ``()`` or ``(C,)``;
-    ``zero_point`` has its shape and holds whole numbers in ``zero_range``; ``axis`` is None
-    exactly if the shape is ``()``.
+    ``zero_point`` has the shape of ``scale`` and holds whole numbers in ``zero_range``; ``axis`` is
+    None exactly if the shape is ``()``.
     """
 
     zero_point: Tensor
@@ -63,12 +63,12 @@ class AffineQuantizer(Quantizer):
 
     @property
     def scale_axis(self) -> int | None:
-        """Axis that has a scale for each entry; None with one scale for the tensor."""
+        """Axis whose entries have a scale each; None with one scale for the tensor."""
         return self.axis
 
     @property
     def zero_codes(self) -> Tensor:
-        """The zero_point; below ``code_range`` where zero is not a value."""
+        """The zero_point; it lies below ``code_range`` where zero is not a value of the grid."""
         return self.zero_point
 
     @property
@@ -89,14 +89,14 @@ class AffineQuantizer(Quantizer):
         return values
 
     def forward(self, x: Tensor) -> Tensor:
-        """The values of ``x`` moved to the grid."""
+        """Values of ``x`` rounded to the grid."""
         values: Tensor = ops.fake_quantize(
             x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis
         )
         return values
 
     def fault(self) -> str | None:
-        """A clause that names what is wrong with loaded numbers; None where nothing is."""
+        """A clause that names the fault of loaded scales or zero points; None without a fault."""
         zero, (low, high) = self.zero_point, self.zero_range
         if not bool(((zero == zero.round()) & (zero >= low) & (zero <= high)).all()):
             return super().fault() or f"a zero_point is not a whole number in {low}..{high}"
@@ -108,14 +108,14 @@ class AffineQuantizer(Quantizer):
 
 
 def accumulator_scale(activation: Quantizer, weight: AffineQuantizer) -> Tensor:
-    """Unit of the int32 accumulator of a product: ``s_x s_w``, of a twin ``D_R1 s_w``.
+    """Unit of a product's int32 accumulator: ``s_x s_w``, or ``D_R1 s_w`` for a twin quantizer.
 
     Args:
-        activation: per tensor, with an :attr:`Quantizer.accumulator_unit`.
-        weight: per tensor, or per output channel on axis 0.
+        activation: per-tensor quantizer with an :attr:`Quantizer.accumulator_unit`.
+        weight: quantizer per tensor, or per output channel on axis 0.
 
     Returns:
-        float32, ``()`` or ``(N,)``.
+        The unit, float32, ``()`` or ``(N,)``.
     """
     unit = activation.accumulator_unit
     assert unit is not None, f"{type(activation).__name__} has no accumulator unit"

@@ -1,4 +1,4 @@
-"""The base class of all quantizers: a module from floats to floats on a finite grid."""
+"""Base class of all quantizers: a module from floats to floats on a finite grid."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Quantizer(nn.Module, ABC):
-    """A fitted quantizer of one edge.
+    """Fitted quantizer of one edge.
 
     Laws, tested for every family and every bit-width: codes lie in ``code_range``;
-    ``forward(x) == dequantize(quantize(x))``; ``forward`` is idempotent and monotone; the state
-    is complete in the buffers and ``config()``.
+    ``forward(x) == dequantize(quantize(x))``; ``forward`` is idempotent and monotone; the buffers
+    and ``config()`` together hold the whole state.
     """
 
     # Name of the class in saved models.
@@ -23,20 +23,20 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
-        """Codes of ``x``, whole numbers in its dtype, of its shape."""
+        """Codes of ``x``: whole numbers in the dtype and the shape of ``x``."""
 
     @abstractmethod
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Float values of ``codes``, of their shape."""
+        """Float values of ``codes``, in the shape of ``codes``."""
 
     @abstractmethod
     def config(self) -> dict[str, object]:
-        """Plain JSON values that rebuild this quantizer together with the buffers."""
+        """Plain JSON values that, together with the buffers, rebuild this quantizer."""
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: dict[str, object]) -> Quantizer:
-        """Rebuilds the module; the buffers are then loaded from the state dict."""
+        """Rebuilds the module; the caller then loads the buffers from the state dict."""
 
     @property
     @abstractmethod
@@ -50,25 +50,25 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def scale_axis(self) -> int | None:
-        """Axis that has a scale for each entry; None with one scale for the tensor."""
+        """Axis whose entries have a scale each; None with one scale for the tensor."""
         return None
 
     @property
     def zero_codes(self) -> Tensor:
-        """The code that stands for zero, for each scale; of the shape of ``scale``."""
+        """Code of the value zero for each scale, in the shape of ``scale``."""
         return torch.zeros_like(self.scale)
 
     @property
     def accumulator_unit(self) -> Tensor | None:
         """Value of one unit of an integer accumulator per unit of the other operand.
 
-        Biases are rounded to this unit times the scale of the weight. None where codes are no
-        whole multiples of one unit on which biases are held.
+        Biases are rounded to multiples of this unit times the scale of the weight. None where the
+        values are not whole multiples of one unit on whose grid biases can lie.
         """
         return None
 
     def fault(self) -> str | None:
-        """A clause that names what is wrong with loaded numbers; None where nothing is."""
+        """A clause that names the fault of loaded parameters; None without a fault."""
         broken = ~(self.scale.isfinite() & (self.scale > 0))
         if bool(broken.any()):
             return f"its scale is {float(self.scale[broken][0])}, not positive and finite"

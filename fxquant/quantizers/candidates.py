@@ -1,7 +1,7 @@
-"""Candidate quantizers for a range of values, by family, for fits on histograms and scale searches.
+"""Candidate quantizers of each family, for fits on histograms and for scale searches.
 
-Candidates come in rows: a row for each choice of a discrete parameter, in it one for each share of
-the range.
+Candidates form rows: a row for each choice of a discrete parameter, and in the row one candidate
+for each share of the range of values.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fxquant.quantizers.dynamic_focusing import DynamicFocusingQuantizer, larges
 from fxquant.quantizers.log import LogQuantizer
 from fxquant.quantizers.twin_uniform import TwinUniformQuantizer, covering_shift
 
-# Shifts beyond the one that just covers the negative values: each halves what is covered of them.
-_BEYOND = 2
-# Octaves from one code of AdaLog to the next, n / d. From 16 to 2 codes for each halving, and half
-# a code: with fewer bits codes must reach further. Tables have 16 entries at most.
+# Shifts beyond the shift that just covers the negative values: each halves the covered range.
+_SHIFTS_BEYOND_COVERING = 2
+# Octaves n / d between neighbouring codes of AdaLog: from 16 codes for each halving of the value to
+# half a code, since with fewer bits each code must span more. Tables have 16 entries at most.
 ADALOG_OCTAVES = tuple(
     Fraction(n, d)
     for n, d in [
@@ -32,17 +32,17 @@ ADALOG_OCTAVES = tuple(
 def twin_candidates(
     lo: float, hi: float, spec: TensorSpec, fractions: Iterable[float]
 ) -> list[TwinUniformQuantizer]:
-    """Twin quantizers for values in ``[lo, hi]``.
+    """Candidate twin quantizers for values in ``[lo, hi]``.
 
-    One-sided: for each fraction of the coarse step that reaches ``hi``, every shift. For values
-    up to 1 also the paper's own coarse step for softmax, ``1 / 2^(bits-1)``. Two-sided: for each
+    One-sided: every shift with each fraction of the coarse step that reaches ``hi``; for values
+    up to 1 also with the paper's coarse step for softmax, ``1 / 2^(bits-1)``. Two-sided: for each
     fraction the shift whose fine region just covers ``lo``.
 
     Args:
         lo: smallest value.
         hi: largest value.
         spec: bit-width and bound of the shift.
-        fractions: of the largest coarse step.
+        fractions: coarse steps, as fractions of the largest.
     """
     full = _full_step(lo, hi, spec)
     steps = [full * fraction for fraction in fractions]
@@ -62,24 +62,26 @@ def twin_candidates(
 def ratio_candidates(
     lo: float, hi: float, spec: TensorSpec, fractions: Sequence[float], *, two_sided: bool
 ) -> list[TwinUniformQuantizer]:
-    """Twin quantizers for values in ``[lo, hi]``: every shift with every fraction (OPT-m).
+    """Candidate twin quantizers of OPT-m for values in ``[lo, hi]``: all shifts and fractions.
 
-    Two-sided ones up to a few shifts beyond that which just covers ``lo``.
+    Shifts of two-sided quantizers end two beyond the shift that just covers ``lo``.
 
     Args:
         lo: smallest value.
         hi: largest value.
         spec: bit-width and bound of the shift.
-        fractions: of the largest coarse step.
-        two_sided: kind of the quantizers.
+        fractions: coarse steps, as fractions of the largest.
+        two_sided: whether the quantizers are two-sided.
 
     Returns:
-        All fractions with the least shift first.
+        The candidates: all fractions with the least shift first, then with the next shift.
     """
     full, largest = _full_step(lo, hi, spec), _largest_shift(spec)
     if two_sided:
-        covered = max(-lo, full / 2**MAX_SHIFT)
-        largest = min(largest, covering_shift(full, covered, spec) + _BEYOND)
+        covered_magnitude = max(-lo, full / 2**MAX_SHIFT)
+        largest = min(
+            largest, covering_shift(full, covered_magnitude, spec) + _SHIFTS_BEYOND_COVERING
+        )
     return [
         _twin(full * fraction, shift, spec, two_sided=two_sided)
         for shift in range(0 if two_sided else 1, largest + 1)
@@ -88,7 +90,7 @@ def ratio_candidates(
 
 
 def _full_step(lo: float, hi: float, spec: TensorSpec) -> float:
-    """The coarse step whose regions reach both ends."""
+    """The coarse step with which the regions reach both ends of the range."""
     levels = 1 << (spec.bits - 1)
     return max(hi / (levels - 1), -lo / levels) or 1.0
 
@@ -105,7 +107,7 @@ def _twin(coarse: float, shift: int, spec: TensorSpec, *, two_sided: bool) -> Tw
 def focusing_candidates(
     top: float, spec: TensorSpec, shares: Sequence[float]
 ) -> list[list[DynamicFocusingQuantizer]]:
-    """Dynamic focusing quantizers for values in ``[0, top]``.
+    """Candidate dynamic focusing quantizers for values in ``[0, top]``.
 
     Args:
         top: largest value.
@@ -125,26 +127,29 @@ def focusing_candidates(
 def log_candidates(
     top: float, spec: TensorSpec, shares: Sequence[float], octaves: Iterable[Fraction]
 ) -> list[list[LogQuantizer]]:
-    """Logarithmic quantizers for values in ``[0, top]``.
+    """Candidate logarithmic quantizers for values in ``[0, top]``.
 
     Args:
         top: largest value.
         spec: bit-width.
         shares: largest values of the quantizer, as shares of ``top``.
-        octaves: from one code to the next.
+        octaves: distances between neighbouring codes, in octaves.
 
     Returns:
-        A row for each of the octaves.
+        A row for each distance.
     """
     ends = [top * share for share in shares]
     return [
-        [LogQuantizer.reaching(end, spec.bits, step.numerator, step.denominator) for end in ends]
-        for step in octaves
+        [
+            LogQuantizer.reaching(end, spec.bits, distance.numerator, distance.denominator)
+            for end in ends
+        ]
+        for distance in octaves
     ]
 
 
 def _starts(bits: int) -> list[int]:
-    """Starts of the interval in steps, each half more than the last, as far as they go."""
+    """Starts of the interval in steps, each about 1.5 times the last, up to the largest start."""
     starts, start = [0], 1
     while start <= largest_start(bits):
         starts.append(start)

@@ -1,4 +1,4 @@
-"""One row for each scheme: everything in which its quantizers differ from those of other schemes.
+"""Table of families: a row for each scheme, with everything that is specific to the scheme.
 
 A new scheme is a row here, a member of :class:`fxquant.config.spec.Scheme` with its limits, a
 quantizer class, and a row in the table of lowerings of each backend that runs it.
@@ -39,17 +39,18 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The quantizers of one scheme.
+    """Family: the quantizers of one scheme.
 
     Attributes:
-        quantizer: their class.
+        quantizer: class of the quantizers.
         label: short name of a spec in reports, shown behind its bit-width.
-        fit: ``(lo, hi, spec, axis)`` to the quantizer that covers ``[lo, hi]``, tensors ``()``, or
-            ``(C,)`` with an axis; it stands on the device of ``lo``.
-        candidates: ``(lo, hi, spec, shares)`` to rows of quantizers for values in ``[lo, hi]``,
-            which fits on histograms and scale searches choose from. None where each scale is
-            searched on its own, by the parameters of :class:`UniformQuantizer`.
-        trained: ``(quantizer, drop)`` to its form under training; None where nothing is trained.
+        fit: maps ``(lo, hi, spec, axis)`` to the quantizer that covers ``[lo, hi]``; the ends are
+            tensors ``()``, or ``(C,)`` with an axis, and the quantizer is on the device of ``lo``.
+        candidates: maps ``(lo, hi, spec, shares)`` to rows of quantizers for values in
+            ``[lo, hi]``, from which fits on histograms and scale searches choose. None where each
+            scale is searched on its own, by the parameters of :class:`UniformQuantizer`.
+        trained: maps ``(quantizer, drop)`` to the form of the quantizer under training; None where
+            quantizers of the scheme are not trained.
     """
 
     quantizer: type[Quantizer]
@@ -62,6 +63,8 @@ class Family:
 
 
 def _log_family(octaves: Sequence[Fraction], label: str) -> Family:
+    """Family of logarithmic quantizers whose codes are one of ``octaves`` apart."""
+
     def fit(lo: Tensor, hi: Tensor, spec: TensorSpec, axis: int | None) -> LogQuantizer:
         return LogQuantizer.reaching(float(hi), spec.bits, 1, 1).to(hi.device)
 
@@ -106,17 +109,17 @@ FAMILIES: dict[Scheme, Family] = {
 
 
 def family_of(quantizer: Quantizer) -> Family:
-    """The family of a quantizer, by its class; the first where several have one class."""
+    """The family of a quantizer, by its class; the first where several families share the class."""
     return next(f for f in FAMILIES.values() if f.quantizer is type(quantizer))
 
 
 def entry_for(table: Mapping[type[Quantizer], Entry], quantizer: Quantizer) -> Entry | None:
-    """A table's entry for the class of a quantizer, or for the nearest class it derives from."""
+    """A table's entry for the class of a quantizer, or for its nearest base class."""
     return next((table[kind] for kind in type(quantizer).__mro__ if kind in table), None)
 
 
 def uniform_class(spec: TensorSpec) -> type[UniformQuantizer]:
-    """The class of a spec whose scheme is a uniform one (:attr:`Scheme.is_general`)."""
+    """The quantizer class of a spec with a uniform scheme (:attr:`Scheme.is_general`)."""
     quantizer = FAMILIES[spec.scheme].quantizer
     assert issubclass(quantizer, UniformQuantizer), f"{spec.scheme} has no uniform grid"
     return quantizer

@@ -1,8 +1,8 @@
-"""The torch operators of logarithmic quantizers, and the whole numbers that their grid is made of.
+"""Torch operators of logarithmic quantizers, and the whole numbers that form their grid.
 
-A code ``c`` stands for ``s 2^(-c n / d)``. With ``c n = d shift + rest`` that is a table of ``d``
-entries for ``2^(-rest / d)`` and a right shift. The table holds whole numbers, in the simulation as
-well, so that integer kernels have the very same values.
+A code ``c`` represents ``s 2^(-c n / d)``. With ``c n = d shift + rest`` this is an entry of a
+table of ``d`` entries ``2^(-rest / d)``, shifted right by ``shift``. The table holds whole numbers,
+in the simulation as well, so that integer kernels compute with exactly the same values.
 """
 
 from __future__ import annotations
@@ -10,44 +10,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Fraction bits of the table: its entries, 65 to 128, fit a byte, and stay apart up to d = 16.
-_FRACTION = 7
-# Values lie down to 2^-16 of the largest. Further down nothing is left of an attention weight, and
-# wider whole numbers would be the operands of a product.
-_DEPTH = 16
+# Fraction bits of the table: its entries, 65 to 128, fit a byte and are distinct up to d = 16.
+_TABLE_FRACTION_BITS = 7
+# Octaves from the largest value to the smallest power, 2^-16 of it. Smaller attention weights do
+# not matter, and smaller powers would need wider whole numbers as operands of a product.
+_OCTAVES_COVERED = 16
 
 
 def log_powers(bits: int, n: int, d: int) -> int:
-    """Number of codes that stand for powers; the code of this number stands for zero.
+    """Number of codes that represent powers; the code with this number represents zero.
 
-    One code of ``2^bits`` is zero's; wide codes have more than there are powers within the depth.
+    One of the ``2^bits`` codes represents zero. Wide codes have more values than there are powers
+    within the 16 octaves.
     """
-    return min((1 << bits) - 1, _DEPTH * d // n + 1)
+    return min((1 << bits) - 1, _OCTAVES_COVERED * d // n + 1)
 
 
 def log_depth(bits: int, n: int, d: int) -> int:
-    """The shift of the smallest power."""
+    """Right shift of the smallest power."""
     return (log_powers(bits, n, d) - 1) * n // d
 
 
 def log_table(d: int) -> list[int]:
-    """``2^(-i / d)`` for each ``i < d`` as whole numbers, the first a power of two."""
-    return [1] if d == 1 else [round(2.0 ** (_FRACTION - i / d)) for i in range(d)]
+    """Table of ``2^(-i / d)`` for ``i < d`` as whole numbers; the first is a power of two."""
+    return [1] if d == 1 else [round(2.0 ** (_TABLE_FRACTION_BITS - i / d)) for i in range(d)]
 
 
 def log_magnitudes(bits: int, n: int, d: int) -> list[int]:
-    """The value of each code as whole numbers, zero's the last; the first stands for the scale."""
+    """Values of all codes as whole numbers: first that of the scale, last that of zero."""
     table, depth = log_table(d), log_depth(bits, n, d)
     steps = (code * n for code in range(log_powers(bits, n, d)))
     return [*(table[step % d] << (depth - step // d) for step in steps), 0]
 
 
 def log_borders(bits: int, n: int, d: int) -> list[float]:
-    """Where the places of codes meet, as shares of the scale, ascending.
+    """Borders between neighbouring codes, as shares of the scale, ascending.
 
-    Between powers where the exponent is half-way, so that codes are ``round(-(d / n) log2(x / s))``
-    (arXiv 2407.12951); between the smallest and zero at half the smallest, which is nearer to
-    neither.
+    The border between two powers has the exponent half-way between them, so that codes are
+    ``round(-(d / n) log2(x / s))`` (arXiv 2407.12951). The border between the smallest power and
+    zero is half that power, at equal distance from both.
     """
     count = log_powers(bits, n, d)
     smallest = 2.0 ** (-(count - 1) * n / d)
@@ -55,11 +56,13 @@ def log_borders(bits: int, n: int, d: int) -> list[float]:
 
 
 def _borders(x: Tensor, scale: Tensor, bits: int, n: int, d: int) -> Tensor:
+    """Borders between codes in the dtype of ``x``."""
     borders = torch.tensor(log_borders(bits, n, d), dtype=x.dtype, device=x.device)
     return borders * scale.to(x.dtype)
 
 
 def _values(scale: Tensor, bits: int, n: int, d: int, dtype: torch.dtype) -> Tensor:
+    """Values of all codes up to the code of zero."""
     steps = torch.tensor(log_magnitudes(bits, n, d), dtype=dtype, device=scale.device)
     return steps * (scale.to(dtype) / steps[0])
 
@@ -72,8 +75,8 @@ def log_quantize(x: Tensor, scale: Tensor, bits: int, n: int, d: int) -> Tensor:
         x: float tensor of any shape.
         scale: ``s``, the largest value, ``()``, positive.
         bits: bit-width of the codes.
-        n: see d.
-        d: ``n / d`` is the number of octaves from one code to the next, in lowest terms.
+        n: numerator of ``n / d``, the number of octaves from one code to the next.
+        d: denominator of ``n / d``, in lowest terms.
 
     Returns:
         Codes as whole numbers in the dtype of ``x``: 0 for ``s``, ``log_powers`` for zero.
@@ -84,16 +87,16 @@ def log_quantize(x: Tensor, scale: Tensor, bits: int, n: int, d: int) -> Tensor:
 
 @torch.library.custom_op("fxquant::log_dequantize", mutates_args=())
 def log_dequantize(codes: Tensor, scale: Tensor, bits: int, n: int, d: int) -> Tensor:
-    """Values of codes; arguments as in :func:`log_quantize`."""
+    """Values of codes; the other arguments are those of :func:`log_quantize`."""
     return _values(scale, bits, n, d, codes.dtype)[codes.to(torch.int64)]
 
 
 @torch.library.custom_op("fxquant::log_fake_quantize", mutates_args=())
 def log_fake_quantize(x: Tensor, scale: Tensor, bits: int, n: int, d: int) -> Tensor:
-    """``log_dequantize(log_quantize(x))`` in one operator; arguments as there.
+    """Rounds to the grid: ``log_dequantize(log_quantize(x))`` in one operator.
 
-    The gradient is the straight-through estimate: that of the identity from zero to half a code
-    above the scale, zero outside, for ``x`` alone.
+    The arguments are those of :func:`log_quantize`. Only ``x`` has a gradient, the straight-through
+    estimate: the gradient of the identity from zero to half a code above the scale, zero outside.
     """
     ascending = _values(scale, bits, n, d, x.dtype).flip(0)
     return ascending[torch.bucketize(x.contiguous(), _borders(x, scale, bits, n, d))]

@@ -1,8 +1,8 @@
-"""The torch operators that stand for quantization in a graph.
+"""Torch operators for quantization in a graph.
 
-Being registered operators, they stay one node under ``torch.export`` and ``torch.compile``, so a
-backend translates them one by one. Rounding is half to even and the quotient a true division, as
-ONNX QuantizeLinear defines them.
+The operators are registered and stay one node under ``torch.export`` and ``torch.compile``, so that
+a backend translates them one by one. They round half to even and divide by the scale exactly (no
+multiplication by a reciprocal), as ONNX QuantizeLinear defines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def quantize(
     Args:
         x: float tensor of any shape.
         scale: ``()`` or ``(C,)``, positive.
-        zero_point: like scale, whole numbers.
+        zero_point: whole numbers, in the shape of scale.
         qmin: smallest code.
         qmax: largest code.
         axis: axis of ``x`` that scale runs along, None for per-tensor.
@@ -49,7 +49,7 @@ def quantize(
 
 @torch.library.custom_op("fxquant::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """Values of codes: ``(codes - zero_point) * scale``; shapes as in :func:`quantize`."""
+    """Values of codes, ``(codes - zero_point) * scale``; shapes are those of :func:`quantize`."""
     values = codes - broadcast(zero_point, codes.ndim, axis)
     return values.mul_(broadcast(scale, codes.ndim, axis))
 
@@ -58,10 +58,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | Non
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
 ) -> Tensor:
-    """``dequantize(quantize(x))`` in one operator; arguments as in :func:`quantize`.
+    """Rounds to the grid: ``dequantize(quantize(x))`` in one operator.
 
-    The gradient is the straight-through estimate: that of the identity inside the clipping range,
-    zero outside (arXiv 1308.3432), for ``x`` alone.
+    The arguments are those of :func:`quantize`. Only ``x`` has a gradient, the straight-through
+    estimate: the gradient of the identity inside the clipping range, zero outside (arXiv
+    1308.3432).
     """
     step, zero = broadcast(scale, x.ndim, axis), broadcast(zero_point, x.ndim, axis)
     codes = (x / step).round_().add_(zero).clamp_(qmin, qmax)
@@ -102,10 +103,11 @@ fake_quantize.register_autograd(_straight_through, setup_context=_save_range)
 
 
 def twin_threshold(shift: int, bits: int) -> float:
-    """Where the regions of a one-sided twin quantizer meet, in fine steps.
+    """Threshold between the regions of a one-sided twin quantizer, in fine steps.
 
-    Half-way between the last fine value and the first coarse value beyond it. In float32 a value
-    above it is never rounded below that coarse value, since the threshold lies clear of the tie.
+    The threshold lies half-way between the last fine value and the first coarse value beyond it. In
+    float32 a value above the threshold is never rounded below that coarse value, since the
+    threshold is clear of the tie.
 
     Args:
         shift: m, at least 1.
@@ -119,7 +121,7 @@ def twin_threshold(shift: int, bits: int) -> float:
 def _twin(
     x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool
 ) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Signed magnitudes in the fine and in the coarse grid; the latter holds beyond a value."""
+    """Signed magnitudes on the fine and the coarse grid, and the threshold between both."""
     levels, coarse = 1 << (bits - 1), scale * 2**shift
     high = (x / coarse).round_().clamp_(0, levels - 1)
     if two_sided:
@@ -129,7 +131,7 @@ def _twin(
 
 
 def twin_words(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
-    """:func:`twin_quantize` in plain operators, which ``torch.compile`` sees through."""
+    """Code words by :func:`twin_quantize` in plain operators, which ``torch.compile`` can fuse."""
     low, high, edge = _twin(x, scale, shift, bits, two_sided)
     region = x > edge
     words = torch.where(region & (high > 0), high + (1 << (bits - 1)), 0.0)
@@ -145,7 +147,8 @@ def twin_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bo
         scale: ``D_R1``, ``()``, positive.
         shift: m in ``D_R2 = 2^m D_R1``.
         bits: bit-width of a code word, its region bit included.
-        two_sided: the fine region holds the negative values, else the smaller ones.
+        two_sided: whether the fine region holds the negative values; otherwise it holds the
+            smaller values.
 
     Returns:
         ``region * 2^(bits-1) + magnitude`` as whole numbers in the dtype of ``x``.
@@ -154,7 +157,7 @@ def twin_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bo
 
 
 def twin_values(codes: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
-    """:func:`twin_dequantize` in plain operators."""
+    """Values by :func:`twin_dequantize` in plain operators, which ``torch.compile`` can fuse."""
     levels = 1 << (bits - 1)
     fine = -scale if two_sided else scale
     return torch.where(codes >= levels, (codes - levels) * (scale * 2**shift), codes * fine)
@@ -162,21 +165,22 @@ def twin_values(codes: Tensor, scale: Tensor, shift: int, bits: int, two_sided: 
 
 @torch.library.custom_op("fxquant::twin_dequantize", mutates_args=())
 def twin_dequantize(codes: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
-    """Values of code words; arguments as in :func:`twin_quantize`."""
+    """Values of code words; the other arguments are those of :func:`twin_quantize`."""
     return twin_values(codes, scale, shift, bits, two_sided)
 
 
 @torch.library.custom_op("fxquant::twin_fake_quantize", mutates_args=())
 def twin_fake_quantize(x: Tensor, scale: Tensor, shift: int, bits: int, two_sided: bool) -> Tensor:
-    """``twin_dequantize(twin_quantize(x))`` in one operator; arguments as there.
+    """Rounds to the grid: ``twin_dequantize(twin_quantize(x))`` in one operator.
 
-    The gradient is the straight-through estimate, as in :func:`fake_quantize`.
+    The arguments are those of :func:`twin_quantize`. The gradient is the straight-through estimate,
+    as in :func:`fake_quantize`.
     """
     low, high, edge = _twin(x, scale, shift, bits, two_sided)
     low, high = low.mul_(scale), high.mul_(scale * 2**shift)
-    if two_sided:  # one of them is zero
+    if two_sided:  # either the fine or the coarse value is zero
         return low.add_(high)
-    # A mask of the values' own type, which is 0 or 1: choosing by one of booleans is far slower.
+    # The mask holds 0 and 1 in the type of the values: a choice by a boolean mask is far slower.
     return torch.lerp(low, high, x.clone().gt_(edge))
 
 

@@ -1,8 +1,8 @@
-"""The power-of-two quantizer: a uniform one whose scales are powers of two.
+"""Power-of-two quantizer: a uniform quantizer whose scales are powers of two.
 
-Such scales are what shift-only accelerators take, and they make every step from accumulators to
-codes a shift: the unit of an accumulator, ``s_x s_w``, over the scale of the codes behind it is a
-power of two as well.
+Shift-only accelerators need such scales. With them every step from accumulators to codes is a
+shift: the unit of an accumulator, ``s_x s_w``, over the scale of the codes behind it is a power of
+two as well.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fxquant.quantizers.uniform import UniformQuantizer
 class PowerOfTwoQuantizer(UniformQuantizer):
     """Uniform quantizer with scales ``2^n``, n a whole number (arXiv 1903.08066 trains them).
 
-    A range is covered by the least power of two that reaches its ends; fits by squared error and
-    scale searches choose among the powers below it too, down to those that clip most values.
+    The least power of two that reaches both ends covers a range; fits by squared error and scale
+    searches choose among smaller powers too, down to scales that clip most values.
 
-    Invariant, beyond those of the class it derives from: every scale is a power of two.
+    Invariant, in addition to the invariants of the base class: every scale is a power of two.
     """
 
     type_name: ClassVar[str] = "power_of_two"
@@ -47,19 +47,19 @@ class PowerOfTwoQuantizer(UniformQuantizer):
 
     @staticmethod
     def trained_scale(scale: Tensor) -> Tensor:
-        """The power of two nearest to ``scale`` by its logarithm; the gradient passes through."""
-        fixed = scale.detach()
-        exponent = torch.log2(fixed).round().to(torch.int32)
-        power = torch.ldexp(torch.ones_like(fixed), exponent)
+        """The power of two nearest to ``scale`` in the logarithm; the gradient passes through."""
+        value = scale.detach()
+        exponent = torch.log2(value).round().to(torch.int32)
+        power = torch.ldexp(torch.ones_like(value), exponent)
         # The second factor is one exactly.
-        return power * (scale / fixed)
+        return power * (scale / value)
 
     def fault(self) -> str | None:
-        """A clause that names what is wrong with loaded numbers; None where nothing is."""
-        broken = super().fault()
-        if broken is None and not bool(_is_power(self.scale).all()):
+        """A clause that names the fault of loaded scales or zero points; None without a fault."""
+        fault = super().fault()
+        if fault is None and not bool(_is_power(self.scale).all()):
             return "a scale is not a power of two"
-        return broken
+        return fault
 
 
 def _is_power(scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Forms of quantizers under training: scale and zero_point as parameters, with gradients."""
+"""Quantizers under training: scale and zero_point as parameters, with gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _OnGrid(torch.autograd.Function):
     """Replaces ``x`` by values of a grid, with gradients for x, scale s and zero point z (LSQ+).
 
     Gradients are those of arXiv 1902.08153 and 2004.09576, without the division by the root of the
-    number of values, which Adam makes up for: inside the range rounding counts as the identity.
+    number of values, for which Adam makes up: inside the range, rounding counts as the identity.
     Dropped values pass unquantized. Masks are multiplied and have the type of the values, since
     ``torch.where`` and products of two types are far slower.
     """
@@ -35,10 +35,10 @@ class _OnGrid(torch.autograd.Function):
         inside: Tensor,
         dropped: Tensor | None,
     ) -> Tensor:
-        """Values of the grid; x where it is dropped.
+        """Values of the grid, or of x where x is dropped.
 
-        Scale and zero point broadcast against x; ``dropped`` is 1 where x passes, else 0, and
-        ``inside`` is 1 within the range of the grid, else 0.
+        Scale and zero point broadcast against x; ``dropped`` is 1 where x passes unquantized, else
+        0, and ``inside`` is 1 within the range of the grid, else 0.
         """
         slope = torch.addcmul(values, x, inside, value=-1)  # s dy/ds
         gate, out = inside, values
@@ -50,7 +50,7 @@ class _OnGrid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, and of s and z where these are trained."""
+        """Gradients of x, and of s and z where they are trained."""
         (grad,) = grads
         gate, slope, scale = ctx.saved_tensors
         wants = ctx.needs_input_grad
@@ -60,29 +60,30 @@ class _OnGrid(torch.autograd.Function):
         return inner, grad_scale, grad_zero, None, None, None
 
 
-def _summed_product(one: Tensor, other: Tensor, shape: torch.Size) -> Tensor:
-    """The product summed to ``shape``, which broadcasts to the shape of both."""
+def _summed_product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """Sums the product of two tensors to ``shape``, which broadcasts to the shape of both."""
     if shape.numel() == 1:
-        return torch.dot(one.reshape(-1), other.reshape(-1)).view(shape)
-    return (one * other).sum_to_size(shape)
+        return torch.dot(a.reshape(-1), b.reshape(-1)).view(shape)
+    return (a * b).sum_to_size(shape)
 
 
 def draw_mask(x: Tensor, share: float) -> Tensor:
-    """Ones at a share of the places of ``x``, to 1/256, zeros elsewhere; of its shape and dtype.
+    """Draws a mask of the shape and dtype of ``x``: 1 at a share of the entries, else 0.
 
-    A byte decides on a place, which draws eight at a time.
+    The share is rounded to 1/256, since a random byte decides on each entry; one random number of
+    64 bits decides on eight entries.
     """
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-    drawn = words.random_(-(1 << 63), None).view(torch.uint8)[: x.numel()]
-    return drawn.to(x.dtype).lt_(round(share * 256)).view(x.shape)
+    random_bytes = words.random_(-(1 << 63), None).view(torch.uint8)[: x.numel()]
+    return random_bytes.to(x.dtype).lt_(round(share * 256)).view(x.shape)
 
 
 class TrainedQuantizer(nn.Module, ABC):
-    """A quantizer of an activation while it is trained: its scale by the logarithm.
+    """Quantizer of an activation under training; the parameter is the logarithm of its scale.
 
     Args:
         start: the quantizer before training.
-        drop: share of the values left unquantized, drawn again at each call in training mode
+        drop: share of the values that pass unquantized, drawn again at each call in training mode
             (QDrop, arXiv 2203.05740).
     """
 
@@ -106,19 +107,19 @@ class TrainedQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, broadcast against a tensor of so many axes, with gradients."""
+        """Scale and zero point with gradients, broadcasting against a tensor of ``ndim`` axes."""
 
     @abstractmethod
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """All values on the grid; and 1 where they are within its range, else 0."""
+        """Values rounded to the grid, and a mask: 1 within the range of the grid, else 0."""
 
     @abstractmethod
     def fitted(self) -> Quantizer:
-        """The quantizer with the parameters trained so far."""
+        """Makes the quantizer of the parameters trained so far."""
 
 
 class TrainedAffine(TrainedQuantizer):
-    """A quantizer with a zero_point, which is trained as a share of the code range."""
+    """Quantizer whose zero_point is trained too, as a share of the code range."""
 
     def __init__(self, start: AffineQuantizer, drop: float) -> None:
         super().__init__(start, drop)
@@ -126,10 +127,10 @@ class TrainedAffine(TrainedQuantizer):
         self.offset = nn.Parameter(torch.zeros_like(start.zero_point), not start.signed)
 
     def _zero(self) -> Tensor:
-        """Zero_point within its range; the gradient passes the ends, so that it comes back."""
+        """Zero_point clamped to its range; the gradient passes the clamp, so that it can return."""
         start = self._start
-        free = start.zero_point + self.offset * (start.qmax - start.qmin)
-        return free + (free.clamp(*start.zero_range) - free).detach()
+        unclamped = start.zero_point + self.offset * (start.qmax - start.qmin)
+        return unclamped + (unclamped.clamp(*start.zero_range) - unclamped).detach()
 
     def _grid(self, ndim: int) -> tuple[Tensor, Tensor]:
         axis = self._start.axis
@@ -143,7 +144,7 @@ class TrainedAffine(TrainedQuantizer):
 
 
 class TrainedUniform(TrainedAffine):
-    """A uniform quantizer, or one whose scales are restricted; zero stays on the grid."""
+    """Uniform or power-of-two quantizer under training; zero stays a value of the grid."""
 
     _start: UniformQuantizer
 
@@ -152,22 +153,22 @@ class TrainedUniform(TrainedAffine):
 
     @torch.no_grad()
     def fitted(self) -> UniformQuantizer:
-        """The quantizer with the parameters trained so far."""
+        """Makes the quantizer of the parameters trained so far."""
         return self._start.with_parameters(self._scale(), self._zero().round())
 
 
 class TrainedFocusing(TrainedAffine):
-    """A dynamic focusing quantizer: both ends of its interval (AIQViT, section 3.4)."""
+    """Dynamic focusing quantizer: trains both ends of its interval (AIQViT, section 3.4)."""
 
     @torch.no_grad()
     def fitted(self) -> DynamicFocusingQuantizer:
-        """The quantizer with the interval trained so far."""
+        """Makes the quantizer of the interval trained so far."""
         steps = -int(self._zero().round())
         return DynamicFocusingQuantizer(self._scale(), start=steps, bits=self._start.bits)
 
 
 class TrainedTwin(TrainedQuantizer):
-    """A twin uniform quantizer; its shift stays."""
+    """Twin uniform quantizer: trains its fine scale; the shift stays."""
 
     def __init__(self, start: TwinUniformQuantizer, drop: float) -> None:
         super().__init__(start, drop)
@@ -187,7 +188,7 @@ class TrainedTwin(TrainedQuantizer):
 
     @torch.no_grad()
     def fitted(self) -> TwinUniformQuantizer:
-        """The quantizer with the fine scale trained so far."""
+        """Makes the quantizer of the fine scale trained so far."""
         start = self._start
         return TwinUniformQuantizer(
             self._scale(),

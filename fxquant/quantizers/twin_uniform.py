@@ -1,4 +1,4 @@
-"""The twin uniform quantizer: two uniform grids, one a power of two coarser (arXiv 2111.12293)."""
+"""Twin uniform quantizer: two uniform grids, one a power of two coarser (arXiv 2111.12293)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from fxquant.quantizers.base import Quantizer
 
 
 class TwinUniformQuantizer(Quantizer):
-    """A fine grid of step ``D_R1`` and a coarse one of ``D_R2 = 2^m D_R1`` (eq. 7-9).
+    """Fine grid of step ``D_R1`` and coarse grid of step ``D_R2 = 2^m D_R1`` (eq. 7-9).
 
     A code word is a region bit above a magnitude of ``bits - 1`` bits; with ``L = 2^(bits-1)``:
 
     - one-sided, for values from zero up (softmax): the fine grid ``[0, (L-1) D_R1]`` and the
-      coarse one beyond it, up to ``(L-1) D_R2``;
+      coarse grid beyond it, up to ``(L-1) D_R2``;
     - two-sided (GELU, SiLU): the fine grid for negative values down to ``-(L-1) D_R1``, the
-      coarse one for positive values up to ``(L-1) D_R2``.
+      coarse grid for positive values up to ``(L-1) D_R2``.
 
     The regions of a one-sided quantizer meet half-way between the last fine and the first coarse
-    value, so that every value goes to the nearest of the two grids. The paper cuts at
-    ``2^(bits-1) D_R1``, whence values between there and ``D_R2 / 2`` fall to zero for m >= bits.
+    value, so that every value is rounded to the nearest value of both grids. The paper cuts at
+    ``2^(bits-1) D_R1``, with which values from there to ``D_R2 / 2`` are rounded to zero for
+    m >= bits.
 
     Invariants: ``scale`` (``D_R1``) is float32, finite, positive, of shape ``()``; ``shift`` (m) is
     a whole number, at least 1 if one-sided, at least 0 otherwise.
@@ -52,8 +53,8 @@ class TwinUniformQuantizer(Quantizer):
     def from_range(cls, lo: Tensor, hi: Tensor, spec: TensorSpec) -> TwinUniformQuantizer:
         """The quantizer whose coarse grid reaches ``hi``.
 
-        Two-sided where ``lo`` is negative; the fine grid then just covers ``lo``. Otherwise the
-        fine grid fills the first step of the coarse one.
+        The quantizer is two-sided where ``lo`` is negative, and its fine grid then just covers
+        ``lo``. Otherwise the fine grid fills the first step of the coarse grid.
 
         Args:
             lo: smallest value, ``()``.
@@ -66,7 +67,7 @@ class TwinUniformQuantizer(Quantizer):
             shift = bounded_shift(spec.bits - 1, spec, two_sided=False)
             coarse = high / (levels - 1) or 1.0
         else:
-            # The coarse grid must not be the finer one.
+            # The step of the coarse grid must not be smaller than that of the fine grid.
             coarse = max(high / (levels - 1), low / levels)
             shift = covering_shift(coarse, low, spec)
         scale = torch.tensor(coarse / 2**shift, dtype=torch.float32, device=lo.device)
@@ -79,7 +80,7 @@ class TwinUniformQuantizer(Quantizer):
 
     @property
     def accumulator_unit(self) -> Tensor:
-        """``D_R1``, of which every value is a whole multiple."""
+        """Fine step ``D_R1``, of which every value is a whole multiple."""
         return self.scale
 
     @property
@@ -89,23 +90,23 @@ class TwinUniformQuantizer(Quantizer):
 
     @property
     def coarse_scale(self) -> Tensor:
-        """``D_R2``, ``()``."""
+        """Coarse step ``D_R2``, ``()``."""
         coarse: Tensor = self.scale * 2**self.shift
         return coarse
 
     @property
     def grid_zero_point(self) -> int:
-        """Where zero lies on the plain grid of step ``D_R1`` that holds every value."""
+        """Code of zero on the plain grid of step ``D_R1`` that holds every value."""
         return self.levels - 1 if self.two_sided else 0
 
     @property
     def grid_size(self) -> int:
-        """Number of points of that plain grid."""
+        """Number of points of the plain grid of step ``D_R1`` that holds every value."""
         return self.grid_zero_point + ((self.levels - 1) << self.shift) + 1
 
     @property
     def fits_byte(self) -> bool:
-        """Whether unsigned codes of 8 bits can number the points of that grid."""
+        """Whether unsigned 8-bit codes can number the points of the plain grid."""
         return self.grid_size <= 256
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -121,14 +122,14 @@ class TwinUniformQuantizer(Quantizer):
         return values
 
     def forward(self, x: Tensor) -> Tensor:
-        """The values of ``x`` moved to the nearest of the two grids."""
+        """Values of ``x`` rounded to the nearest value of the two grids."""
         values: Tensor = ops.twin_fake_quantize(
             x, self.scale, self.shift, self._bits, self.two_sided
         )
         return values
 
     def config(self) -> dict[str, object]:
-        """Bit-width, shift and sidedness."""
+        """Type, bit-width, shift and sidedness."""
         return {
             "type": self.type_name,
             "bits": self._bits,
@@ -138,7 +139,7 @@ class TwinUniformQuantizer(Quantizer):
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> TwinUniformQuantizer:
-        """Rebuilds the module; the buffer is then loaded from the state dict."""
+        """Rebuilds the module; the caller then loads the buffer from the state dict."""
         return cls(
             torch.ones(()),
             bits=int(config["bits"]),  # type: ignore[call-overload]
@@ -152,19 +153,19 @@ class TwinUniformQuantizer(Quantizer):
 
 
 def bounded_shift(shift: int, spec: TensorSpec, *, two_sided: bool) -> int:
-    """``shift`` within what a quantizer and the spec allow."""
+    """Clamps ``shift`` to the range that the quantizer and the spec allow."""
     largest = MAX_SHIFT if spec.max_shift is None else spec.max_shift
     return min(max(shift, 0 if two_sided else 1), largest)
 
 
 def covering_shift(coarse: float, low: float, spec: TensorSpec) -> int:
-    """Largest shift allowed whose fine grid of ``D_R2 / 2^m`` still covers ``-low``.
+    """Largest allowed shift m with which the fine grid of step ``D_R2 / 2^m`` covers ``-low``.
 
     Args:
         coarse: ``D_R2``.
         low: largest negative magnitude, positive.
         spec: bit-width and bound of the shift.
     """
-    # Values within the last half step need no code of their own, hence L and not L - 1.
+    # Values within the last half step need no further code, hence L and not L - 1.
     levels = 1 << (spec.bits - 1)
     return bounded_shift(math.floor(math.log2(coarse * levels / low)), spec, two_sided=True)

@@ -1,4 +1,4 @@
-"""The uniform quantizer: equally spaced values, zero among them."""
+"""Uniform quantizer: equally spaced values, one of which is zero."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fxquant.quantizers.affine import LEAST_SCALE, AffineQuantizer
 
 
 class UniformQuantizer(AffineQuantizer):
-    """Affine quantizer whose grid holds zero, so that padding and masked positions stay exact."""
+    """Affine quantizer whose grid holds zero, so that padding and masked positions are exact."""
 
     type_name: ClassVar[str] = "uniform"
 
@@ -43,12 +43,12 @@ class UniformQuantizer(AffineQuantizer):
 
     @staticmethod
     def least_scale(scale: Tensor) -> Tensor:
-        """The least scale that this kind of quantizer can have, at or above ``scale``."""
+        """The least scale, at or above ``scale``, that this kind of quantizer can have."""
         return scale
 
     @staticmethod
     def trained_scale(scale: Tensor) -> Tensor:
-        """The scale that training computes with for a free one, the gradient passing through."""
+        """Restricts a trained scale to the scales of this class; the gradient passes through."""
         return scale
 
     @classmethod
@@ -58,11 +58,11 @@ class UniformQuantizer(AffineQuantizer):
         return cls(scale, zero_point, bits=spec.bits, signed=spec.symmetric, axis=axis)
 
     def with_parameters(self, scale: Tensor, zero_point: Tensor) -> Self:
-        """A quantizer of the same kind, width and axis with other parameters, of their shape."""
+        """A quantizer of the same class, width and axis with other parameters of any shape."""
         return type(self)(scale, zero_point, bits=self.bits, signed=self.signed, axis=self.axis)
 
     def config(self) -> dict[str, object]:
-        """Bit-width, signedness and axis."""
+        """Type, bit-width, signedness, axis and the shape of the scale."""
         return {
             "type": self.type_name,
             "bits": self.bits,
@@ -73,7 +73,7 @@ class UniformQuantizer(AffineQuantizer):
 
     @classmethod
     def from_config(cls, config: dict[str, object]) -> Self:
-        """Rebuilds the module; the buffers are then loaded from the state dict."""
+        """Rebuilds the module; the caller then loads the buffers from the state dict."""
         shape = [int(n) for n in config["shape"]]  # type: ignore[attr-defined]
         axis = config["axis"]
         return cls(

@@ -1,1 +1,1 @@
-"""Algorithm cores: pure tensor functions, apart from their wiring."""
+"""Scale, rank and rounding searches: pure tensor functions, which passes apply to a graph."""

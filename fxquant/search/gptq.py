@@ -1,7 +1,7 @@
 """Rounds weights so that later columns make up for the errors of earlier ones (GPTQ).
 
 Optimal brain compression, column by column (arXiv 2210.17323): the error of a rounded column,
-weighed by the inverse of ``H = E[x x^T]``, is taken out of the columns still to be rounded.
+weighted by the inverse of ``H = E[x x^T]``, is subtracted from the columns still to be rounded.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Columns whose errors are spread over the rest in one product.
-_BLOCK = 128
+# Columns whose errors are subtracted from all later columns in one product.
+_COLUMNS_PER_BLOCK = 128
 
 
 class Moments:
-    """First and second moments of rows ``x`` and ``y``, centred, batch by batch.
+    """First and second moments of rows ``x`` and ``y``, centred, accumulated batch by batch.
 
-    They are sums over rows shifted by the mean of the first batch, so that float32 products keep
-    their digits; the sums are float64.
+    The moments are sums over rows shifted by the mean of the first batch, so that float32 products
+    keep their digits; the sums are float64.
 
     Args:
-        columns: K, of ``x``.
-        targets: N, of ``y``.
-        device: of the rows.
+        columns: K, number of columns of ``x``.
+        targets: N, number of columns of ``y``.
+        device: device of the rows.
     """
 
     def __init__(self, columns: int, targets: int, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class Moments:
         self._yy = torch.zeros(targets, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Takes rows ``(n, K)`` and ``(n, N)``."""
+        """Adds rows ``x``, ``(n, K)``, and ``y``, ``(n, N)``, to the sums."""
         if self._shift is None:
             self._shift = x.mean(0), y.mean(0)
         x, y = x - self._shift[0], y - self._shift[1]
@@ -51,25 +51,25 @@ class Moments:
 
     @property
     def mean_x(self) -> Tensor:
-        """``(K,)``, float64."""
+        """Mean of ``x``, ``(K,)``, float64."""
         assert self._shift is not None
         return self._x / self._count + self._shift[0]
 
     @property
     def mean_y(self) -> Tensor:
-        """``(N,)``, float64."""
+        """Mean of ``y``, ``(N,)``, float64."""
         assert self._shift is not None
         return self._y / self._count + self._shift[1]
 
     @property
     def covariance(self) -> Tensor:
-        """``E[(x - mean) (x - mean)^T]``, ``(K, K)``, float64."""
+        """Covariance of ``x``, ``E[(x - mean) (x - mean)^T]``, ``(K, K)``, float64."""
         mean = self._x / self._count
         return self._xx / self._count - mean.outer(mean)
 
     @property
     def cross(self) -> Tensor:
-        """``E[(y - mean) (x - mean)^T]``, ``(N, K)``, float64."""
+        """Covariance of ``y`` with ``x``, ``E[(y - mean) (x - mean)^T]``, ``(N, K)``, float64."""
         return self._yx / self._count - (self._y / self._count).outer(self._x / self._count)
 
     @property
@@ -78,11 +78,11 @@ class Moments:
         return all(bool(x.isfinite().all()) for x in (self._xx, self._yx, self._yy))
 
     def error(self, weight: Tensor) -> float:
-        """``E|y - W x - b|^2`` with the best bias, of a weight ``(N, K)``."""
+        """Squared error ``E|y - W x - b|^2`` of a weight W, ``(N, K)``, with the best bias b."""
         weight = weight.double()
-        spread = self._yy / self._count - (self._y / self._count).square()
-        rest = ((weight @ self.covariance - 2 * self.cross) * weight).sum()
-        return max(float(spread.sum() + rest), 0.0)
+        variance = self._yy / self._count - (self._y / self._count).square()
+        explained = ((weight @ self.covariance - 2 * self.cross) * weight).sum()
+        return max(float(variance.sum() + explained), 0.0)
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Rounded:
     """A rounded weight.
 
     Attributes:
-        latent: ``(N, K)``; what each value was when it was rounded, so that the quantizer rounds it
-            to ``values``.
-        values: ``(N, K)``, on the quantizer's grid.
+        latent: each value as it was when it was rounded, ``(N, K)``; the quantizer rounds it to
+            the entry of ``values``.
+        values: the rounded weight, ``(N, K)``, on the quantizer's grid.
     """
 
     latent: Tensor
@@ -102,36 +102,39 @@ class Rounded:
 def round_weight(
     weight: Tensor, covariance: Tensor, quantize: Callable[[Tensor], Tensor], damping: float
 ) -> Rounded:
-    """Rounds column after column, those of largest variance first.
+    """Rounds column after column, columns of largest variance first.
 
     Args:
-        weight: ``(N, K)``.
-        covariance: of the rows that it multiplies, ``(K, K)``, positive semidefinite.
-        quantize: moves values ``(N, n)``, columns of the weight, to the grid.
-        damping: share of the mean variance that is added to every variance, which keeps columns of
-            no variance and equal columns harmless.
+        weight: the weight, ``(N, K)``.
+        covariance: covariance of the rows that the weight multiplies, ``(K, K)``, positive
+            semidefinite.
+        quantize: rounds columns of the weight, ``(N, n)``, to the grid.
+        damping: share of the mean variance that is added to every variance; with it the matrix can
+            be inverted although columns have no variance or equal one another.
     """
     order = covariance.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(covariance[order][:, order], damping)
-    left = weight.double()[:, order]
-    latent, values = torch.empty_like(left), torch.empty_like(left)
-    for start in range(0, left.shape[1], _BLOCK):
-        part = slice(start, min(start + _BLOCK, left.shape[1]))
-        own, steps = left[:, part].clone(), factor[part, part]
-        errors = torch.empty_like(own)
-        for i in range(own.shape[1]):
-            column = own[:, i].float()
+    residual = weight.double()[:, order]
+    latent, values = torch.empty_like(residual), torch.empty_like(residual)
+    for start in range(0, residual.shape[1], _COLUMNS_PER_BLOCK):
+        block = slice(start, min(start + _COLUMNS_PER_BLOCK, residual.shape[1]))
+        columns, block_factor = residual[:, block].clone(), factor[block, block]
+        errors = torch.empty_like(columns)
+        for i in range(columns.shape[1]):
+            column = columns[:, i].float()
             rounded = quantize(column.unsqueeze(1)).squeeze(1)
             latent[:, start + i], values[:, start + i] = column, rounded
-            errors[:, i] = (own[:, i] - rounded) / steps[i, i]
-            own[:, i + 1 :] -= errors[:, i : i + 1] * steps[i, i + 1 :]
-        left[:, part.stop :] -= errors @ factor[part, part.stop :]
-    back = order.argsort()
-    return Rounded(latent[:, back].to(weight.dtype), values[:, back].to(weight.dtype))
+            errors[:, i] = (columns[:, i] - rounded) / block_factor[i, i]
+            columns[:, i + 1 :] -= errors[:, i : i + 1] * block_factor[i, i + 1 :]
+        residual[:, block.stop :] -= errors @ factor[block, block.stop :]
+    inverse_order = order.argsort()
+    return Rounded(
+        latent[:, inverse_order].to(weight.dtype), values[:, inverse_order].to(weight.dtype)
+    )
 
 
 def _inverse_factor(covariance: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped covariance, ``(K, K)``."""
+    """Upper Cholesky factor of the inverse of the damped covariance, ``(K, K)``."""
     inverse = torch.cholesky_inverse(damped_factor(covariance, damping))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
@@ -152,49 +155,49 @@ def damped_factor(covariance: Tensor, damping: float) -> Tensor:
         damping = max(10 * damping, 1e-6)
 
 
-def ridge_update(weight: Tensor, parts: list[Moments], whole: Moments) -> tuple[Tensor, float]:
-    """The change of a weight that makes up for quantized inputs (arXiv 2407.06794, eq. 10).
+def ridge_update(weight: Tensor, folds: list[Moments], whole: Moments) -> tuple[Tensor, float]:
+    """Updates a weight so that it makes up for quantized inputs (arXiv 2407.06794, eq. 10).
 
-    ``dW = C (G + lambda I)^-1`` with ``G`` the covariance of the quantized inputs and ``C`` that of
-    the error of the outputs with them. Lambda is chosen by the error on images left out: where none
-    lowers it, the weight stays.
+    ``dW = C (G + lambda I)^-1`` with ``G`` the covariance of the quantized inputs and ``C`` the
+    covariance of the output error with these inputs. Lambda is chosen by cross-validation, by the
+    error on the images left out of each fit; where no lambda lowers that error, the weight stays.
 
     Args:
-        weight: ``(N, K)``.
-        parts: moments of disjoint parts of the images, at least two.
-        whole: of all images.
+        weight: the weight, ``(N, K)``.
+        folds: moments of disjoint subsets of the images, at least two.
+        whole: moments of all images.
 
     Returns:
-        The new weight ``(N, K)``, float64, and the error left on images left out, as a share of
-        that without the update.
+        The new weight ``(N, K)``, float64, and its error on the images left out, as a share of
+        the error without the update.
     """
-    own = weight.double()
-    before = least = sum(part.error(own) for part in parts)
-    folds = [
-        (held_out, _equation(own, [part for part in parts if part is not held_out]))
-        for held_out in parts
+    weight = weight.double()
+    before = least = sum(fold.error(weight) for fold in folds)
+    splits = [
+        (held_out, _equation(weight, [fold for fold in folds if fold is not held_out]))
+        for held_out in folds
     ]
     best = None
     for share in (10.0, 1.0, 1e-1, 1e-2):
         error = sum(
-            held_out.error(own + _solution(equation, share)) for held_out, equation in folds
+            held_out.error(weight + _solution(equation, share)) for held_out, equation in splits
         )
         if error >= least:
             break
         best, least = share, error
     if best is None:
-        return own, 1.0
-    return own + _solution(_equation(own, [whole]), best), least / before
+        return weight, 1.0
+    return weight + _solution(_equation(weight, [whole]), best), least / before
 
 
-def _equation(weight: Tensor, parts: list[Moments]) -> tuple[Tensor, Tensor]:
-    """``G`` and ``C``, sums over parts."""
-    covariance = sum((part.covariance for part in parts[1:]), parts[0].covariance)
-    cross = sum((part.cross for part in parts[1:]), parts[0].cross)
+def _equation(weight: Tensor, folds: list[Moments]) -> tuple[Tensor, Tensor]:
+    """Matrices ``G`` and ``C`` of :func:`ridge_update`, summed over moments."""
+    covariance = sum((fold.covariance for fold in folds[1:]), folds[0].covariance)
+    cross = sum((fold.cross for fold in folds[1:]), folds[0].cross)
     return covariance, cross - weight @ covariance
 
 
 def _solution(equation: tuple[Tensor, Tensor], share: float) -> Tensor:
-    """``dW``, lambda a share of the mean variance."""
+    """Change ``dW`` of the weight, with lambda a share of the mean variance."""
     covariance, cross = equation
     return torch.cholesky_solve(cross.T, damped_factor(covariance, share)).T

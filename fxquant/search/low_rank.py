@@ -16,18 +16,21 @@ from torch import Tensor
 
 from fxquant.search.gptq import damped_factor
 
-# Share of the mean variance that is added to each: rows are a sample, often fewer than channels.
+# Share of the mean variance that is added to each variance: rows are a sample, often fewer than
+# the channels.
 DAMPENING = 0.01
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of an error and its directions.
+    """Singular values and singular directions of a weight's rounding error.
 
     Attributes:
-        up: ``(N, R)``, scaled by the singular values.
-        values: ``(R,)``, falling; the square of each is what it adds to the output error.
-        down: ``(R, K)``; of the rows it was made from, each gives values of variance one.
+        up: output directions, ``(N, R)``, scaled by the singular values.
+        values: singular values, ``(R,)``, descending; the square of each is its share of the
+            squared output error.
+        down: input directions, ``(R, K)``; each maps the rows that the spectrum was computed from
+            to values of variance one.
     """
 
     up: Tensor
@@ -35,7 +38,7 @@ class Spectrum:
     down: Tensor
 
     def truncated(self, rank: int) -> Spectrum:
-        """The first ``rank`` of them."""
+        """Spectrum of the first ``rank`` singular values alone."""
         return Spectrum(self.up[:, :rank], self.values[:rank], self.down[:rank])
 
 
@@ -46,20 +49,25 @@ def spectrum(
     *,
     dampening: float = DAMPENING,
 ) -> Spectrum:
-    """The spectrum of an error, in the output that it makes behind ``rows``.
+    """Singular value decomposition of a weight's error, measured in the layer's output.
 
     Args:
-        error: ``(N, K)``.
-        rows: of the layer's input, ``(n, K)``.
-        importance: of the outputs, ``(N,)``, positive; None where all are alike.
-        dampening: share of the mean variance of a channel that is added to each, at the least.
+        error: error of the weight, ``(N, K)``.
+        rows: rows of the layer's input, ``(n, K)``.
+        importance: importance of each output, ``(N,)``, positive; None where all are equal.
+        dampening: share of the channels' mean variance that is added to each variance; more where
+            the matrix is not positive definite otherwise.
     """
     root = damped_factor(rows.double().t() @ rows.double() / len(rows), dampening)
-    heavy = torch.ones(len(error), device=error.device) if importance is None else importance
-    weights = heavy.double().unsqueeze(1)
-    left, values, right = torch.linalg.svd(weights * error.double() @ root, full_matrices=False)
-    down = torch.linalg.solve_triangular(root, right, upper=False, left=False)
-    return Spectrum((left * values / weights).float(), values.float(), down.float())
+    importance_or_ones = (
+        torch.ones(len(error), device=error.device) if importance is None else importance
+    )
+    weights = importance_or_ones.double().unsqueeze(1)
+    left_directions, values, right_directions = torch.linalg.svd(
+        weights * error.double() @ root, full_matrices=False
+    )
+    down = torch.linalg.solve_triangular(root, right_directions, upper=False, left=False)
+    return Spectrum((left_directions * values / weights).float(), values.float(), down.float())
 
 
 def share_ranks(
@@ -68,28 +76,28 @@ def share_ranks(
     fixed: Mapping[str, int],
     room: float,
 ) -> dict[str, int]:
-    """Ranks that take most out of the error for each byte, within a number of bytes.
+    """Ranks that lower the error most for each byte, within a budget of bytes.
 
     Args:
-        gains: layer -> what each rank takes out of the error, falling, ``(R,)``; comparable
+        gains: layer -> by how much each rank lowers the error, descending, ``(R,)``; comparable
             between layers.
         unit_bytes: layer -> bytes that each rank adds.
-        fixed: layer -> bytes that its first rank adds besides.
-        room: bytes that all may add.
+        fixed: layer -> bytes that its first rank adds on top of these.
+        room: bytes that all ranks together may add.
 
     Returns:
-        Layer -> rank, 0 where none is worth its bytes.
+        Layer -> rank, 0 where no rank is worth its bytes.
     """
     steps = sorted(
         (-float(gain) / unit_bytes[name], name, i)
-        for name, own in gains.items()
-        for i, gain in enumerate(own.tolist())
+        for name, layer_gains in gains.items()
+        for i, gain in enumerate(layer_gains.tolist())
         if gain > 0
     )
     ranks = dict.fromkeys(gains, 0)
     for _, name, i in steps:
         cost = unit_bytes[name] + (0 if i else fixed[name])
-        # A layer whose next rank found no room gets no later one, which would be worth less.
+        # A layer whose next rank did not fit gets no later rank, which would lower the error less.
         if ranks[name] == i and cost <= room:
             ranks[name] += 1
             room -= cost

@@ -1,8 +1,8 @@
-"""How far a quantized product is from the float one, for many candidates at once.
+"""Losses of quantized products against the float product, for many candidates at once.
 
 Outputs have the shape ``(S, H, G, n, N)``: samples, heads (or groups of a convolution), candidates,
-rows, columns. A loss is wanted for each *unit*, the part of the product that a scale acts on alone:
-all of it, a head, or a column.
+rows, columns. Each *unit* of a product gets a loss of its own. A unit is the part of the product
+that one scale acts on alone: the whole product, a head, or a column.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fxquant.config.scale_search import Metric
 
 
 class Unit(Enum):
-    """What a scale acts on."""
+    """Part of a product that one scale acts on."""
 
     TENSOR = "tensor"
     HEAD = "head"
@@ -23,32 +23,33 @@ class Unit(Enum):
 
 
 def unit_shape(unit: Unit, heads: int, columns: int) -> tuple[int, ...]:
-    """Shape of one loss a unit: ``()``, ``(H,)`` or ``(H, N)``."""
+    """Shape of a tensor with one loss for each unit: ``()``, ``(H,)`` or ``(H, N)``."""
     return {Unit.TENSOR: (), Unit.HEAD: (heads,), Unit.COLUMN: (heads, columns)}[unit]
 
 
 def losses(
     outputs: Tensor, target: Tensor, gradient: Tensor | None, metric: Metric, unit: Unit
 ) -> Tensor:
-    """The loss of every candidate.
+    """Losses of all candidates for each unit.
 
     - ``hessian``: ``sum (dL/dO)^2 (O^ - O)^2``, the diagonal of the Fisher information as the
       Hessian (arXiv 2111.12293, eq. 14).
     - ``fisher``: the same with the squared gradient of a column averaged over its rows, as if
       gradient and error were independent (K-FAC's assumption, arXiv 1503.05671).
     - ``mse``: ``sum (O^ - O)^2``;  ``l1``: ``sum |O^ - O|``.
-    - ``cosine``: ``sum (1 - cos(O^, O))`` over the rows of the unit; for a column, of the column.
+    - ``cosine``: ``sum (1 - cos(O^, O))`` over the rows of the unit; for a column, ``1 - cos`` of
+      the column itself.
 
     Args:
-        outputs: ``(S, H, G, n, N)``; overwritten.
+        outputs: quantized products, ``(S, H, G, n, N)``; overwritten.
         target: float product, ``(S, H, n, N)``.
-        gradient: ``dL/dO``, shaped as target; read by ``hessian`` and ``fisher`` alone. For the
-            latter its root mean square over rows, ``(1, H, 1, N)``, serves as well.
-        metric: which.
-        unit: what gets a loss of its own.
+        gradient: ``dL/dO``, shaped as target; read by ``hessian`` and ``fisher`` alone. ``fisher``
+            also accepts its root mean square over rows, ``(1, H, 1, N)``.
+        metric: the loss.
+        unit: part of the product that gets a loss of its own.
 
     Returns:
-        ``(G, *unit_shape)``.
+        The losses, ``(G, *unit_shape)``.
     """
     target = target.unsqueeze(2)
     if metric is Metric.COSINE:
@@ -68,7 +69,7 @@ def losses(
 
 
 def _by_unit(columns: Tensor, unit: Unit) -> Tensor:
-    """``(H, G, N)`` summed to ``(G, *unit_shape)``."""
+    """Sums losses of columns, ``(H, G, N)``, to losses of units, ``(G, *unit_shape)``."""
     if unit is Unit.COLUMN:
         return columns.transpose(0, 1)
     heads = columns.sum(-1).t()
@@ -76,11 +77,13 @@ def _by_unit(columns: Tensor, unit: Unit) -> Tensor:
 
 
 def _cosine(outputs: Tensor, target: Tensor, unit: Unit) -> Tensor:
-    """``1 - cos``, as half the squared distance of unit vectors, which does not cancel."""
+    """Losses ``1 - cos``, as half the squared distance of unit vectors, which does not cancel."""
     axes = (0, 3) if unit is Unit.COLUMN else (4,)
     sizes = [x.square().sum(axes, keepdim=True).sqrt() for x in (outputs, target)]
-    one, two = (x / size.clamp(min=1e-30) for x, size in zip((outputs, target), sizes, strict=True))
-    distance = one.sub_(two).square_().sum(axes, keepdim=True) / 2
+    output_direction, target_direction = (
+        x / size.clamp(min=1e-30) for x, size in zip((outputs, target), sizes, strict=True)
+    )
+    distance = output_direction.sub_(target_direction).square_().sum(axes, keepdim=True) / 2
     for size in sizes:
         distance += (size == 0) / 2  # at a right angle to all vectors
     return _by_unit(distance.sum((0, 3)), unit)

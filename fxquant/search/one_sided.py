@@ -1,4 +1,4 @@
-"""Search of the schemes for values from zero up, such as softmax outputs."""
+"""Search over quantizers for values from zero up, such as softmax outputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fxquant.search.scales import Searched, best_of
 
 
 class SearchedOneSided(Searched):
-    """Upper end and start of an interval, or scale and base of powers.
+    """Searches upper end and start of an interval, or scale and base of powers.
 
-    The first round tries every start or base with every share of a geometric grid; later ones
-    refine the share, then the start or base, each with the other held.
+    The first round evaluates every start or base with every share of a geometric grid; later rounds
+    search the share with the start or base held, then the start or base with the share held.
 
     Args:
-        fitted: what the observers gave; stays among the candidates.
+        fitted: quantizer fitted by the observers; it stays among the candidates.
         spec: bit-width and scheme.
         search: the grid.
-        top: largest value of the operand, as sampled.
+        top: largest sampled value of the operand.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class SearchedOneSided(Searched):
         self._at: tuple[int, int] | None = None
 
     def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
-        """See the base class."""
+        """Searches share and start (or base), each with the other held after the first round."""
         if self._at is None:
             places = [(i, j) for i, row in enumerate(self._rows) for j in range(len(row))]
             self._move(places, consumers, search, search.stride)
@@ -56,18 +56,18 @@ class SearchedOneSided(Searched):
         search: ScaleSearch,
         stride: int,
     ) -> None:
-        """Chooses among the candidates at ``places`` and the one chosen so far."""
-        found = [self._chosen, *(self._rows[i][j] for i, j in places)]
+        """Chooses among the candidates at ``places`` (row, column) and the current choice."""
+        candidates = [self._chosen, *(self._rows[i][j] for i, j in places)]
         start = torch.zeros((), dtype=torch.long, device=self._device)
-        best = int(best_of(found, consumers, search.metric, start, stride))
+        best = int(best_of(candidates, consumers, search.metric, start, stride))
         if best:
-            self._chosen, self._at = found[best], places[best - 1]
+            self._chosen, self._at = candidates[best], places[best - 1]
 
     def apply(self, values: Tensor, *, left: bool) -> Tensor:
-        """See the base class."""
+        """Quantizes with the current choice; ``left`` makes no difference to a per-tensor scale."""
         quantized: Tensor = self._chosen(values)
         return quantized
 
     def quantizer(self) -> Quantizer:
-        """See the base class."""
+        """The candidate of least loss."""
         return self._chosen

@@ -1,9 +1,9 @@
-"""OPT-m: the ratio of the two regions of a twin quantizer, chosen by data (arXiv 2401.14895).
+"""Search of a twin quantizer's region ratio by output error, OPT-m (arXiv 2401.14895).
 
-A hand-set rule ties the fine step to the coarse one: it just covers GELU's negative values, and
-the coarse step of softmax reaches its largest. Here every ratio ``2^m`` is tried with every coarse
-step of the grid, and beside them plain uniform grids: with few bits, a code that the fine region
-takes is worth more in the coarse one.
+A hand-set rule ties the fine step to the coarse step: the fine region just covers GELU's negative
+values, and the coarse region of softmax just reaches its largest value. This search evaluates every
+ratio ``2^m`` with every coarse step of the grid, and plain uniform grids next to them: with few
+bits, a code of the fine region is worth more in the coarse region.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform, best_
 
 
 class SearchedRegionRatio(Searched):
-    """Ratio and coarse step of a twin quantizer, or the range of a uniform one.
+    """Searches ratio and coarse step of a twin quantizer, or the range of a uniform quantizer.
 
-    The first round tries all ratios, later ones refine the step at the ratio found.
+    The first round evaluates all ratios, later rounds refine the step at the chosen ratio.
 
     Args:
-        fitted: what the observers gave.
+        fitted: quantizer fitted by the observers.
         spec: bit-width and bound of the shift.
         search: the grid.
-        values: the operand, any shape.
+        values: sampled values of the operand, any shape.
     """
 
     def __init__(
@@ -53,31 +53,31 @@ class SearchedRegionRatio(Searched):
         self._error_ratio = 1.0
 
     def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
-        """See the base class."""
+        """Compares the hand-set rule's twin quantizer, the free ratio and a uniform quantizer."""
         self._rule.improve(consumers, search, turn)
         self._uniform.improve(consumers, search, turn)
         first = 0 if turn == 0 else int(self._at) // self._steps * self._steps
-        part = self._twins[first:] if turn == 0 else self._twins[first : first + self._steps]
-        at = best_of(part, consumers, search.metric, self._at - first, search.stride)
-        self._at = first + at
-        found: list[Quantizer] = [
+        candidates = self._twins[first:] if turn == 0 else self._twins[first : first + self._steps]
+        best = best_of(candidates, consumers, search.metric, self._at - first, search.stride)
+        self._at = first + best
+        finalists: list[Quantizer] = [
             self._rule.quantizer(),
             self._twins[int(self._at)],
             self._uniform.quantizer(),
         ]
         losses = candidate_losses(
             consumers,
-            torch.arange(len(found), device=self._at.device),
-            stacked(found),
+            torch.arange(len(finalists), device=self._at.device),
+            stacked(finalists),
             search.metric,
             Unit.TENSOR,
         ).tolist()
-        self._chosen = found[losses.index(min(losses))]
+        self._chosen = finalists[losses.index(min(losses))]
         self._error_ratio = min(losses) / losses[0] if losses[0] else 1.0
 
     @property
     def spec(self) -> TensorSpec | None:
-        """The annotation where a uniform quantizer is chosen, else None."""
+        """The annotation of the chosen uniform quantizer; None where a twin quantizer is chosen."""
         if isinstance(self._chosen, TwinUniformQuantizer):
             return None
         return TensorSpec(bits=self._chosen.bits)
@@ -90,10 +90,10 @@ class SearchedRegionRatio(Searched):
         return "uniform", self._error_ratio
 
     def apply(self, values: Tensor, *, left: bool) -> Tensor:
-        """See the base class."""
+        """Quantizes with the current choice; ``left`` makes no difference to a per-tensor scale."""
         quantized: Tensor = self._chosen(values)
         return quantized
 
     def quantizer(self) -> Quantizer:
-        """See the base class."""
+        """The choice among the three kinds."""
         return self._chosen

@@ -1,7 +1,7 @@
-"""The grids that a search of scales walks: what a candidate of each kind of quantizer is.
+"""Scale searches by output error: the candidate grid of each kind of quantizer.
 
 A *searched* quantizer holds its choice as positions in a grid, quantizes the operand of a product
-with many candidates at once, and gives the fitted quantizer in the end.
+with many candidates at once, and returns the fitted quantizer in the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Searched(ABC):
 
     @abstractmethod
     def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
-        """Moves to the candidate of least loss, the other operands as they are.
+        """Moves to the candidate of least loss, with the other operands' quantizers held.
 
         Args:
             consumers: the products that read the operand.
@@ -36,34 +36,34 @@ class Searched(ABC):
 
     @abstractmethod
     def apply(self, values: Tensor, *, left: bool) -> Tensor:
-        """An operand ``(S, H, n, K)`` or ``(S, H, K, N)``, quantized as chosen now."""
+        """Quantizes an operand ``(S, H, n, K)`` or ``(S, H, K, N)`` with the current choice."""
 
     @abstractmethod
     def quantizer(self) -> Quantizer:
-        """The quantizer as chosen now."""
+        """The quantizer of the current choice."""
 
     @property
     def spec(self) -> TensorSpec | None:
-        """The annotation of a choice of another scheme; None where the scheme stays."""
+        """The annotation where the choice has another scheme; None where the scheme stays."""
         return None
 
     @property
     def comparison(self) -> tuple[str, float] | None:
-        """The choice in words, and its error over that of the hand-set rule; None without one."""
+        """The choice in words, and its error over the hand-set rule's; None without a rule."""
         return None
 
 
 class SearchedUniform(Searched):
-    """The ends of the range, as shares of the range that the observers found.
+    """Searches the ends of a uniform quantizer's range, as shares of the observed range.
 
-    A symmetric quantizer has one share. Of an asymmetric one both ends move together in the first
-    round, then the upper and the lower one in turns.
+    A symmetric quantizer has one share. Both ends of an asymmetric quantizer move together in the
+    first round; later rounds move the upper and the lower end in turns.
 
     Args:
-        fitted: what the observers gave.
+        fitted: quantizer fitted by the observers.
         spec: bit-width and symmetry.
-        unit: what each scale acts on.
-        shape: of the units, ``()``, ``(H,)`` or ``(H, N)``.
+        unit: part of the product that each scale acts on.
+        shape: shape of the units, ``()``, ``(H,)`` or ``(H, N)``.
         search: the grid.
     """
 
@@ -82,26 +82,26 @@ class SearchedUniform(Searched):
             search.low, search.high, search.candidates, device=scale.device
         )
         start = int((self._shares - 1).abs().argmin())
-        self._shares[start] = 1.0  # what the observers found is a candidate
+        self._shares[start] = 1.0  # the observed range is a candidate
         self._low = torch.full(shape, start, device=scale.device)
         self._high = self._low.clone()
 
     def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
-        """See the base class."""
+        """Searches both ends of the range together in round 0, then one end in each round."""
         together = self._spec.symmetric or turn == 0
-        low, high = together or turn % 2 == 0, together or turn % 2 == 1
+        move_low, move_high = together or turn % 2 == 0, together or turn % 2 == 1
 
         def quantize(values: Tensor, candidates: Tensor, axis: int) -> Tensor:
-            ends = candidates if low else self._low.expand_as(candidates)
-            tops = candidates if high else self._high.expand_as(candidates)
-            return self._quantize(values, ends, tops, axis)
+            low = candidates if move_low else self._low.expand_as(candidates)
+            high = candidates if move_high else self._high.expand_as(candidates)
+            return self._quantize(values, low, high, axis)
 
         def evaluate(candidates: Tensor) -> Tensor:
             return candidate_losses(consumers, candidates, quantize, search.metric, self._unit)
 
-        current = self._high if high else self._low
+        current = self._high if move_high else self._low
         best = best_index(evaluate, len(self._shares), current, search.stride)
-        self._low, self._high = best if low else self._low, best if high else self._high
+        self._low, self._high = best if move_low else self._low, best if move_high else self._high
 
     def _parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return self._fitted.affine_parameters(
@@ -109,7 +109,7 @@ class SearchedUniform(Searched):
         )
 
     def _quantize(self, values: Tensor, low: Tensor, high: Tensor, axis: int) -> Tensor:
-        """``values`` with the candidates ``(G, *units)`` along a new axis."""
+        """Values quantized with candidates ``(G, *units)``, which run along a new axis."""
         scale, zero_point = self._parameters(low, high)
         qmin, qmax = self._spec.code_range
         step = along_units(scale, self._unit, axis)
@@ -120,29 +120,29 @@ class SearchedUniform(Searched):
         return codes.add_(zero).clamp_(qmin, qmax).sub_(zero).mul_(step)
 
     def apply(self, values: Tensor, *, left: bool) -> Tensor:
-        """See the base class."""
+        """Quantizes with the current range; ``left`` decides on the axis of the units."""
         axis = 2 if left else 3
         low, high = self._low.unsqueeze(0), self._high.unsqueeze(0)
         return self._quantize(values, low, high, axis).squeeze(axis)
 
     def quantizer(self) -> UniformQuantizer:
-        """See the base class."""
+        """The uniform quantizer of the current range."""
         scale, zero_point = self._parameters(self._low, self._high)
         count = () if self._fitted.axis is None else (-1,)
         return self._fitted.with_parameters(scale.reshape(count), zero_point.reshape(count))
 
 
 class SearchedTwin(Searched):
-    """The coarse step and the shift of a twin quantizer.
+    """Searches the coarse step and the shift of a twin quantizer.
 
-    Two-sided: the coarse step on the grid, the fine one just covering the negative values.
-    One-sided: every shift. The operand's own range, as sampled, bounds the grid.
+    Two-sided: the coarse step moves on the grid, the fine region just covers the negative values.
+    One-sided: the search covers every shift. The operand's sampled range bounds the grid.
 
     Args:
-        fitted: what the observers gave; stays among the candidates.
+        fitted: quantizer fitted by the observers; it stays among the candidates.
         spec: bit-width and bound of the shift.
         search: the grid.
-        values: the operand, any shape.
+        values: sampled values of the operand, any shape.
     """
 
     def __init__(
@@ -155,30 +155,30 @@ class SearchedTwin(Searched):
         lo, hi = (float(end) for end in values.aminmax())
         shares = torch.linspace(search.low, search.high, search.candidates).tolist()
         self._stride = search.stride if fitted.two_sided else 1
-        found = twin_candidates(lo, hi, spec, shares if fitted.two_sided else (1.0,))
+        candidates = twin_candidates(lo, hi, spec, shares if fitted.two_sided else (1.0,))
         start = 0
-        if fitted.two_sided != found[0].two_sided:
-            found = [fitted]  # the sampled rows hold no negative value, others do
-        elif fitted.two_sided:  # stands where the grid has it, so that its neighbours are near it
-            start = min(range(len(found)), key=lambda i: abs(shares[i] - 1))
-            found[start] = fitted
+        if fitted.two_sided != candidates[0].two_sided:
+            candidates = [fitted]  # the sampled rows hold no negative value, other rows do
+        elif fitted.two_sided:  # takes its place in the grid, so that its neighbours are near it
+            start = min(range(len(candidates)), key=lambda i: abs(shares[i] - 1))
+            candidates[start] = fitted
         else:
-            found.insert(0, fitted)
-        self._candidates = [q.to(values.device) for q in found]
+            candidates.insert(0, fitted)
+        self._candidates = [q.to(values.device) for q in candidates]
         self._chosen = torch.tensor(start, device=values.device)
 
     def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
-        """See the base class."""
-        found = self._candidates
-        self._chosen = best_of(found, consumers, search.metric, self._chosen, self._stride)
+        """Searches the grid of coarse steps, or all shifts of a one-sided quantizer."""
+        candidates = self._candidates
+        self._chosen = best_of(candidates, consumers, search.metric, self._chosen, self._stride)
 
     def apply(self, values: Tensor, *, left: bool) -> Tensor:
-        """See the base class."""
+        """Quantizes with the current choice; ``left`` makes no difference to a per-tensor scale."""
         quantized: Tensor = self.quantizer()(values)
         return quantized
 
     def quantizer(self) -> TwinUniformQuantizer:
-        """See the base class."""
+        """The twin quantizer of the current choice."""
         return self._candidates[int(self._chosen)]
 
 
@@ -189,7 +189,7 @@ def best_of(
     current: Tensor,
     stride: int,
 ) -> Tensor:
-    """Position of the quantizer, one for the whole tensor, of least loss: :func:`best_index`."""
+    """Index of the quantizer, one for the whole tensor, of least loss (:func:`best_index`)."""
     quantize = stacked(quantizers)
 
     def evaluate(candidates: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def best_of(
 
 
 def stacked(quantizers: Sequence[Quantizer]) -> Quantize:
-    """Quantizes with those of ``quantizers`` that the candidates ``(G,)`` number."""
+    """A function that quantizes with the ``quantizers`` that candidates ``(G,)`` are indices of."""
 
     def quantize(values: Tensor, candidates: Tensor, axis: int) -> Tensor:
         return torch.stack([quantizers[i](values) for i in candidates.tolist()], axis)

@@ -1,4 +1,4 @@
-"""Which search each kind of quantizer gets: the table of searches."""
+"""Table of scale searches: the search of each kind of quantizer."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from fxquant.search.product_loss import ProductSample
 from fxquant.search.region_ratio import SearchedRegionRatio
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
 
-_REFUSED = "its scale was not searched: "
+_REFUSAL_PREFIX = "its scale was not searched: "
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSite:
-    """A quantizer's place in the network, as far as a search needs it.
+    """Place of a quantizer in the network, as far as a search needs it.
 
     Attributes:
         spec: the annotation.
-        samples: rows of the products that read the quantizer, at least one.
-        left: the quantizer is on the left operand of these products.
-        is_weight: the quantizer is on a weight.
+        samples: sampled rows of the products that read the quantizer, at least one product.
+        left: whether the quantizer is on the left operand of these products.
+        is_weight: whether the quantizer is on a weight.
         search: the grid and the metric.
     """
 
@@ -48,32 +48,32 @@ class SearchSite:
 
     @property
     def values(self) -> Tensor:
-        """The operand, as the first product reads it."""
+        """Sampled values of the operand, as the first product reads it."""
         return self.samples[0].lhs if self.left else self.samples[0].rhs
 
 
 def start_search(quantizer: Quantizer, site: SearchSite) -> Searched | str:
-    """The search of a quantizer, or a sentence why there is none."""
+    """The search of a quantizer, or a sentence on why it has none."""
     start = entry_for(SEARCHES, quantizer)
     if start is None:
-        return f"{_REFUSED}no search for {type(quantizer).__name__}"
+        return f"{_REFUSAL_PREFIX}no search for {type(quantizer).__name__}"
     return start(quantizer, site)
 
 
 def _uniform(quantizer: UniformQuantizer, site: SearchSite) -> SearchedUniform | str:
     unit = _unit(quantizer, site)
     if unit is None:
-        return f"{_REFUSED}a scale per channel of an activation has no output of its own"
-    shape, *others = (unit_shape(unit, s.heads, s.columns) for s in site.samples)
-    if any(other != shape for other in others) or (
+        return f"{_REFUSAL_PREFIX}no output depends on one scale per channel of an activation alone"
+    shape, *other_shapes = (unit_shape(unit, s.heads, s.columns) for s in site.samples)
+    if any(other != shape for other in other_shapes) or (
         quantizer.scale.numel() != torch.Size(shape).numel()
     ):
-        return f"{_REFUSED}its scales lie along no axis of the product"
+        return f"{_REFUSAL_PREFIX}its scales lie along no axis of the product"
     return SearchedUniform(quantizer, site.spec, unit, shape, site.search)
 
 
 def _unit(quantizer: UniformQuantizer, site: SearchSite) -> Unit | None:
-    """The part of the operand that each scale acts on; None where no output depends on it alone."""
+    """The unit that each scale acts on; None where no output depends on one scale alone."""
     if quantizer.axis is None:
         return Unit.TENSOR
     if site.is_weight:
@@ -82,8 +82,8 @@ def _unit(quantizer: UniformQuantizer, site: SearchSite) -> Unit | None:
 
 
 def _twin(quantizer: TwinUniformQuantizer, site: SearchSite) -> Searched:
-    kind = SearchedRegionRatio if site.search.search_region_ratio else SearchedTwin
-    return kind(quantizer, site.spec, site.search, site.values)
+    search_class = SearchedRegionRatio if site.search.search_region_ratio else SearchedTwin
+    return search_class(quantizer, site.spec, site.search, site.values)
 
 
 def _one_sided(quantizer: Quantizer, site: SearchSite) -> SearchedOneSided:

@@ -139,7 +139,7 @@ def one_by_one(operand: Consumer, candidates: Tensor, metric: Metric, unit: Unit
 def test_candidates_together_are_candidates_one_by_one(
     left: bool, unit: Unit, metric: Metric, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "_CHUNK", chunk)
+    monkeypatch.setattr(output, "_LARGEST_TEMPORARY", chunk)
     rows = sample()
     other = (rows.rhs if left else rows.lhs).round()
     operand = Consumer(rows, left, other)
