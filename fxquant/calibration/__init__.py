@@ -1,1 +1,1 @@
-"""Calibration images, and what is sampled and measured while they run through the graph."""
+"""Calibration: reads images, and samples rows and measures losses while the graph runs on them."""

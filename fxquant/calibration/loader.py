@@ -1,4 +1,4 @@
-"""Images out of whatever a user's loader yields."""
+"""Images and labels from the batches of a user's loader."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from torch import Tensor
 
 from fxquant.errors import BatchError, EmptyLoaderError, NonFiniteError
 
-# Names that data sets and processors in use give to the image tensor of a dict.
+# Keys of the image tensor in the dicts of common data sets and processors.
 IMAGE_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "img")
 LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Images and, where there are any, labels of one batch.
+    """Splits a batch into images and labels.
 
     Args:
-        batch: a tensor ``(B, …)``; a pair ``(images, labels)`` or longer sequence that starts so;
-            or a mapping with one of the keys in ``IMAGE_KEYS``.
+        batch: a tensor ``(B, …)``; a pair ``(images, labels)``, or a longer sequence that begins
+            with images and labels; or a mapping with one of the keys in ``IMAGE_KEYS``.
 
     Returns:
-        Float images ``(B, …)`` and labels, a tensor ``(B, …)`` of whatever numbers the batch has
-        there, or None.
+        Float images ``(B, …)``, and labels as a tensor ``(B, …)`` of any type, or None.
 
     Raises:
         BatchError: no float tensor with a batch dimension is found.
     """
-    images, labels = _pick(batch)
+    images, labels = _images_and_labels(batch)
     if not isinstance(images, Tensor):
         raise BatchError(
             f"a calibration batch must be a tensor, (images, labels) or a dict with one of "
@@ -37,7 +36,7 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
         )
     if not images.is_floating_point():
         raise BatchError(
-            f"images must be float tensors as the model takes them, got {images.dtype}; "
+            f"images must be float tensors, as the model's input is, got {images.dtype}; "
             "convert and normalise them first (for example torchvision's ToTensor, Normalize)"
         )
     if images.dtype is torch.float64:
@@ -51,17 +50,17 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_labels(labels: Any, count: int) -> Tensor | None:
-    """Our own copy of the labels, ``(count, …)``; None where they are no numbers, or as many."""
+    """A copy of the labels, ``(count, …)``; None where labels are not ``count`` numbers."""
     if labels is None or isinstance(labels, str | bytes | Mapping):
         return None
     try:
-        own = torch.as_tensor(labels).clone()
+        copied = torch.as_tensor(labels).clone()
     except (TypeError, ValueError, RuntimeError):
         return None
-    return own if own.ndim and len(own) == count else None
+    return copied if copied.ndim and len(copied) == count else None
 
 
-def _pick(batch: Any) -> tuple[Any, Any]:
+def _images_and_labels(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         images = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
         return images, next((batch[key] for key in LABEL_KEYS if key in batch), None)
@@ -78,26 +77,26 @@ def _describe(batch: Any) -> str:
     return type(batch).__name__
 
 
-_ONCE = (
+_READ_TWICE = (
     "this policy reads the calibration data more than once, and calib_loader can be read only "
     "once; pass a list or a DataLoader instead of a generator"
 )
 
 
 class CalibrationImages:
-    """The images of a loader, one batch at a time, checked; never more than two in memory.
+    """The checked images of a loader, one batch at a time; at most two batches are in memory.
 
     The first batch is read on construction, since capture needs its shape. A loader that can be
-    iterated again (a list, a DataLoader) serves several passes, a generator only one.
+    iterated again (a list, a DataLoader) can be used for several passes, a generator for only one.
 
     Args:
         loader: any iterable of batches (see :func:`split_batch`).
-        twice: it will be read more than once.
+        twice: whether the images will be read more than once.
 
     Raises:
-        BatchError: the loader is a bare tensor or not iterable, or can be read only once and is to
-            be read twice, or its first batch is unusable.
-        EmptyLoaderError: the loader yields nothing.
+        BatchError: the loader is a bare tensor or not iterable; or it can be read only once and
+            will be read twice; or its first batch is unusable.
+        EmptyLoaderError: the loader yields no batch.
     """
 
     def __init__(self, loader: Iterable[Any], *, twice: bool = False) -> None:
@@ -112,7 +111,7 @@ class CalibrationImages:
         self._iterator = iter(loader)
         self._rereadable = self._iterator is not loader
         if twice and not self._rereadable:
-            raise BatchError(_ONCE)
+            raise BatchError(_READ_TWICE)
         try:
             batch = next(self._iterator)
         except StopIteration as end:
@@ -124,7 +123,7 @@ class CalibrationImages:
         self._fresh = True
 
     def __len__(self) -> int:
-        """Number of batches, 0 where the loader does not know."""
+        """Number of batches, 0 where the loader has no length."""
         try:
             return len(self._loader)  # type: ignore[arg-type]
         except TypeError:
@@ -135,30 +134,30 @@ class CalibrationImages:
         return (images for images, _ in self.with_labels())
 
     def with_labels(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields images ``(B, …)`` and labels of each batch, None where it has none.
+        """Yields images ``(B, …)`` and labels of each batch, None for a batch without labels.
 
         Raises:
-            BatchError: a batch is unusable, or of another image shape or dtype than the first, or
-                a one-shot iterator is read again.
-            EmptyLoaderError: the loader gives nothing when it is read again.
+            BatchError: a batch is unusable, or its image shape or dtype differs from the first
+                batch's, or a one-shot iterator is read again.
+            EmptyLoaderError: the loader yields no batch when it is read again.
             NonFiniteError: an image holds NaN or infinity.
         """
         if self._fresh:
             self._fresh = False
             yield self.first, self._first_labels
-            rest, start = self._iterator, 1
+            batches, start = self._iterator, 1
         elif self._rereadable:
-            rest, start = self._again(), 0
+            batches, start = self._reread(), 0
         else:
-            raise BatchError(_ONCE)
-        for number, batch in enumerate(rest, start):
+            raise BatchError(_READ_TWICE)
+        for number, batch in enumerate(batches, start):
             yield self._checked(batch, self.first, number)
 
-    def _again(self) -> Iterator[Any]:
-        """The batches of the loader once more.
+    def _reread(self) -> Iterator[Any]:
+        """Reads the batches of the loader again.
 
         Raises:
-            EmptyLoaderError: there are none.
+            EmptyLoaderError: the loader yields no batch.
         """
         empty = True
         for batch in self._loader:
@@ -167,8 +166,8 @@ class CalibrationImages:
         if empty:
             raise EmptyLoaderError(
                 "this policy reads the calibration data more than once, and calib_loader gave no "
-                "batch when it was read again: its __iter__ must start anew each time, as that of "
-                "a list or a DataLoader does"
+                "batch when it was read again: its __iter__ must begin with the first batch each "
+                "time, as that of a list or a DataLoader does"
             )
 
     @staticmethod
@@ -182,7 +181,7 @@ class CalibrationImages:
         if first is not None and images.dtype != first.dtype:
             raise BatchError(
                 f"a batch has images of type {images.dtype}, the first batch {first.dtype}; give "
-                f"all of one type, for example by images.to({first.dtype})"
+                f"all images one type, for example by images.to({first.dtype})"
             )
         finite = torch.isfinite(images).flatten(1).all(1)
         if not bool(finite.all()):

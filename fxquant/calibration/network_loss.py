@@ -1,4 +1,4 @@
-"""The loss of a network in which some nodes compute something else."""
+"""The loss of a network in which functions replace the computation of some nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.liveness import dead_after
 from fxquant.graph.outputs import float_outputs, is_logits
 
-# A function that is called in the place of a node, with the arguments of the node.
+# A function that is called instead of a node, with the arguments of the node.
 Override = Callable[..., Any]
 
 
@@ -35,8 +35,8 @@ class OutputDistance:
         self._reference, self._loss = float_outputs(reference), loss
         if not self._reference:
             raise CalibrationError(
-                "no output of the model is a float tensor, so no loss can be measured: take the "
-                "argmax out of the model, or leave allocation and smoothing out of the policy"
+                "no output of the model is a float tensor, and no loss can be measured: remove the "
+                "argmax from the model, or leave allocation and smoothing out of the policy"
             )
 
     def __call__(self, outputs: Any) -> float:
@@ -45,24 +45,25 @@ class OutputDistance:
         return sum(self._distance(reference, output) for reference, output in pairs)
 
     def _distance(self, reference: Tensor, output: Tensor) -> float:
-        one, two = reference.double(), output.double()
+        expected, actual = reference.double(), output.double()
         # Values that the model masks with infinity are infinite in both, and count as equal.
-        if self._loss is GradientLoss.GAUSSIAN or not is_logits(one):
-            return float(_gap(one, two).square().sum() / 2 / len(one))
-        one, two = one.log_softmax(1), two.log_softmax(1)
-        return max(float((one.exp() * _gap(one, two)).sum() / len(one)), 0.0)
+        if self._loss is GradientLoss.GAUSSIAN or not is_logits(expected):
+            return float(_difference(expected, actual).square().sum() / 2 / len(expected))
+        expected, actual = expected.log_softmax(1), actual.log_softmax(1)
+        divergence = (expected.exp() * _difference(expected, actual)).sum() / len(expected)
+        return max(float(divergence), 0.0)
 
 
-def _gap(one: Tensor, two: Tensor) -> Tensor:
-    return torch.where(one == two, 0.0, one - two)
+def _difference(expected: Tensor, actual: Tensor) -> Tensor:
+    return torch.where(expected == actual, 0.0, expected - actual)
 
 
 class NetworkLoss(GraphInterpreter):
-    """Measures the loss of a graph in which some nodes compute something else.
+    """Measures the loss of a graph in which functions replace the computation of some nodes.
 
-    The float run goes through the graph once and keeps the values that later nodes read; a run with
-    changed nodes starts from these values at the first of the nodes. Therefore changes must come in
-    the order of the graph. Observers in the graph record nothing.
+    The float run computes the graph once and keeps the values that later nodes read; a run with
+    changed nodes starts from these values at the first of the changed nodes. Therefore changes must
+    come in the order of the graph. Observers in the graph record nothing.
 
     Args:
         gm: the float graph.
@@ -83,7 +84,7 @@ class NetworkLoss(GraphInterpreter):
 
     @torch.no_grad()
     def changed(self, overrides: Mapping[fx.Node, Override]) -> float:
-        """The loss with some nodes changed, none of which may lie before those of earlier calls."""
+        """The loss with some nodes changed, none of them before the nodes of earlier calls."""
         start = min(self.place[node] for node in overrides)
         self._advance(start)
         self._overrides = overrides
@@ -96,7 +97,7 @@ class NetworkLoss(GraphInterpreter):
         return self._distance(self._run({}, 0))
 
     def _advance(self, place: int) -> None:
-        """Continues the float run up to a node, which itself is not run."""
+        """Continues the float run up to a node, without running this node."""
         assert place >= self._reached, "changes come in the order of the graph"
         self._overrides, self.env = {}, self._float
         for node in self._nodes[self._reached : place]:
@@ -116,7 +117,7 @@ class NetworkLoss(GraphInterpreter):
             del self.env[value]
 
     def run_node(self, n: fx.Node) -> Any:
-        """Runs one node, or its override."""
+        """Runs a node, or its override."""
         if n.op == "placeholder":
             return self._images.clone()  # some models change their input in place
         override = self._overrides.get(n)

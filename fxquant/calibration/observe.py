@@ -1,4 +1,4 @@
-"""One pass over the calibration images, for all that is measured on them."""
+"""A single pass over the calibration images, for observers, row samplers and the reservoir."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Observed:
 
     Attributes:
         images: number of images.
-        samples: rows of each product by node name; empty where they were not asked for.
+        samples: rows of each product by node name; empty where no rows were asked for.
     """
 
     images: int
@@ -41,27 +41,28 @@ def observe(
     reservoir: ReservoirSampler | None = None,
     samples: dict[str, ProductSample] | None = None,
 ) -> Observed:
-    """Runs the graph over all batches, which its observers see, and keeps what is asked for.
+    """Runs the graph and its observers on all batches, and samples rows and images where asked.
 
     Args:
-        gm: in stage OBSERVED; or, where rows are sampled, in any stage before quantizers.
+        gm: a graph in stage OBSERVED; or, where rows are sampled, in any stage before quantizers.
         batches: images ``(B, …)`` with labels, moved to the device of the graph.
-        search: how many rows of each product to sample, with which gradient; None samples none.
-        loss: of outputs and labels, instead of the one that ``search`` names.
+        search: number of rows to sample of each product, and the loss of their gradient; None
+            samples no rows.
+        loss: loss of outputs and labels, instead of the loss that ``search`` names.
         reservoir: keeps some of the images.
-        samples: rows from an earlier pass; where there are any, none are sampled again.
+        samples: rows of an earlier pass; where there are any, no rows are sampled again.
 
     Raises:
         BatchError: the model does not take the images.
         CalibrationError: the memory budget of the search is too small; or the loss raises an
             error, or its gradient is missing, not finite, or zero at all products.
         NonFiniteError: an activation holds NaN or infinity.
-        PassError: nothing is to be seen: no rows are sampled, and the stage is not OBSERVED.
+        PassError: nothing would be observed: no rows are sampled, and the stage is not OBSERVED.
     """
-    known = samples or {}
-    sampler = None if search is None or known else ProductSampler(gm, search, loss)
+    earlier_samples = samples or {}
+    sampler = None if search is None or earlier_samples else ProductSampler(gm, search, loss)
     if sampler is None and stage(gm) is not Stage.OBSERVED:
-        raise PassError(f"observe takes stage OBSERVED, got {stage(gm).name}")
+        raise PassError(f"observe requires stage OBSERVED, got {stage(gm).name}")
     device, count = device_of(gm), 0
     for images, labels in batches if reservoir is None else reservoir.observe(batches):
         if sampler is not None:
@@ -70,4 +71,4 @@ def observe(
             with torch.no_grad(), errors_as_input_error(images):
                 gm(images.to(device))
         count += len(images)
-    return Observed(count, known if sampler is None else sampler.samples())
+    return Observed(count, earlier_samples if sampler is None else sampler.samples())

@@ -1,4 +1,4 @@
-"""Losses of the outputs of the float model alone, whose gradient weighs errors."""
+"""Losses of the outputs of the float model, without labels, whose gradient weights errors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fxquant.graph.outputs import float_outputs, is_logits
 
 
 class OutputLoss:
-    """A loss of the outputs of the float model alone, summed over images.
+    """A loss of the outputs of the float model, without labels, summed over images.
 
     Args:
-        kind: which.
-        seed: of sampled labels and noise.
-        device: of the outputs.
+        kind: the loss.
+        seed: seed of sampled labels and noise.
+        device: device of the outputs.
     """
 
     def __init__(self, kind: GradientLoss, seed: int, device: torch.device) -> None:
@@ -32,27 +32,29 @@ class OutputLoss:
         Raises:
             CalibrationError: no output has a gradient.
         """
-        found = [x for x in float_outputs(outputs) if x.requires_grad]
-        if not found:
+        trainable = [x for x in float_outputs(outputs) if x.requires_grad]
+        if not trainable:
             raise CalibrationError(
                 "no output of the model has a gradient, which the search's metric needs: choose "
-                "another metric in the policy's search, or take the argmax out of the model"
+                "another metric in the policy's search, or remove the argmax from the model"
             )
-        return torch.stack([self._of(x) for x in found]).sum()
+        return torch.stack([self._output_loss(x) for x in trainable]).sum()
 
-    def _of(self, output: Tensor) -> Tensor:
-        """Logits are ``(B, C)``; any other output gets the Gaussian loss."""
+    def _output_loss(self, output: Tensor) -> Tensor:
+        """The loss of one output: logits are ``(B, C)``; other outputs have the Gaussian loss."""
         if self._kind is GradientLoss.GAUSSIAN or not is_logits(output):
             noise = torch.randn(output.shape, generator=self._generator).to(self._device)
             # The gradient of 0.5 |O - (O + noise)|^2 with the target held fixed.
             return -(output * noise).sum()
         if self._kind is GradientLoss.MARGIN:
             top = output.detach().argmax(1, keepdim=True)
-            others = output.scatter(1, top, -torch.inf).logsumexp(1)
-            return (output.gather(1, top)[:, 0] - others).sum()
+            other_classes = output.scatter(1, top, -torch.inf).logsumexp(1)
+            return (output.gather(1, top)[:, 0] - other_classes).sum()
         if self._kind is GradientLoss.ARGMAX:
             target = output.detach().argmax(1)
         else:
-            shares = output.detach().softmax(1).cpu()
-            target = torch.multinomial(shares, 1, generator=self._generator)[:, 0].to(self._device)
+            probabilities = output.detach().softmax(1).cpu()
+            target = torch.multinomial(probabilities, 1, generator=self._generator)[:, 0].to(
+                self._device
+            )
         return functional.cross_entropy(output, target, reduction="sum")

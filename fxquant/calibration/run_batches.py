@@ -1,4 +1,4 @@
-"""Runs a model over batches; errors in it name the images that it did not take."""
+"""Runs a model over batches; its errors name the shape of the images that failed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fxquant.graph.capture import device_of
 
 @contextmanager
 def errors_as_input_error(images: Tensor) -> Iterator[None]:
-    """Names the images in an error that a run of the model raises.
+    """Turns errors of a run of the model into errors that name the shape of the images.
 
     Raises:
-        BatchError: instead of the error.
+        BatchError: the run raised an error.
     """
     try:
         yield
     except (RuntimeError, TypeError, AssertionError) as error:
         raise BatchError(
-            f"the model does not take a batch of shape {tuple(images.shape)} ({error}); "
+            f"the model does not accept a batch of shape {tuple(images.shape)} ({error}); "
             "resize the images to the model's input size"
         ) from error
 
@@ -39,11 +39,11 @@ def run_batches(
         Number of images.
 
     Raises:
-        BatchError: the model does not take a batch.
+        BatchError: the model does not accept a batch.
     """
-    device, seen = device_of(gm), 0
+    device, count = device_of(gm), 0
     for images in batches:
         with errors_as_input_error(images):
             call(images.to(device))
-        seen += len(images)
-    return seen
+        count += len(images)
+    return count

@@ -1,7 +1,7 @@
-"""Rows of every product, drawn from the float model, with the gradient of a loss behind them.
+"""Samples rows of every product of the float model, with the gradient of a loss.
 
-One forward and, where gradients are wanted, one backward pass a batch. Rows are sampled without
-replacement, so that memory depends on the budget, not on the number of images.
+Every batch runs forward once and, where gradients are needed, backward once. Rows are sampled
+without replacement: memory depends on the budget, not on the number of images.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fxquant.graph.meta import QUANT_SPECS
 from fxquant.graph.nodes import constant, operand
 from fxquant.search.product_loss import ProductSample
 
-# Images in one backward pass: what autograd keeps grows with them.
-_PART = 4
-# Rows are weighed by squares of gradients times squared errors, which float32 must hold (to 1e38).
+# Images in one backward pass: the memory of autograd grows with their number.
+_BACKWARD_BATCH = 4
+# Rows are weighted by squares of gradients times squared errors, which must fit float32 (to 1e38).
 _LARGEST_GRADIENT = 1e15
-# Fewer rows than this say too little about a product.
-_LEAST_ROWS = 16
+# Smallest number of rows that represents a product.
+_MIN_ROWS = 16
 
 
 class ProductSampler:
@@ -40,9 +40,9 @@ class ProductSampler:
     Observers in the graph see every batch as well.
 
     Args:
-        gm: before any quantizer stands in it.
-        search: how many rows, which gradient, which seed.
-        loss: of outputs and labels, instead of the one that ``search`` names.
+        gm: a graph without quantizers.
+        search: number of rows, loss of the gradient, and seed.
+        loss: loss of outputs and labels, instead of the loss that ``search`` names.
 
     Raises:
         CalibrationError: the memory budget is too small.
@@ -50,7 +50,7 @@ class ProductSampler:
 
     def __init__(self, gm: fx.GraphModule, search: ScaleSearch, loss: Loss | None = None) -> None:
         self._gm, self._loss, self._device = gm, loss, device_of(gm)
-        self._sites = _sites(gm, search, torch.Generator().manual_seed(search.seed))
+        self._samplers = _samplers(gm, search, torch.Generator().manual_seed(search.seed))
         self._backward: _Backward | None = None
         if search.metric in GRADIENT_METRICS:
             self._backward = _Backward(loss, OutputLoss(search.loss, search.seed, self._device))
@@ -61,70 +61,72 @@ class ProductSampler:
 
         Args:
             images: ``(B, …)``, moved to the device of the graph a few at a time.
-            labels: with B entries, or None.
+            labels: ``(B, …)``, or None.
 
         Raises:
-            BatchError: the model does not take the images.
+            BatchError: the model does not accept the images.
             CalibrationError: the loss raises an error, or its gradient is missing or not finite.
             NonFiniteError: an activation holds NaN or infinity.
         """
-        count = math.ceil(len(images) / _PART)
-        label_parts = [None] * count if labels is None else labels.tensor_split(count)
-        for part, its_labels in zip(images.tensor_split(count), label_parts, strict=True):
-            _run(self._gm, self._sites, part.to(self._device), its_labels, self._backward)
-            self._reached = self._reached or any(site.reached for site in self._sites.values())
+        count = math.ceil(len(images) / _BACKWARD_BATCH)
+        label_pieces = [None] * count if labels is None else labels.tensor_split(count)
+        for piece, piece_labels in zip(images.tensor_split(count), label_pieces, strict=True):
+            _run(self._gm, self._samplers, piece.to(self._device), piece_labels, self._backward)
+            samplers = self._samplers.values()
+            self._reached = self._reached or any(sampler.reached for sampler in samplers)
         self._images += len(images)
 
     def samples(self) -> dict[str, ProductSample]:
-        """The rows by node name.
+        """The sampled rows by node name.
 
         Raises:
             CalibrationError: the gradient of the user's loss is zero at all products.
         """
-        sites, seen = self._sites, self._images
+        samplers, images = self._samplers, self._images
         weighted = self._loss is not None and self._backward is not None
-        if weighted and sites and seen and not self._reached:
+        if weighted and samplers and images and not self._reached:
             raise CalibrationError(
-                f"the gradient of the loss given to compile() is zero at all {len(sites)} "
-                f"products, for all {seen} images (or its square is, in float32), so it weighs "
-                "nothing: compute the loss from the model's outputs, without detach() or a "
-                "constant in their place"
+                f"the gradient of the loss given to compile() is zero at all {len(samplers)} "
+                f"products, for all {images} images (or its square is, in float32), and cannot "
+                "weight errors: compute the loss from the model's outputs, without detach() and "
+                "without a constant instead of them"
             )
-        return {name: site.sample() for name, site in sites.items() if site.filled}
+        return {name: sampler.sample() for name, sampler in samplers.items() if sampler.filled}
 
 
-def _sites(
+def _samplers(
     gm: fx.GraphModule, search: ScaleSearch, generator: torch.Generator
 ) -> dict[str, RowSampler]:
-    """One row sampler for each product with a quantized operand, within the memory budget."""
+    """Row samplers of all products with a quantized operand, within the memory budget."""
     samplers = {}
     for node in gm.graph.nodes:
         if op_kind(node) is None or not QUANT_SPECS.get(node):
             continue
-        site = row_sampler(node, constant(gm, operand(node, 1)), generator, search.metric)
-        if site is not None:
-            samplers[node.name] = site
+        sampler = row_sampler(node, constant(gm, operand(node, 1)), generator, search.metric)
+        if sampler is not None:
+            samplers[node.name] = sampler
 
-    def total(rows: int) -> int:
-        return sum(site.bytes_for(rows) for site in samplers.values())
+    def total_bytes(rows: int) -> int:
+        return sum(sampler.bytes_for(rows) for sampler in samplers.values())
 
-    least = min(_LEAST_ROWS, search.rows)
-    if total(least) > search.memory_bytes:
+    fewest = min(_MIN_ROWS, search.rows)
+    if total_bytes(fewest) > search.memory_bytes:
         raise CalibrationError(
-            f"memory_bytes is {search.memory_bytes:,}, and {least} rows of each product take "
-            f"{total(least):,}: raise it in the policy's search"
+            f"memory_bytes is {search.memory_bytes:,}, and {fewest} rows of each product need "
+            f"{total_bytes(fewest):,}: raise it in the policy's search"
         )
-    rows = bisect_right(range(search.rows + 1), search.memory_bytes, lo=least, key=total) - 1
-    for site in samplers.values():
-        site.set_limit(rows)
+    possible = range(search.rows + 1)
+    rows = bisect_right(possible, search.memory_bytes, lo=fewest, key=total_bytes) - 1
+    for sampler in samplers.values():
+        sampler.set_limit(rows)
     return samplers
 
 
 class _Backward:
-    """The backward pass from a loss: the user's, or else that of the search.
+    """The backward pass of the user's loss or, without one, of the search's loss.
 
     Args:
-        loss: the user's.
+        loss: the user's loss.
         search_loss: the loss of the search.
     """
 
@@ -132,7 +134,7 @@ class _Backward:
         self._loss, self._search_loss = loss, search_loss
 
     def __call__(self, outputs: Any, labels: Tensor | None) -> None:
-        """Runs it.
+        """Computes the loss and its gradients.
 
         Raises:
             CalibrationError: the user's loss raises an error, or a loss has no gradient.
@@ -151,47 +153,48 @@ class _Backward:
 
 def _run(
     gm: fx.GraphModule,
-    sites: dict[str, RowSampler],
+    samplers: dict[str, RowSampler],
     images: Tensor,
     labels: Tensor | None,
     backward: _Backward | None,
 ) -> None:
     with torch.set_grad_enabled(backward is not None):
         if backward is not None:
-            # A leaf may not be changed in place, as some models do with their input; its copy may.
+            # Some models change their input in place, which a leaf forbids and its copy allows.
             images = images.clone().requires_grad_().clone()
         with errors_as_input_error(images):
-            outputs = _Recorder(gm, sites).run(images)
+            outputs = _Recorder(gm, samplers).run(images)
         if backward is not None:
             backward(outputs, None if labels is None else labels.to(images.device))
-            _check_gradients(sites)
-    for site in sites.values():
-        site.merge()
+            _check_gradients(samplers)
+    for sampler in samplers.values():
+        sampler.commit()
 
 
-def _check_gradients(sites: dict[str, RowSampler]) -> None:
-    for name, site in sites.items():
-        if not site.largest_gradient <= _LARGEST_GRADIENT:  # NaN is not
+def _check_gradients(samplers: dict[str, RowSampler]) -> None:
+    for name, sampler in samplers.items():
+        largest = sampler.largest_gradient
+        if not largest <= _LARGEST_GRADIENT:  # also true of NaN
             raise CalibrationError(
-                f"the gradient of the loss at product {name} reaches {site.largest_gradient:.1e} "
+                f"the gradient of the loss at product {name} reaches {largest:.1e} "
                 f"in a batch, and must be finite and at most {_LARGEST_GRADIENT:.0e}, so that its "
-                "square can weigh errors: divide the loss by a constant, or look for a root, "
+                "square can weight errors: divide the loss by a constant, or look for a root, "
                 "logarithm or division at zero in the loss or the model"
             )
 
 
 class _Recorder(GraphInterpreter):
-    """Runs the graph and offers the operands and outputs of its products to the collectors."""
+    """Runs the graph and passes the operands and outputs of its products to the row samplers."""
 
-    def __init__(self, gm: fx.GraphModule, sites: dict[str, RowSampler]) -> None:
+    def __init__(self, gm: fx.GraphModule, samplers: dict[str, RowSampler]) -> None:
         super().__init__(gm)
-        self._sites = sites
+        self._samplers = samplers
 
     def run_node(self, n: fx.Node) -> Any:
-        """Runs one node."""
+        """Runs a node; its row sampler observes the operands and the result."""
         result = super().run_node(n)
-        site = self._sites.get(n.name)
-        if site is not None:
+        sampler = self._samplers.get(n.name)
+        if sampler is not None:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            site.offer(args[0].detach(), args[1].detach(), result)
+            sampler.observe(args[0].detach(), args[1].detach(), result)
         return result

@@ -1,7 +1,7 @@
-"""The loss that a user gives to ``compile()``, whose errors are raised as CalibrationError.
+"""The loss that a user passes to ``compile()``, whose errors are raised as CalibrationError.
 
-Errors name the loss and what it was called with; what it gives is checked to be a number with a
-gradient.
+Errors name the loss and the labels of the call; the value of the loss is checked to be a number
+with a gradient.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fxquant.errors import CalibrationError
 
-# Model outputs and labels (None where the loader gives none) of up to four images to a number,
-# summed over the images: a mean would weigh those of a smaller part more.
+# A function of model outputs and labels (None where the loader yields none) of up to four images,
+# summed over the images: a mean would give the images of a smaller piece a larger weight.
 Loss = Callable[[Any, Tensor | None], Tensor]
 
 
@@ -23,7 +23,7 @@ def check_callable(loss: Any) -> None:
     """Checks that a loss can be called.
 
     Raises:
-        CalibrationError: it cannot.
+        CalibrationError: the loss cannot be called.
     """
     if not callable(loss):
         raise CalibrationError(
@@ -35,35 +35,35 @@ def check_callable(loss: Any) -> None:
 
 @contextmanager
 def errors_as_user_loss(labels: Tensor | None, where: str = "") -> Iterator[None]:
-    """Says of an error that it came from the user's loss, and which labels that had.
+    """Turns errors of the user's loss into errors that name the loss and its labels.
 
     Args:
-        labels: that the loss was called with.
-        where: in the loss, as in " in its backward pass".
+        labels: labels that the loss was called with.
+        where: place of the error in the loss, such as " in its backward pass".
 
     Raises:
-        CalibrationError: instead of any error.
+        CalibrationError: the loss raised an error.
     """
     try:
         yield
     except Exception as error:  # the user's code may raise anything
-        given = (
-            "labels None, since the batch had none that are numbers, one for each image: let "
-            "calib_loader yield (images, labels), or do without them in the loss"
+        labels_text = (
+            "labels None, since the batch had no numbers as labels, one for each image: let "
+            "calib_loader yield (images, labels), or compute the loss without labels"
             if labels is None
             else f"labels of shape {tuple(labels.shape)} and type {labels.dtype}"
         )
         raise CalibrationError(
             f"the loss given to compile() raised {type(error).__name__}{where} ({error}). "
-            f"It is called as loss(outputs, labels), here with {given}"
+            f"It is called as loss(outputs, labels), here with {labels_text}"
         ) from error
 
 
 def check_scalar_loss(value: Any) -> None:
-    """Checks what a loss gave.
+    """Checks that the value of a loss is one finite real number with a gradient.
 
     Raises:
-        CalibrationError: it is not one finite real number with a gradient.
+        CalibrationError: the value is not such a number.
     """
     if (
         not isinstance(value, Tensor)
@@ -77,6 +77,6 @@ def check_scalar_loss(value: Any) -> None:
         )
     if not bool(value.isfinite()):
         raise CalibrationError(
-            f"the loss of a batch is {value.item()}, so its gradient says nothing; look for "
+            f"the loss of a batch is {value.item()}, so that its gradient is useless; look for "
             "infinite outputs of the model, or a logarithm of zero or division by zero in the loss"
         )

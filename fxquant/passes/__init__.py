@@ -1,4 +1,4 @@
-"""The passes of the compiler, one file each; `CONTRIBUTING.md` says how to write one."""
+"""The passes of the compiler, one file each; `CONTRIBUTING.md` describes how to write one."""
 
 from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.assign_specs import AssignSpecs

@@ -1,8 +1,8 @@
-"""Gives edges the widths that a search of bit-widths chose.
+"""Sets the bit-widths of edges that a search of bit-widths chose.
 
 Before: stage OBSERVED, edges and their observers at the widths of the policy's rules
-After:  the same graph; annotations and observers of the edges named at the widths given, which
-        Freeze then fits from the statistics that the observers have already
+After:  the same graph; the annotations and observers of the named edges have the chosen widths.
+        Freeze then fits quantizers of these widths to the statistics that the observers hold
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fxquant.passes.base import PassResult, skipped
 
 @dataclass(frozen=True)
 class AllocateBits:
-    """See the module's text.
+    """Sets the widths of the named edges and of their observers.
 
     Attributes:
-        widths: edge name -> bits; other edges keep theirs.
+        widths: edge name -> bits; other edges keep their width.
     """
 
     widths: Mapping[str, int]
@@ -34,36 +34,38 @@ class AllocateBits:
     ensures: ClassVar[Stage] = Stage.OBSERVED
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Annotates anew.
+        """Replaces the annotations of the named edges by ones of the chosen widths.
 
         Raises:
-            PassError: there is no edge of a name, or edges that share an observer get other
-                widths.
-            BitWidthError: a width does not go with the scheme of its edge.
+            PassError: the graph has no edge of a name, or edges that share an observer get
+                different widths.
+            BitWidthError: the scheme of an edge does not exist at its width.
         """
-        found = {edge.name: edge for edge in edges(gm)}
-        missing = sorted(set(self.widths) - set(found))
+        edges_by_name = {edge.name: edge for edge in edges(gm)}
+        missing = sorted(set(self.widths) - set(edges_by_name))
         if missing:
             raise PassError(f"AllocateBits: the graph has no edges {', '.join(missing)}")
         notes = [
             skipped(name, "gets no width: the edge is float")
             for name in self.widths
-            if found[name].spec is None
+            if edges_by_name[name].spec is None
         ]
-        self._check_shared(found)
-        changed = sum(self._set(gm, found[name], bits) for name, bits in self.widths.items())
+        self._check_shared(edges_by_name)
+        changed = sum(
+            self._set(gm, edges_by_name[name], bits) for name, bits in self.widths.items()
+        )
         return PassResult(changed, tuple(notes))
 
-    def _check_shared(self, found: dict[str, Edge]) -> None:
-        chosen: dict[fx.Node, int] = {}
-        for name, edge in found.items():
+    def _check_shared(self, edges_by_name: dict[str, Edge]) -> None:
+        bits_of_observer: dict[fx.Node, int] = {}
+        for name, edge in edges_by_name.items():
             if edge.spec is None or edge.arg is Arg.WEIGHT:
                 continue
             bits = self.widths.get(name, edge.spec.bits)
-            if chosen.setdefault(edge.source, bits) != bits:
+            if bits_of_observer.setdefault(edge.source, bits) != bits:
                 raise PassError(
                     f"AllocateBits: {name} shares its observer with an edge of "
-                    f"{chosen[edge.source]} bits, got {bits}: give both the same width"
+                    f"{bits_of_observer[edge.source]} bits, got {bits}: give both the same width"
                 )
 
     def _set(self, gm: fx.GraphModule, edge: Edge, bits: int) -> bool:

@@ -2,10 +2,10 @@
 
 Before: stage FLOAT
 After:  stage ANNOTATED; ``node.meta["quant"]`` maps arguments to their TensorSpec,
-        ``node.meta["pinned"]`` holds those whose rule is pinned
+        ``node.meta["pinned"]`` holds the arguments whose rule is pinned
 
-The first matching rule decides. What stays float is reported with the reason, and so is a rule
-that never comes first.
+The first matching rule decides. Edges that stay float are reported with the reason, and rules that
+are never the first to match are reported too.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fxquant.graph.nodes import arguments, constant, rank
 from fxquant.passes.base import Note, NoteKind, PassResult
 from fxquant.policies.policy import Rule
 
-_MASKED = (
-    "left float: what it reads may hold minus infinity, as attention masks do, and no integer "
-    "stands for that; a mask of a finite number, such as -100, is quantized"
+_MASKED_REASON = (
+    "left float: its input may hold minus infinity, as attention masks do, and no integer code "
+    "represents minus infinity; a mask of a finite number, such as -100, is quantized"
 )
 
 
@@ -39,7 +39,7 @@ def _earlier(rules: set[int]) -> str:
 
 
 def _per_tensor_reason(edge: Edge, granularity: Granularity, value: Tensor) -> str:
-    """Why an edge gets one scale although several are asked for; empty if it gets them."""
+    """The reason why an edge gets one scale although its rule asks for several; empty if none."""
     if granularity is Granularity.HEAD and (edge.kind is not OpKind.MATMUL or value.ndim < 4):
         return "per tensor: it has no (batch, head, token, channel) axes"
     axis = edge.axis_of(granularity)
@@ -49,27 +49,36 @@ def _per_tensor_reason(edge: Edge, granularity: Granularity, value: Tensor) -> s
 
 
 def _check_scheme(edge: Edge, scheme: Scheme, hit: int) -> None:
-    """Checks that the scheme that a rule gives an edge has codes for what stands there."""
+    """Refuses a scheme that cannot represent the values of an edge.
+
+    Args:
+        edge: the edge.
+        scheme: the scheme that the rule assigns to the edge.
+        hit: index of the rule.
+
+    Raises:
+        PolicyError: the scheme is for other edges.
+    """
     if scheme.limits.is_general:
         return
     if edge.arg is Arg.WEIGHT:
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives a weight scheme {scheme}, which is for "
-            "activations; add a rule with `arg: weight` before it, or `fed_by` to it",
+            "activations; add a rule with `arg: weight` before this rule, or `fed_by` to this rule",
             edge=edge.name,
             got=scheme,
         )
     if not edge.kind.is_product:
         raise PolicyError(
-            f"{edge.name}: rule {hit + 1} gives what {edge.kind} reads scheme {scheme}, "
-            "which is for products; use scheme uniform",
+            f"{edge.name}: rule {hit + 1} gives the input of {edge.kind} scheme {scheme}, "
+            "which is for inputs of products; use scheme uniform",
             edge=edge.name,
             got=scheme,
         )
     if scheme.limits.is_one_sided and edge.kind is OpKind.CONV:
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives the input of a convolution scheme {scheme}, "
-            "which is for what linear and matmul read; add `fed_by: softmax` to the rule, or use "
+            "which is for inputs of linear and matmul; add `fed_by: softmax` to the rule, or use "
             "scheme uniform",
             edge=edge.name,
             got=scheme,
@@ -83,7 +92,7 @@ def _is_last_axis_softmax(edge: Edge) -> bool:
 
 @dataclass(frozen=True)
 class AssignSpecs:
-    """See the module's text.
+    """Annotates each edge with the spec of the first rule that matches it.
 
     Attributes:
         rules: in order of precedence.
@@ -94,19 +103,19 @@ class AssignSpecs:
     ensures: ClassVar[Stage] = Stage.ANNOTATED
 
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Annotates.
+        """Annotates all edges that a rule quantizes.
 
         Raises:
             UnusedRuleError: a rule that is not optional matches no edge of the graph.
-            PolicyError: nothing is quantized, or a rule gives a scheme for activations that a
-                product reads to a weight or to no product, or one for values from zero up to a
-                convolution.
+            PolicyError: no edge is quantized; or a rule assigns a scheme for the activations of
+                products to a weight or to the input of another operation; or it assigns a scheme
+                for values from zero up to a convolution.
         """
         # For each rule, the rules that decided the edges it matches.
         deciders: dict[int, set[int]] = {}
         chosen: dict[fx.Node, dict[Arg, TensorSpec]] = {}
         pinned: dict[fx.Node, frozenset[Arg]] = {}
-        hidden = masked(gm)
+        masked_nodes = masked(gm)
         notes = [
             Note(NoteKind.UNSUPPORTED, node.name, UNSUPPORTED[node.target])
             for node in gm.graph.nodes
@@ -118,8 +127,8 @@ class AssignSpecs:
                 continue  # float unless a rule names its operation
             for i in hits:
                 deciders.setdefault(i, set()).add(hits[0])
-            if not edge.kind.is_product and not hidden.isdisjoint(edge.node.all_input_nodes):
-                spec, reason = None, _MASKED
+            if not edge.kind.is_product and not masked_nodes.isdisjoint(edge.node.all_input_nodes):
+                spec, reason = None, _MASKED_REASON
             else:
                 spec, reason = self._decide(gm, edge, hits[0] if hits else None)
             if reason:
@@ -151,7 +160,7 @@ class AssignSpecs:
     def _decide(
         self, gm: fx.GraphModule, edge: Edge, hit: int | None
     ) -> tuple[TensorSpec | None, str]:
-        """The spec of an edge and, where it differs from the rule's, a sentence why."""
+        """The spec of an edge and, where the spec differs from the rule's, the reason."""
         if hit is None:
             return None, "left float: no rule matches it"
         spec = self.rules[hit].spec
@@ -167,7 +176,7 @@ class AssignSpecs:
         _check_scheme(edge, spec.scheme, hit)
         if spec.observer is ObserverKind.SOFTMAX and not _is_last_axis_softmax(edge):
             spec = replace(spec, observer=ObserverKind.MINMAX)
-            return spec, "observer minmax: it is no softmax along the last axis that reads it"
+            return spec, "observer minmax: its reader is not a softmax along the last axis"
         reason = _per_tensor_reason(edge, spec.granularity, value)
         return (replace(spec, granularity=Granularity.TENSOR) if reason else spec), reason
 

@@ -1,17 +1,17 @@
-"""Adds a low-rank branch beside a linear, for what rounding took from its weight.
+"""Adds a low-rank branch next to a linear, which restores part of its weight's rounding error.
 
 Before: ``y = linear(q(x), q(W), b)``
 After:  ``y = linear(q(x), q(W), b) + linear(q8(linear(q(x), q8(A))), q8(B))``
 
 ``B A`` is the matrix of rank r nearest to ``W - q(W)`` in the layer's output on the sampled rows
 (:mod:`fxquant.search.low_rank`; LQER, arXiv 2402.02446; SVDQuant, arXiv 2411.05007), outputs
-weighed by the gradient of the loss where the rows have one. The factors are symmetric per output
-channel, the activation between them asymmetric per tensor. Both linears of a branch are nodes like
-any other, which every backend knows, and read the input through the layer's own quantizer.
+weighted by the gradient of the loss where the rows have one. The factors are symmetric per output
+channel, the activation between them is asymmetric per tensor. Both linears of a branch are ordinary
+nodes, which every backend supports, and read the input through the layer's own quantizer.
 
-A branch is kept where it takes at least ``MIN_ERROR_REDUCTION`` out of the output error on the
-sampled rows, that of the rounded input included. Where the bias was corrected (``CorrectBias``),
-the mean of what the branch adds is taken out of it again.
+A branch is kept where it reduces the output error on the sampled rows, which includes the error of
+the rounded input, by at least ``MIN_ERROR_REDUCTION``. Where the bias was corrected
+(``CorrectBias``), the mean of the branch's outputs is subtracted from the bias.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from fxquant.quantizers import Quantizer
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.product_loss import ProductSample
 
-# A branch stays where it takes at least this share out of the output error.
+# A branch is kept where it reduces the output error by at least this share.
 MIN_ERROR_REDUCTION = 0.05
-_LEFT_OUT = "no branch: "
-_MEASURE = "output error without it"
+_NO_BRANCH = "no branch: "
+_MEASURE = "output error without the branch"
 
 
 @dataclass(frozen=True)
 class AttachLowRank:
-    """See the module's text.
+    """Adds a low-rank branch to every linear whose output error falls enough by it.
 
     Attributes:
         samples: rows of each product by node name (``calibration.observe``).
@@ -61,7 +61,7 @@ class AttachLowRank:
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Adds a branch wherever it pays."""
+        """Adds a branch wherever it reduces the output error enough."""
         sites: list[_Site] = []
         notes: list[Note] = []
         for product in weighted_products(gm):
@@ -71,13 +71,15 @@ class AttachLowRank:
                 if isinstance(site, _Site):
                     sites.append(site)
                 else:
-                    notes.append(skipped(name, _LEFT_OUT + site))
+                    notes.append(skipped(name, _NO_BRANCH + site))
         comparisons = []
         for site, factors in self._factors(sites):
             name = site.node.name
             LOW_RANK_DECIDED.set(site.node, True)
             if not len(factors.values):
-                notes.append(skipped(name, f"{_LEFT_OUT}other layers gain more for the same bytes"))
+                notes.append(
+                    skipped(name, f"{_NO_BRANCH}other layers gain more for the same bytes")
+                )
                 continue
             branch = _Branch(site, factors, self.options.bits)
             before, after = site.error(None), site.error(branch.outputs)
@@ -86,17 +88,17 @@ class AttachLowRank:
                 comparisons.append(Comparison(name, branch.cost(), _MEASURE, after / before))
             else:
                 reason = f"the output error would fall from {before:.3g} to {after:.3g} only"
-                notes.append(skipped(name, _LEFT_OUT + reason))
+                notes.append(skipped(name, _NO_BRANCH + reason))
         return PassResult(len(comparisons), tuple(notes), tuple(comparisons))
 
     def _factors(self, sites: list[_Site]) -> Iterator[tuple[_Site, Spectrum]]:
-        """The sites with what stands for their error, of rank 0 where there is no room for it."""
+        """Each site with the factors of its error, of rank 0 where the byte budget has no room."""
         if self.options.rank is not None:
             for site in sites:
                 yield site, site.spectrum().truncated(_rank(site, self.options.rank))
             return
         assert self.options.share is not None
-        # From half the channels on the factors are as many numbers as the weight.
+        # At a rank of half the channels the factors have as many numbers as the weight.
         spectra = {s.node.name: s.spectrum().truncated(min(s.weight.shape) // 2) for s in sites}
         by_loss = any(site.importance is not None for site in sites)
         bits = self.options.bits
@@ -111,8 +113,8 @@ class AttachLowRank:
 
 
 def _rank(site: _Site, rank: int | float) -> int:
-    most = min(site.weight.shape)
-    return min(rank, most) if isinstance(rank, int) else max(1, round(rank * most))
+    full_rank = min(site.weight.shape)
+    return min(rank, full_rank) if isinstance(rank, int) else max(1, round(rank * full_rank))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,18 +124,19 @@ class _Site:
     Attributes:
         node: the linear.
         weight: ``(N, K)``.
-        lost: ``W - q(W)``.
-        weight_bytes: of its codes.
-        inputs: rows of its input, ``(n, K)``.
-        rows: the same, quantized.
-        shares: of all rows that each stands for, ``(n,)``.
-        importance: root mean square of the gradient of each output, ``(N,)``; None without one.
-        centred: the bias takes the mean error out already.
+        rounding_error: ``W - q(W)``.
+        weight_bytes: size of the weight's codes.
+        inputs: rows of the linear's input, ``(n, K)``.
+        rows: the same rows, quantized.
+        shares: share of all rows that each sampled row represents, ``(n,)``.
+        importance: root mean square of the gradient of each output, ``(N,)``; None without
+            gradients.
+        centred: the mean error is corrected by the bias already.
     """
 
     node: fx.Node
     weight: Tensor
-    lost: Tensor
+    rounding_error: Tensor
     weight_bytes: float
     inputs: Tensor
     rows: Tensor
@@ -142,16 +145,21 @@ class _Site:
     centred: bool
 
     def spectrum(self) -> Spectrum:
-        """Of what the weight lost."""
+        """Decomposes the weight's rounding error by its effect on the output."""
         rows = self.rows - self.shares @ self.rows if self.centred else self.rows
-        heavy = self.importance
-        if heavy is not None:  # an output that the loss does not reach still counts a little
-            heavy = heavy.clamp(min=1e-3 * float(heavy.max()))
-        return spectrum(self.lost, rows * (self.shares * len(rows)).sqrt().unsqueeze(1), heavy)
+        weights = self.importance
+        if weights is not None:  # an output that the loss does not reach still counts a little
+            weights = weights.clamp(min=1e-3 * float(weights.max()))
+        rows = rows * (self.shares * len(rows)).sqrt().unsqueeze(1)
+        return spectrum(self.rounding_error, rows, weights)
 
     def error(self, branch: Tensor | None) -> float:
-        """Of the output on the rows, with what a branch gives for them, ``(n, N)``."""
-        rounding = -self.rows @ self.lost.t()
+        """Squared error of the output on the rows, weighted by the shares and the importance.
+
+        Args:
+            branch: output of a branch for the rows, ``(n, N)``; None without a branch.
+        """
+        rounding = -self.rows @ self.rounding_error.t()
         if branch is not None:
             rounding += branch
         if self.centred:
@@ -162,9 +170,10 @@ class _Site:
         return float(self.shares @ error.square().sum(1))
 
     def worth(self, by_loss: bool) -> float:
-        """What an output error of one a row counts for, beside those of other layers.
+        """Weight of an output error of one per row, compared with other layers.
 
-        Where there are gradients, the rise of the loss in an image; else one over the output.
+        With gradients it is the rise of the loss of an image, without gradients one over the mean
+        squared output.
         """
         if not by_loss:
             return 1 / max(
@@ -177,14 +186,14 @@ class _Site:
 
 
 def _site(product: Product, sample: ProductSample | None) -> _Site | str:
-    """A site, or why a product is none."""
+    """A site, or the reason why a product gets no branch."""
     if product.kind is OpKind.CONV:
         return "it is a convolution"
-    x, coder = product.input_quantizer, product.weight_quantizer
-    if coder is None:
+    x, weight_quantizer = product.input_quantizer, product.weight_quantizer
+    if weight_quantizer is None:
         return "the weight is float"
     if x is None:
-        return "the input is float, and so is the product"
+        return "the input is float, so that the product is float"
     if x.scale_axis is not None:
         return "the input has a scale per channel"
     if sample is None:
@@ -196,8 +205,8 @@ def _site(product: Product, sample: ProductSample | None) -> _Site | str:
     return _Site(
         node=product.node,
         weight=weight,
-        lost=weight - coder(weight),
-        weight_bytes=weight.numel() * coder.bits / 8,
+        rounding_error=weight - weight_quantizer(weight),
+        weight_bytes=weight.numel() * weight_quantizer.bits / 8,
         inputs=inputs,
         rows=x(inputs),
         shares=counts / counts.sum(),
@@ -210,7 +219,7 @@ def _site(product: Product, sample: ProductSample | None) -> _Site | str:
 
 
 class _Branch:
-    """The factors of a site, quantized, and the quantizer between them."""
+    """The quantized factors of a site, and the quantizer between them."""
 
     def __init__(self, site: _Site, factors: Spectrum, bits: int) -> None:
         self._site, self._factors = site, factors
@@ -224,11 +233,11 @@ class _Branch:
         self.outputs: Tensor = self._inner(inner) @ self._up(factors.up).t()
 
     def cost(self) -> str:
-        """Rank, and what it takes beside the layer."""
+        """Rank, and the additional multiplications and bytes compared with the layer."""
         (n, k), rank = self._site.weight.shape, len(self._factors.values)
         stored = rank * (n + k) * self._weight.bits // 8 + 4 * (n + rank + 1)
-        work = rank * (n + k) / (n * k)
-        return f"branch of rank {rank}, {work:+.1%} multiplications, {stored:+,} bytes"
+        macs = rank * (n + k) / (n * k)
+        return f"branch of rank {rank}, {macs:+.1%} multiplications, {stored:+,} bytes"
 
     def insert(self, gm: fx.GraphModule) -> None:
         """Adds the branch to the graph."""
@@ -256,11 +265,11 @@ class _Branch:
             assert bias is not None  # CorrectBias gave the linear one
             set_bias(gm, node, bias - mean)
 
-    def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, part: str) -> fx.Node:
+    def _linear(self, gm: fx.GraphModule, x: fx.Node, factor: Tensor, side: str) -> fx.Node:
         node = self._site.node
-        stored = add_constant(gm, factor, f"{node.name}_{part}_factor", like=node)
+        stored = add_constant(gm, factor, f"{node.name}_{side}_factor", like=node)
         linear = emit(gm, aten.linear.default, x, stored, like=node)
-        linear._rename(f"{node.name}_{part}")
+        linear._rename(f"{node.name}_{side}")
         LOW_RANK_DECIDED.set(linear, True)
         return linear
 

@@ -1,9 +1,9 @@
 """The contract of a pass.
 
-A pass is a frozen dataclass around a free function. Its fields are its options, ``requires`` the
-stage it takes, ``ensures`` the stage it leaves. It answers with the number of sites it changed, a
-note with a reason for each site it looked at and did not change, and, where it chose among several
-forms, a comparison of their errors.
+A pass is a frozen dataclass around a free function. Its fields are its options; ``requires`` is the
+stage of the graph before the pass, ``ensures`` the stage after it. A pass returns the number of
+sites that it changed, a note with a reason for each site that it did not change, and, where it
+chose among several forms, a comparison of their errors.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PassResult:
-    """The work of a pass.
+    """The result of a pass.
 
     Attributes:
         changed: number of sites rewritten or annotated.
-        notes: the sites it did not change, with reasons, and other remarks.
-        comparisons: errors with its choices over errors without, of a pass that compares.
+        notes: the sites that the pass did not change, with reasons, and other remarks.
+        comparisons: errors with the pass's choices over errors without them, of a pass that
+            compares.
     """
 
     changed: int

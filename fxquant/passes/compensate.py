@@ -1,16 +1,17 @@
-"""Weights that make up for quantization in closed form.
+"""Compensates weights for quantization errors in closed form.
 
 Before: ``y^ = linear(q(x^), q(W), b)`` with ``x^`` from the quantized layers before it
 After:  ``y^ = linear(q(x^), q(W'), b')``, W' first the ridge solution that brings ``W' q(x^)``
         nearest to the float ``y`` (arXiv 2407.06794), then rounded column by column, each column
-        making up for those before it (arXiv 2210.17323); ``b' = E[y] - q(W') E[q(x^)]``; W' = W
-        where that lowers no error
+        compensating the rounding errors of the columns before it (arXiv 2210.17323);
+        ``b' = E[y] - q(W') E[q(x^)]``; W' = W where W' does not lower the error
 
-Layers are compensated in order, each on the outputs of the compensated layers before it. The mean
-is taken out of inputs and outputs, and the bias adds it again; a product without a bias gets one.
-Few images have too few rows for all columns of a wide layer; where the options ask for it, others
-are made of them. Comparisons are the mean squared error of the product's output over that with the
-weight rounded to nearest, both with the best bias, on the images that the weight is fitted to.
+Layers are compensated in order, each on the outputs of the compensated layers before it. Inputs and
+outputs are centred, and the bias adds the mean again; a product without a bias gets a bias. Few
+images have too few rows for all columns of a wide layer; where the options ask for more images, the
+calibration images are augmented. A comparison is the mean squared error of the product's output
+over that with the weight rounded to nearest, both with the best bias, on the images that the weight
+is fitted to.
 """
 
 from __future__ import annotations
@@ -40,25 +41,27 @@ from fxquant.reconstruction.image_split import ImageSplit
 from fxquant.search.gptq import Moments, ridge_update, round_weight
 
 _MEASURE = "squared output error of the weights rounded to nearest"
-_ONE_IMAGE = "no ridge: it is chosen by images left out, so it takes two calibration images or more"
-_OVERFLOW = "not compensated: squares of what it reads or gives are beyond float32"
-# Multiplications that running the images through the network may take where some are made.
-_MOST_MACS = 2e11
+_ONE_IMAGE = (
+    "no ridge: it is chosen by cross-validation, which needs two calibration images or more"
+)
+_OVERFLOW = "not compensated: squares of its inputs or outputs overflow float32"
+# Largest number of multiplications of running all images, augmented ones included.
+_MAX_MACS = 2e11
 # Number of folds of the images; each is left out once when the ridge is chosen.
 _FOLDS = 4
 
-# Some images that run at a time, and the fold that they are in.
+# Images that run at a time, and the index of their fold.
 _Chunk = tuple[slice, int]
 
 
 @dataclass(frozen=True)
 class Compensate:
-    """Compensates every linear and convolution that alone reads a uniformly quantized weight.
+    """Compensates every linear and convolution whose uniformly quantized weight has one reader.
 
     Attributes:
         runner: the float network and the images.
         options: ridge, GPTQ, and the least number of images.
-        split: the images that weights are fitted to are those for training; None fits to all.
+        split: weights are fitted to its training images; None fits weights to all images.
     """
 
     runner: BlockwiseRunner = field(repr=False)
@@ -69,7 +72,7 @@ class Compensate:
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Compensates product after product."""
+        """Compensates the products block by block, in graph order."""
         comparisons: list[Comparison] = []
         quantizers, notes = _weight_quantizers(gm)
         if not quantizers:
@@ -96,16 +99,16 @@ class Compensate:
 def _in_folds(
     runner: BlockwiseRunner, gm: fx.GraphModule, options: Compensation
 ) -> tuple[BlockwiseRunner, list[_Chunk]]:
-    """The runner on as many images as the options ask for, some made of the others, and its chunks.
+    """The runner on as many images as the options ask for, augmented ones included, and its chunks.
 
-    Images are made within each fold, so that no image left out has a relative in another fold.
+    Images are augmented within each fold: an image left out has no augmented copy in another fold.
     """
     images, folds = runner.images, _FOLDS if options.ridge else 1
-    affordable = int(_MOST_MACS // max(MacCounter(gm).total, 1))
+    affordable = int(_MAX_MACS // max(MacCounter(gm).total, 1))
     missing = min(options.images, affordable) - len(images)
-    whole = list(chunks(len(images)))
-    if missing <= 0 and len(whole) >= folds:
-        return runner, [(chunk, i % folds) for i, chunk in enumerate(whole)]
+    all_chunks = list(chunks(len(images)))
+    if missing <= 0 and len(all_chunks) >= folds:
+        return runner, [(chunk, i % folds) for i, chunk in enumerate(all_chunks)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         groups = made_in_folds(images, max(missing, 0), min(folds, len(images)))
@@ -137,7 +140,7 @@ def _weight_quantizers(
 
 
 def _weight_quantizer(product: Product) -> UniformQuantizer | Refusal:
-    """The quantizer of a product's weight, or why the weight is not compensated."""
+    """The quantizer of a product's weight, or the reason why the weight is not compensated."""
     quantizer = product.weight_quantizer
     if not isinstance(quantizer, UniformQuantizer):
         return Refusal("the weight is not quantized uniformly")
@@ -147,18 +150,18 @@ def _weight_quantizer(product: Product) -> UniformQuantizer | Refusal:
     if product.has_computed_bias:
         return Refusal("its bias is computed at run time")
     if product.kind is OpKind.CONV and int(arguments(product.node)["groups"]) > 1:
-        return Refusal("a grouped convolution has few weights to make up with")
+        return Refusal("a grouped convolution has few weights to compensate with")
     return quantizer
 
 
 def _weight_readers(product: Product) -> int:
-    """Number of nodes that read a product's weight, by whatever get_attr node."""
+    """Number of nodes that read a product's weight, through any get_attr node."""
     name, nodes = product.weight_node.target, product.gm.graph.nodes
     return sum(len(node.users) for node in nodes if node.op == "get_attr" and node.target == name)
 
 
 class _Statistics:
-    """Moments of one product: of all images and, where they choose the ridge, of each fold."""
+    """Moments of one product: of all images and, where folds choose the ridge, of each fold."""
 
     def __init__(self, node: fx.Node, weight: Tensor, folds: int) -> None:
         self._node, self._weight = node, weight
@@ -168,11 +171,11 @@ class _Statistics:
         self._float_output: Tensor | None = None
 
     def see_float(self, args: tuple[Any, ...], result: Tensor) -> None:
-        """Takes the output of the float product."""
+        """Keeps the output of the float product."""
         self._float_output = result
 
     def see_quantized(self, fold: int) -> Callable[[tuple[Any, ...], Any], None]:
-        """Takes the inputs of the quantized product, for images of one fold."""
+        """A function that adds the quantized product's inputs, of images of one fold."""
 
         def see(args: tuple[Any, ...], _: Any) -> None:
             assert self._float_output is not None
@@ -192,7 +195,7 @@ class _Statistics:
 def _collect(
     context: BlockContext, wave: list[fx.Node], chunks_in_folds: list[_Chunk]
 ) -> dict[fx.Node, _Statistics]:
-    """Statistics of products none of which reads another's output."""
+    """Statistics of products that do not depend on each other's outputs."""
     folds = len({fold for _, fold in chunks_in_folds})
     gm = context.student.graph_module
     statistics = {
@@ -218,7 +221,7 @@ def _collect(
 def _improve(
     gm: fx.GraphModule,
     node: fx.Node,
-    coder: UniformQuantizer,
+    quantizer: UniformQuantizer,
     moments: _Statistics,
     options: Compensation,
 ) -> Comparison:
@@ -226,18 +229,18 @@ def _improve(
     product = Product(gm, node)
     weight = product.weight
     flat, total = weight.detach().flatten(1), moments.total
-    nearest, choice, target = coder(flat), [], flat.double()
+    nearest, choice, target = quantizer(flat), [], flat.double()
     if options.ridge and moments.folds:
-        target, error_left = ridge_update(flat, moments.folds, total)
-        if error_left < 1:
-            choice.append(f"ridge, {error_left:.2f} of the error on images left out")
+        target, error_ratio = ridge_update(flat, moments.folds, total)
+        if error_ratio < 1:
+            choice.append(f"ridge, {error_ratio:.2f} of the error on images left out")
     latent = target.float()
     if options.gptq:
-        rounded = round_weight(target, total.covariance, coder, options.damping)
+        rounded = round_weight(target, total.covariance, quantizer, options.damping)
         latent, values = rounded.latent.float(), rounded.values.float()
         choice.append("rounding by columns")
     else:
-        values = coder(latent)
+        values = quantizer(latent)
     before, after = total.error(nearest), total.error(values)
     if after > before:
         latent, values, after, choice = flat, nearest, before, []

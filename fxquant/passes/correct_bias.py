@@ -1,10 +1,10 @@
-"""Takes the mean error that rounded weights make out of the bias (arXiv 2111.12293, section 5.3).
+"""Corrects biases for the mean error of rounded weights (arXiv 2111.12293, section 5.3).
 
 Before: ``y^ = linear(q(x), q(W), b)``
 After:  ``y^ = linear(q(x), q(W), b')`` with ``b' = b - (q(W) - W) E[q(x)]``
 
-The mean is taken over the sampled rows. A product without a bias gets one. A corrected bias is
-marked in its node's ``meta``, and not corrected again.
+The mean is over the sampled rows. A product without a bias gets a bias. A corrected bias is marked
+in its node's ``meta``, and is not corrected again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fxquant.search.product_loss import ProductSample
 
 @dataclass(frozen=True)
 class CorrectBias:
-    """See the module's text.
+    """Subtracts the mean output error of each quantized weight from the bias.
 
     Attributes:
         samples: rows of each product by node name (``calibration.observe``).
@@ -56,7 +56,7 @@ class CorrectBias:
         return PassResult(changed, tuple(notes))
 
     def _mean_error(self, product: Product) -> Tensor | str:
-        """``(q(W) - W) E[q(x)]`` of shape ``(N,)``, or why it is not known."""
+        """``(q(W) - W) E[q(x)]`` of shape ``(N,)``, or the reason why it is not known."""
         quantizer = product.weight_quantizer
         if quantizer is None:
             return "the bias is not corrected: the weight is float"
@@ -76,7 +76,10 @@ class CorrectBias:
 
 
 def _quantized_input(quantizer: Quantizer | None, sample: ProductSample) -> Tensor:
-    """Sampled rows as the product reads them; samples have no axis for scales per channel."""
+    """Sampled rows, quantized as the product reads them.
+
+    Samples have no axis for scales per channel: rows of an input with such scales stay float.
+    """
     if quantizer is None or quantizer.scale_axis not in (None, -1):
         return sample.lhs
     quantized: Tensor = quantizer(sample.lhs)

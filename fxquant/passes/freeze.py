@@ -1,4 +1,4 @@
-"""Turns observers into quantizers and fits those of the weights.
+"""Replaces observers by quantizers, and fits the quantizers of the weights.
 
 Before: ``linear(observer(x), W)``, stage OBSERVED, data seen
 After:  ``linear(quantizer(x), quantizer(W))``, stage FROZEN
@@ -23,7 +23,7 @@ from fxquant.passes.base import PassResult
 
 @dataclass(frozen=True)
 class Freeze:
-    """See the module's text."""
+    """Fits quantizers to the observed ranges of activations and to the weights."""
 
     requires: ClassVar[Stage] = Stage.OBSERVED
     ensures: ClassVar[Stage] = Stage.FROZEN

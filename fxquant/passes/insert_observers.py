@@ -3,8 +3,8 @@
 Before: ``linear(x, W)`` with ``quant = {input: spec, weight: …}``, stage ANNOTATED
 After:  ``linear(quant.<edge>(x), W)``, stage OBSERVED
 
-Edges that read one value with one spec and axis share an observer: a run-time has one copy of the
-value. Weights need no data and are fitted by Freeze.
+Edges that read one value with one spec and axis share an observer, because a run-time has one copy
+of the value. Weights need no data: Freeze fits their quantizers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from fxquant.passes.base import PassResult
 
 @dataclass(frozen=True)
 class InsertObservers:
-    """See the module's text.
+    """Inserts observers before the quantized activations of all operations.
 
     Attributes:
-        histograms: keep a histogram of every edge, so that it can be fitted at any width.
+        histograms: keep a histogram of every edge, to which a quantizer of any width can be
+            fitted.
     """
 
     histograms: bool = False

@@ -1,4 +1,4 @@
-"""The runner of passes: checks each against its contract, and keeps results and times."""
+"""The runner of passes: checks each pass against its contract, and keeps results and times."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Pipeline:
 
     Attributes:
         gm: the graph.
-        progress: as given; passes that take long take it as an option.
-        results: result of each pass that has run, in order, by class name; two of one class are
-            not told apart.
+        progress: whether progress is shown; long passes have an option of this name.
+        results: result of each pass that has run, in order, by class name; of two passes of one
+            class the last result is kept.
         seconds: phase -> wall time so far.
     """
 
@@ -73,7 +73,7 @@ class Pipeline:
 
         Args:
             item: the pass.
-            phase: where its time counts; None where it runs inside of a :meth:`phase`.
+            phase: phase that the pass's time is added to; None inside a :meth:`phase`.
 
         Raises:
             PassError: the pass requires another stage than the graph is in, or fails.
@@ -90,7 +90,7 @@ class Pipeline:
         return self.results[name]
 
     def record(self, step: str, result: PassResult) -> None:
-        """Keeps the result of a step, whose name its notes and comparisons get."""
+        """Keeps the result of a step, and writes the step's name into its notes and comparisons."""
         self.results[step] = replace(
             result,
             notes=tuple(replace(note, step=step) for note in result.notes),
@@ -114,8 +114,8 @@ class Pipeline:
         """Adds the wall time of its body to ``seconds[name]``.
 
         Args:
-            name: of the phase.
-            shown: show it as under way where progress is shown, for steps that show none.
+            name: name of the phase.
+            shown: show the phase's name while it runs, for steps without progress of their own.
         """
         start = time.perf_counter()
         try:
@@ -128,7 +128,7 @@ class Pipeline:
         """The items, with the progress through them on stderr where it is shown.
 
         Args:
-            items: what to go through.
+            items: the items of the step.
             label: name of the step.
             total: number of items.
         """
@@ -146,11 +146,11 @@ class Pipeline:
 
 
 def _run(item: Pass, gm: fx.GraphModule, before: Iterable[str]) -> PassResult:
-    """Runs a pass; the names of the steps before it are for its errors."""
+    """Runs a pass; its errors list the names of the steps before it."""
     name, already = type(item).__name__, ", ".join(before) or "none"
     if stage(gm) is not item.requires:
         raise PassError(
-            f"{name} takes a graph in stage {item.requires.name}, got {stage(gm).name}; "
+            f"{name} requires a graph in stage {item.requires.name}, got {stage(gm).name}; "
             f"already run: {already}"
         )
     try:
@@ -174,7 +174,7 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, PassResu
 
     Args:
         gm: edited in place.
-        passes: in order; two of one class in one call are not told apart in the result.
+        passes: in order; of two passes of one class in one call the last result is returned.
 
     Returns:
         Result of each pass, by class name.

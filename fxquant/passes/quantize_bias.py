@@ -4,8 +4,9 @@ Before: ``linear(q(x), q(W), b)``
 After:  ``linear(q(x), q(W), b')`` with ``b' = round(b / (s_x s_w)) s_x s_w``
 
 An integer kernel adds the bias to its int32 accumulator, whose unit is the product of the two
-scales (of a twin quantizer the fine one), so the simulation does the same. The move is at most
-half such a unit. Where the bias would overflow int32, the weight's scale is widened until it fits.
+scales (the fine scale of a twin quantizer), and the simulation does the same. A bias changes by at
+most half such a unit. Where the bias would overflow int32, the weight's scale is widened until the
+bias fits.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from fxquant.quantizers import Quantizer, UniformQuantizer, accumulator_scale
 from fxquant.quantizers.ops import broadcast
 
 _Site = tuple[Product, Tensor, Quantizer, UniformQuantizer]
-# Largest bias code: float32 sums of the accumulator's products fit beside it in int32.
-_LARGEST = 2**30
+# Largest bias code: the sum of the accumulator's products and such a bias still fits int32.
+_LARGEST_BIAS_CODE = 2**30
 
 
 def _pair(product: Product) -> tuple[Quantizer, UniformQuantizer] | str:
@@ -42,14 +43,14 @@ def _pair(product: Product) -> tuple[Quantizer, UniformQuantizer] | str:
 
 
 def _make_room(bias: Tensor, x: Quantizer, w: UniformQuantizer, weight: Tensor) -> None:
-    """Chooses the scale of channels whose weights are so small that their bias does not fit.
+    """Widens the scale of channels whose weights are so small that their bias does not fit.
 
-    Half a step of the wider scale moves the output by at most ``K 2^-23`` of the bias, which is
-    float32's own rounding. Training leaves such channels behind where a batch norm's gamma decayed
-    to almost zero. A channel of zeros has any scale, and takes the one that its bias wants.
+    Half a step of the wider scale changes the output by at most ``K 2^-23`` of the bias, which is
+    float32's own rounding. Trained models have such channels where a batch norm's gamma decayed to
+    almost zero. A channel of zeros may have any scale: it gets the least scale that its bias fits.
     """
     assert x.accumulator_unit is not None
-    least = bias.abs() / (x.accumulator_unit * _LARGEST)
+    least = bias.abs() / (x.accumulator_unit * _LARGEST_BIAS_CODE)
     empty = (w.quantize(weight) == broadcast(w.zero_point, weight.ndim, w.axis)).flatten(1).all(1)
     if w.axis is None:
         least, empty = least.max(), empty.all()
@@ -59,7 +60,7 @@ def _make_room(bias: Tensor, x: Quantizer, w: UniformQuantizer, weight: Tensor) 
 
 @dataclass(frozen=True)
 class QuantizeBias:
-    """See the module's text."""
+    """Rounds the biases of quantized linears and convolutions to whole accumulator units."""
 
     requires: ClassVar[Stage] = Stage.FROZEN
     ensures: ClassVar[Stage] = Stage.FROZEN

@@ -1,16 +1,17 @@
 """Trains blocks towards the float ones (BRECQ, arXiv 2102.05426; AIQViT, arXiv 2502.04628).
 
 Before: a block ``B_q`` of quantized products, scales fixed
-After:  the same block, with the roundings, scales, biases or low-rank factors that make
-        ``|B_q(x^) - B(x)|`` least, x^ from the blocks reconstructed before it
+After:  the same block, with the roundings, scales, biases or low-rank factors that minimize
+        ``|B_q(x^) - B(x)|``, x^ from the blocks reconstructed before it
 
-Low-rank factors are added to the weight before it is rounded, so that the graph does not have them
-afterwards. A block whose loss does not fall stays as it was. With the scope ``network`` all blocks
-are trained as one towards the outputs of the float network, on other images made of the calibration
-images where the options ask for it. Comparisons are losses after over before, on validation images
-that were not trained on; where none are held out, on other images made of them, or on the same. For
-each low-rank change, a comparison is the output error of the product that reads the weight, on the
-validation images themselves.
+Low-rank factors are added to the weight before it is rounded: the graph has no branch for them
+afterwards. A block whose loss does not fall is not changed. With the scope ``network`` all blocks
+are trained as one towards the outputs of the float network, also on images augmented from the
+calibration images where the options ask for augmentation. A comparison is the loss after training
+over the loss before, on validation images that were not trained on; where no images are held out,
+on images augmented from the training images, or on the training images. For each low-rank change, a
+comparison is the ratio of output errors of the product that reads the weight, on the validation
+images themselves.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ from fxquant.reconstruction.trained_block import Changes, TrainedBlock, Training
 from fxquant.reconstruction.training import train_block
 
 _MEASURE = "squared output error before"
-# A bounded number of steps smaller than this is not begun with: rates fall to zero along a cosine,
-# so that a few steps move little.
-_FEWEST = 20
+# Training is not started where ``max_macs`` leaves fewer steps than this: learning rates fall to
+# zero along a cosine, and a few steps change little.
+_MIN_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Trains every block, or all of them as one.
+    """Trains every block, or all blocks as one.
 
     Attributes:
         runner: the float network and the images.
-        options: what is trained, and how.
-        split: images to train on, and images whose loss decides.
-        cache: folder for the blocks that are trained; an interrupted run with the same folder goes
-            on where it stopped. None keeps nothing.
+        options: the trained parameters, and the settings of the training.
+        split: images to train on, and validation images, whose loss decides.
+        cache: folder for the trained blocks; an interrupted run with the same folder continues
+            where it stopped. None keeps nothing.
     """
 
     runner: BlockwiseRunner = field(repr=False)
@@ -78,8 +79,8 @@ class Reconstruct:
             return PassResult(0)
         images = len(self.runner.images)
         steps = _affordable(gm, self.options, images)
-        if steps < min(_FEWEST, self.options.iterations):
-            return PassResult(0, (skipped("network", _too_much_work(steps, self.options, images)),))
+        if steps < min(_MIN_STEPS, self.options.iterations):
+            return PassResult(0, (skipped("network", _too_few_steps(steps, self.options, images)),))
         notes = [
             skipped(edge.node.name, reason)
             for edge in quantized_edges(gm)
@@ -103,8 +104,8 @@ class _Blocks:
     Args:
         gm: the quantized graph.
         item: the pass.
-        steps: of the training of a block.
-        folder: for measurements beyond the memory.
+        steps: number of training steps of a block.
+        folder: folder for measurements that exceed the memory.
     """
 
     def __init__(self, gm: fx.GraphModule, item: Reconstruct, steps: int, folder: Path) -> None:
@@ -120,7 +121,7 @@ class _Blocks:
         self.comparisons: list[Comparison] = []
 
     def walk(self) -> Iterator[BlockContext]:
-        """The blocks, with progress through them where they are more than one."""
+        """The blocks, with their progress on stderr where there is more than one."""
         label = None if self._whole else self._label
         return self._item.runner.walk(self._gm, self._blocks, label, self._options.memory_bytes)
 
@@ -131,11 +132,11 @@ class _Blocks:
         return f"reconstruct, loss x {self.comparisons[-1].error_ratio:.3f}"
 
     def train(self, number: int, context: BlockContext) -> TrainingResult:
-        """Trains a block, unless the cache has it.
+        """Trains a block, or reads its result from the cache.
 
         Args:
-            number: of the block.
-            context: its data.
+            number: index of the block.
+            context: the data of the block.
         """
         options = replace(self._options, seed=self._options.seed + number)
         torch.manual_seed(options.seed)
@@ -152,7 +153,7 @@ class _Blocks:
         return result
 
     def write_back(self, context: BlockContext, result: TrainingResult, changes: Changes) -> None:
-        """Puts the trained block into the graph, and compares it with the block before."""
+        """Writes the trained block into the graph, and compares the block with its old form."""
         ranks, images = _changed_products(self._gm, changes), self._item.split.validation
         before = _output_errors(context, ranks, images)
         apply_changes(self._gm, changes)
@@ -168,18 +169,18 @@ class _Blocks:
 
 
 def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int:
-    """Number of steps within the bound on work."""
+    """Number of steps within the bound on multiplications."""
     if options.max_macs is None:
         return options.iterations
-    # The quantized network forward and, at twice the work, backward; the float one on new images.
+    # The quantized network forward and, at twice the cost, backward; the float one on new images.
     step = MacCounter(gm).total * min(options.batch, images) * (4 if options.augment else 3)
     return min(options.iterations, int(options.max_macs // max(step, 1)))
 
 
-def _too_much_work(steps: int, options: Reconstruction, images: int) -> str:
+def _too_few_steps(steps: int, options: Reconstruction, images: int) -> str:
     return (
-        f"not trained: {options.max_macs:g} multiplications are no more than {steps} steps of "
-        f"{min(options.batch, images)} images, and fewer than {_FEWEST} are not begun with; raise "
+        f"not trained: {options.max_macs:g} multiplications allow only {steps} steps of "
+        f"{min(options.batch, images)} images, and at least {_MIN_STEPS} are needed; raise "
         "max_macs, or set it to None for all steps"
     )
 
@@ -187,7 +188,7 @@ def _too_much_work(steps: int, options: Reconstruction, images: int) -> str:
 def _why_not_changed(result: TrainingResult) -> str:
     before = result.loss_before
     reason = "its loss did not fall" if 0 < before < math.inf else f"its loss was {before:g}"
-    return f"left as it was: {reason}"
+    return f"not changed: {reason}"
 
 
 def _changed_products(gm: fx.GraphModule, changes: Changes) -> dict[str, int]:
@@ -203,9 +204,9 @@ def _output_errors(
     """Squared output errors of products, each network run on its own inputs of the block.
 
     Args:
-        context: their block.
-        products: their names.
-        images: numbers of the images, ``(n,)``.
+        context: the block of the products.
+        products: names of the products.
+        images: indices of the images, ``(n,)``.
     """
     float_results: dict[str, Tensor] = {}
     errors = dict.fromkeys(products, 0.0)
@@ -227,7 +228,7 @@ def _output_errors(
 
 
 def apply_changes(gm: fx.GraphModule, changes: Changes) -> None:
-    """Puts trained quantizers, weights and biases into the graph."""
+    """Writes trained quantizers, weights and biases into the graph."""
     nodes = {node.name: node for node in gm.graph.nodes}
     for name, quantizer in changes.quantizers.items():
         gm.set_submodule(str(nodes[name].target), quantizer)

@@ -1,13 +1,14 @@
 """Searches scales by the output error of the products (arXiv 2111.12293, section 4.3).
 
 Before: stage FROZEN, quantizers as the observers fitted them
-After:  the same graph, each quantizer with the scale whose products differ least from the float
-        ones, in the search's metric, on the sampled rows
+After:  the same graph, each quantizer with the scale that makes the outputs of its products differ
+        least from the float ones, in the search's metric, on the sampled rows
 
-In each round and at each product first the right operand is searched (weight, key or value), then
-the left one, the other held as quantized now. Operands come from the float model, so products do
-not wait for one another. A quantizer that several products read is searched for all of them. Gains
-are of searched region ratios, output error over that with the best quantizer of the hand-set rule.
+In each round and at each product the scale of the right operand (weight, key or value) is searched
+first, then that of the left operand; the other operand stays as it is quantized at that moment.
+Operands come from the float model, in this way products do not wait for one another. A quantizer
+that several products read is searched for all of them. A comparison, of a searched region ratio, is
+the output error over that with the best quantizer of the hand-set rule.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from fxquant.search.scales import Searched
 from fxquant.search.start import SearchSite, start_search
 from fxquant.utils.progress import track
 
-_LEFT = (Arg.INPUT, Arg.LHS)
+_LEFT_ARGS = (Arg.INPUT, Arg.LHS)
 _MEASURE = "output error of the hand-set rule"
 
 
 @dataclass(frozen=True)
 class SearchScales:
-    """See the module's text.
+    """Searches the scale of every quantizer of a product by the product's output error.
 
     Attributes:
         samples: rows of each product by node name (``calibration.observe``).
@@ -53,25 +54,25 @@ class SearchScales:
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Searches every quantizer."""
+        """Searches the scales of all quantizers, round by round."""
         notes: list[Note] = []
-        work = _Work(gm, self, notes)
-        steps = [(turn, name) for turn in range(self.search.rounds) for name in work.searched]
+        state = _SearchState(gm, self, notes)
+        steps = [(turn, name) for turn in range(self.search.rounds) for name in state.searched]
         for turn, name in track(
             steps, label="search scales", total=len(steps), enabled=self.progress
         ):
-            work.improve(name, turn)
+            state.improve(name, turn)
         changed = 0
-        for name, searched in work.searched.items():
+        for name, searched in state.searched.items():
             new, old = searched.quantizer(), gm.get_submodule(name)
             changed += not _equal(new, old)
             gm.set_submodule(name, new)
             if searched.spec is not None:
-                work.respecify(name, searched.spec)
-        return PassResult(changed, tuple(notes), work.comparisons())
+                state.respecify(name, searched.spec)
+        return PassResult(changed, tuple(notes), state.comparisons())
 
 
-class _Work:
+class _SearchState:
     """The quantizers under search and the products that read them."""
 
     def __init__(self, gm: fx.GraphModule, options: SearchScales, notes: list[Note]) -> None:
@@ -79,10 +80,10 @@ class _Work:
         # Right operands come first, as in the paper's alternation of weight and activation.
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         products = (edge for edge in quantized_edges(gm) if edge.kind.is_product)
-        found = sorted(products, key=lambda e: (order[e.node], e.arg in _LEFT))
+        search_order = sorted(products, key=lambda e: (order[e.node], e.arg in _LEFT_ARGS))
         self._readers: dict[str, list[Edge]] = {}
-        self._at = {(edge.node, edge.arg in _LEFT): edge for edge in found}
-        for edge in found:
+        self._edge_of = {(edge.node, edge.arg in _LEFT_ARGS): edge for edge in search_order}
+        for edge in search_order:
             self._readers.setdefault(str(edge.source.target), []).append(edge)
         self.searched: dict[str, Searched] = {}
         for name, readers in self._readers.items():
@@ -96,7 +97,7 @@ class _Work:
             notes += [skipped(n, reason) for n, s in options.samples.items() if s.gradient is None]
 
     def _start(self, name: str, readers: list[Edge]) -> Searched | str:
-        """The state of a search, or why there is none."""
+        """The state of a quantizer's search, or the reason why its scale is not searched."""
         names = [edge.node.name for edge in readers]
         samples = [self._options.samples[name] for name in names if name in self._options.samples]
         if len(samples) < len(readers):
@@ -107,14 +108,14 @@ class _Work:
         site = SearchSite(
             spec=spec,
             samples=samples,
-            left=edge.arg in _LEFT,
+            left=edge.arg in _LEFT_ARGS,
             is_weight=edge.arg is Arg.WEIGHT,
             search=self._options.search,
         )
         return start_search(quantizer, site)
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Of each searched region ratio."""
+        """Comparisons of the searched region ratios with the hand-set rule."""
         return tuple(
             Comparison(self._readers[name][0].name, comparison[0], _MEASURE, comparison[1])
             for name, searched in self.searched.items()
@@ -122,7 +123,7 @@ class _Work:
         )
 
     def respecify(self, name: str, spec: TensorSpec) -> None:
-        """Annotates the edges of a quantizer whose kind the search changed."""
+        """Annotates the edges of a quantizer whose scheme the search changed."""
         for edge in self._readers[name]:
             edge.annotate(spec)
 
@@ -131,24 +132,26 @@ class _Work:
         self.searched[name].improve(consumers, self._options.search, turn)
 
     def _consumer(self, edge: Edge) -> Consumer:
-        sample, left = self._options.samples[edge.node.name], edge.arg in _LEFT
-        # The weights' rows are views of their transpose; passes over a copy are faster.
+        sample, left = self._options.samples[edge.node.name], edge.arg in _LEFT_ARGS
+        # The weights' rows are views of their transpose; reading a contiguous copy is faster.
         sample = replace(sample, rhs=sample.rhs.contiguous())
         values = sample.rhs if left else sample.lhs
-        return Consumer(sample, left, self._quantized(self._at.get((edge.node, not left)), values))
+        return Consumer(
+            sample, left, self._quantized(self._edge_of.get((edge.node, not left)), values)
+        )
 
     def _quantized(self, edge: Edge | None, values: Tensor) -> Tensor:
-        """An operand as it is quantized now."""
+        """Values of an operand, as its edge quantizes them at present."""
         quantizer = None if edge is None else submodule(self._gm, edge.source)
         if edge is None or not isinstance(quantizer, Quantizer):
             return values
         searched = self.searched.get(str(edge.source.target))
         if searched is not None:
-            return searched.apply(values, left=edge.arg in _LEFT)
+            return searched.apply(values, left=edge.arg in _LEFT_ARGS)
         if edge.scale_axis is None or not (edge.arg is Arg.WEIGHT or edge.kind is OpKind.CONV):
             quantized: Tensor = quantizer(values)
             return quantized
-        return values  # samples have no axis for the scales of these
+        return values  # samples have no axis for scales per channel of an activation
 
 
 def _equal(new: Quantizer, old: torch.nn.Module) -> bool:

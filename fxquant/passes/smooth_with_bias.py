@@ -5,7 +5,8 @@ After:  ``W' y' + b'`` with ``y' = (y - mu) / eps``, ``W' = W diag(eps)``, ``b' 
 
 The map that makes ``y'`` is folded into the norm or into the linear that gives V, so that the
 function is unchanged and nothing is added to the run time (:mod:`fxquant.smoothing.affine_fold`).
-Gains are losses of the network with the site's products quantized, over those without the map.
+A comparison is the loss of the network with the site's products quantized, with the map over
+without it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from fxquant.smoothing.choose import FoldDecisions
 
 @dataclass(frozen=True)
 class SmoothWithBias:
-    """See the module's text.
+    """Folds the chosen scales and shifts into norms and linears.
 
     Attributes:
-        choices: what to fold where (``smoothing_sites.choose_smoothing`` on this graph).
+        choices: folds by site (``fxquant.smoothing.choose.choose_smoothing`` on this graph).
     """
 
     choices: FoldDecisions = field(repr=False)
@@ -37,7 +38,7 @@ class SmoothWithBias:
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
-        """Folds."""
+        """Folds every chosen map into the graph, once."""
         if SMOOTHED.get(gm):
             return PassResult(0)
         SMOOTHED.set(gm, True)

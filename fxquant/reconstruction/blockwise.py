@@ -1,7 +1,7 @@
-"""The float network and the quantized one, run block by block over the same images.
+"""The float network and the quantized network, run block by block over the same images.
 
-Both walk through the graph together. At each block the quantized network may be changed; the
-blocks behind it read the outputs of the changed block, while the float network stays the same.
+The two networks run through the graph together. At each block the quantized network may be changed;
+the blocks after it read the outputs of the changed block, while the float network stays the same.
 Values at the cut between two blocks are held for all images, in memory or, beyond a budget, in
 files that are mapped into memory.
 """
@@ -34,7 +34,7 @@ from fxquant.utils.progress import Label, track
 CHUNK = 8
 
 Values = dict[str, Tensor]
-# A node to run, and the values that nobody in its block reads behind it.
+# A node to run, and the values that no later node of its block reads.
 _Step = tuple[fx.Node, list[fx.Node]]
 
 
@@ -43,14 +43,14 @@ class BlockRunner(GraphInterpreter):
 
     Args:
         gm: the graph. Its constants and quantizers may be replaced between runs, the nodes that
-            depend on the image may not.
-        quantized: whether its quantizers act; without, their inputs pass.
+            depend on the image may not be replaced.
+        quantized: whether quantizers quantize; otherwise they return their inputs.
     """
 
     def __init__(self, gm: fx.GraphModule, *, quantized: bool) -> None:
         super().__init__(gm, keep_values=True)
         self.graph_module, self._quantized = gm, quantized
-        self._own = {node.name: node for node in gm.graph.nodes}
+        self._nodes = {node.name: node for node in gm.graph.nodes}
         self._steps: dict[Block, list[_Step]] = {}
 
     def run_block(
@@ -65,17 +65,17 @@ class BlockRunner(GraphInterpreter):
         """Runs a block.
 
         Args:
-            block: found in this graph, or in one whose nodes have the same names.
-            values: by name, of the block's inputs, ``(B, …)`` each.
-            overrides: what nodes compute instead, by name.
-            watch: is shown the arguments and the result of the nodes of these names.
+            block: a block of this graph, or of a graph whose nodes have the same names.
+            values: values of the block's inputs by name, ``(B, …)`` each.
+            overrides: functions that replace the computation of nodes, by name of the node.
+            watch: functions called with the arguments and the result of a node, by its name.
             until: name of the last node to run.
 
         Returns:
-            The block's outputs by name; those computed, where ``until`` was given.
+            The block's outputs by name; where ``until`` was given, the outputs computed by then.
         """
-        own = self._own
-        self.env = {own[name]: value for name, value in values.items()}
+        nodes = self._nodes
+        self.env = {nodes[name]: value for name, value in values.items()}
         batch = len(next(iter(values.values())))
         overrides, watch = overrides or {}, watch or {}
         for node, dead in self._steps_of(block):
@@ -87,14 +87,15 @@ class BlockRunner(GraphInterpreter):
                 break
             for used in dead:
                 self.env.pop(used, None)
-        return {n.name: self.env[own[n.name]] for n in block.outputs if own[n.name] in self.env}
+        outputs = [nodes[node.name] for node in block.outputs]
+        return {node.name: self.env[node] for node in outputs if node in self.env}
 
     def _steps_of(self, block: Block) -> list[_Step]:
         if block not in self._steps:
-            own, data = self._own, {*block.inputs, *block.nodes} - {*block.outputs}
+            nodes, data = self._nodes, {*block.inputs, *block.nodes} - {*block.outputs}
             dead = dead_after(block.nodes, data)
             self._steps[block] = [
-                (own[node.name], [own[value.name] for value in dead.get(node, ())])
+                (nodes[node.name], [nodes[value.name] for value in dead.get(node, ())])
                 for node in block.nodes
             ]
         return self._steps[block]
@@ -114,9 +115,9 @@ class BlockRunner(GraphInterpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         if node.name in overrides:
             self.env[node] = overrides[node.name](*args, **kwargs)
-        elif node.op == "call_module":  # looked up anew: quantizers are replaced on the way
-            coder = submodule(self.graph_module, node) if self._quantized else None
-            self.env[node] = coder(*args) if coder is not None else args[0]
+        elif node.op == "call_module":  # looked up at each call: quantizers are replaced
+            quantizer = submodule(self.graph_module, node) if self._quantized else None
+            self.env[node] = quantizer(*args) if quantizer is not None else args[0]
         else:
             self.env[node] = getattr(self, node.op)(node.target, args, kwargs)
 
@@ -126,12 +127,12 @@ class ActivationStore:
 
     Args:
         count: number of images.
-        folder: for the files; without one all stay in memory.
+        folder: folder for the files; None keeps all values in memory.
         memory_bytes: budget of this store.
     """
 
     def __init__(self, count: int, folder: Path | None = None, memory_bytes: int = 0) -> None:
-        self._count, self._folder, self._left = count, folder, memory_bytes
+        self._count, self._folder, self._bytes_left = count, folder, memory_bytes
         self._values: Values = {}
         self._files: list[Path] = []
 
@@ -139,14 +140,14 @@ class ActivationStore:
         """Keeps the values of the images from ``start`` on."""
         for name, value in values.items():
             if name not in self._values:
-                self._values[name] = self._room(name, value)
+                self._values[name] = self._allocate(name, value)
             self._values[name][start : start + len(value)] = value.detach()
 
-    def _room(self, name: str, value: Tensor) -> Tensor:
+    def _allocate(self, name: str, value: Tensor) -> Tensor:
         shape = (self._count, *value.shape[1:])
         size = self._count * value[0].numel() * value.element_size()
-        if self._folder is None or size <= self._left:
-            self._left -= size
+        if self._folder is None or size <= self._bytes_left:
+            self._bytes_left -= size
             return torch.empty(shape, dtype=value.dtype)
         handle, path_name = tempfile.mkstemp(dir=self._folder, prefix=f"{name}-")
         os.close(handle)
@@ -163,7 +164,7 @@ class ActivationStore:
 
     @property
     def bytes_per_image(self) -> int:
-        """Size of the values of one image; 0 before any is put."""
+        """Size of the values of one image; 0 while the store is empty."""
         return sum(value[0].numel() * value.element_size() for value in self._values.values())
 
     def close(self) -> None:
@@ -184,16 +185,16 @@ class BlockContext:
     """A block with its inputs and the outputs of the float network, for all images.
 
     Attributes:
-        block: its nodes are those of the quantized graph.
+        block: block of the quantized graph.
         teacher: runs the float network.
         student: runs the quantized network.
         float_inputs: values at the start of the float block.
         quantized_inputs: values at the start of the quantized block, from the quantized blocks
             before it.
         float_outputs: values at the end of the float block.
-        rest: the blocks behind it.
+        rest: the blocks after this block.
         count: number of images.
-        device: of the graph.
+        device: device of the graph.
     """
 
     block: Block
@@ -207,16 +208,16 @@ class BlockContext:
     device: torch.device
 
     def chunks(self) -> Iterator[slice]:
-        """The images in order, a few at a time."""
+        """Slices of the images in order, ``CHUNK`` images at a time."""
         return chunks(self.count)
 
 
 class BlockwiseRunner:
-    """Walks both networks through the blocks of the graph.
+    """Runs the float and the quantized network through the blocks of the graph.
 
     Args:
-        teacher: the graph before its weights are changed, the float network once its quantizers
-            are left out; copied.
+        teacher: the graph before its weights are changed, whose quantizers do nothing here: the
+            float network; copied.
         images: ``(n, …)``.
         progress: show progress on stderr.
     """
@@ -227,24 +228,24 @@ class BlockwiseRunner:
 
     def on(self, images: Tensor) -> BlockwiseRunner:
         """The same float network on other images, ``(n, …)``."""
-        other = copy.copy(self)
-        other.images = images
-        return other
+        runner = copy.copy(self)
+        runner.images = images
+        return runner
 
     def teacher(self) -> BlockRunner:
-        """Runs the float network."""
+        """A runner of the float network."""
         return BlockRunner(self._teacher, quantized=False)
 
     @torch.no_grad()
     def walk(
         self, gm: fx.GraphModule, blocks: tuple[Block, ...], label: Label | None, memory_bytes: int
     ) -> Iterator[BlockContext]:
-        """Yields the blocks of a graph in order; the caller may change each as it comes.
+        """Yields the blocks of a graph in order; the caller may change each block it receives.
 
         Args:
-            gm: the quantized graph, whose nodes are those of the teacher and further constants.
-            blocks: all of its blocks, in order.
-            label: of the progress; None shows none.
+            gm: the quantized graph: the nodes of the teacher and further constants.
+            blocks: all blocks of the graph, in order.
+            label: label of the progress; None shows no progress.
             memory_bytes: budget for values at cuts.
         """
         teacher = self.teacher()
@@ -296,7 +297,7 @@ def _run(
 def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
     """The outputs of a block, tensor by tensor.
 
-    The ``output`` node counts with its float tensors that hold an entry an image, ``(B, …)``.
+    Outputs of the ``output`` node are its float tensors with one entry per image, ``(B, …)``.
     """
     outputs: Values = {}
     for node in block.outputs:
@@ -309,11 +310,11 @@ def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
 def _by_image(output: fx.Node, value: Any) -> list[Tensor]:
     """The float tensors among a model's outputs whose first axis is the batch."""
     batch = str(image_node(output.graph).meta["val"].shape[0])
-    meant = fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
+    traced = fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
     return [
         x
-        for x, shown in zip(float_outputs(value), float_outputs(meant), strict=True)
-        if shown.ndim and str(shown.shape[0]) == batch
+        for x, example in zip(float_outputs(value), float_outputs(traced), strict=True)
+        if example.ndim and str(example.shape[0]) == batch
     ]
 
 

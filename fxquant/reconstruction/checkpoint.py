@@ -1,4 +1,4 @@
-"""Trained blocks on disk, so that an interrupted reconstruction goes on with the same numbers."""
+"""Trained blocks on disk: an interrupted reconstruction continues with the same numbers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fxquant.quantizers import Quantizer, from_config
 from fxquant.reconstruction.trained_block import Changes, TrainingResult
 from fxquant.utils.files import write_whole
 
-# Raised with any change of the training, so that nothing trained before it is taken.
+# Increased with every change of the training: blocks trained before the change are not reused.
 _FORMAT = 9
-_ON_ITS_WAY = ".training"
-_DIGEST = hashlib.sha256().digest_size
+_UNFINISHED_SUFFIX = ".training"
+_DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def _digest(path: Path, text: str, tensors: dict[str, Tensor]) -> str:
@@ -45,7 +45,7 @@ class StateFile:
         self.path = path
 
     def read(self) -> dict[str, Any] | None:
-        """The state written last, on the CPU; None if there is none.
+        """The state written last, on the CPU; None if the file does not exist.
 
         Raises:
             FileFormatError: the file is damaged.
@@ -54,10 +54,10 @@ class StateFile:
             return None
         try:
             with self.path.open("rb") as file:
-                digest = file.read(_DIGEST)
+                digest = file.read(_DIGEST_SIZE)
                 if hashlib.file_digest(file, "sha256").digest() != digest:
                     raise ValueError("its checksum is another")
-                file.seek(_DIGEST)
+                file.seek(_DIGEST_SIZE)
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise _damaged(self.path, error) from error
@@ -65,10 +65,10 @@ class StateFile:
         return state
 
     def write(self, state: dict[str, Any]) -> None:
-        """Writes the state in place of the last one.
+        """Writes the state over the previous state.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -82,10 +82,10 @@ def _write(path: Path, data: memoryview) -> None:
 
 
 class Checkpoints:
-    """One file for each block that is done, and one for the state of the one in training.
+    """Files of a reconstruction: one for each trained block, one for the block in training.
 
     Args:
-        folder: place of the files; None keeps nothing.
+        folder: folder of the files; None keeps nothing.
         gm: the graph before the first block is changed.
         images: calibration images.
         settings: options of the training, as text.
@@ -97,7 +97,7 @@ class Checkpoints:
         self._folder: Path | None = None
         if folder is not None:
             configs = [q.config() for _, q in gm.named_modules() if isinstance(q, Quantizer)]
-            # Sums depend on threads and device, and training on each digit of a sum.
+            # Sums depend on threads and device, and training depends on each digit of a sum.
             where = torch.get_num_threads(), str(device_of(gm))
             name = fingerprint(gm, images, f"{_FORMAT} {settings}", configs, where)[:16]
             self._folder = folder / f"reconstruction-{name}"
@@ -109,19 +109,19 @@ class Checkpoints:
     def _not_written(self, error: OSError) -> OutputError:
         return OutputError(
             f"cannot write {self._folder}: {error.strerror or error}. Choose a writable folder "
-            "with enough free space; what was trained so far and is there already is kept"
+            "with enough free space; the blocks that are saved already are kept"
         )
 
     def state_file(self, number: int) -> StateFile | None:
         """The file for the state of a block in training; :meth:`put` deletes it."""
         path = self._path(number)
-        return None if path is None else StateFile(path.with_suffix(_ON_ITS_WAY))
+        return None if path is None else StateFile(path.with_suffix(_UNFINISHED_SUFFIX))
 
     def _path(self, number: int) -> Path | None:
         return None if self._folder is None else self._folder / f"block-{number}.safetensors"
 
     def get(self, number: int, device: torch.device) -> TrainingResult | None:
-        """The result of a block that is done, on a device; None if it is not there.
+        """The result of a trained block, on a device; None if the block has no file.
 
         Raises:
             FileFormatError: the file is damaged.
@@ -131,26 +131,26 @@ class Checkpoints:
             return None
         try:
             with safe_open(path, "pt") as file:
-                about, digest = (file.metadata()[key] for key in ("fxquant", "sha256"))
+                description, digest = (file.metadata()[key] for key in ("fxquant", "sha256"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if _digest(path, about, tensors) != digest:
+            if _digest(path, description, tensors) != digest:
                 raise ValueError("its checksum is another")
-            moved = {key: tensor.to(device) for key, tensor in tensors.items()}
-            return self._read(json.loads(about), moved)
+            on_device = {key: tensor.to(device) for key, tensor in tensors.items()}
+            return self._read(json.loads(description), on_device)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise _damaged(path, error) from error
 
     @staticmethod
-    def _read(about: dict[str, object], tensors: dict[str, Tensor]) -> TrainingResult:
-        before, after = float(str(about["before"])), float(str(about["after"]))
-        if not about["changed"]:
+    def _read(description: dict[str, object], tensors: dict[str, Tensor]) -> TrainingResult:
+        before, after = float(str(description["before"])), float(str(description["after"]))
+        if not description["changed"]:
             return TrainingResult(None, before, after)
         groups: dict[str, dict[str, Tensor]] = {"weight": {}, "bias": {}, "state": {}}
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             groups[kind][name] = tensor
         quantizers = {}
-        configs = about["quantizers"]
+        configs = description["quantizers"]
         assert isinstance(configs, dict)
         for name, config in configs.items():
             quantizers[name] = from_config(config)
@@ -160,16 +160,16 @@ class Checkpoints:
                 if k.rpartition("/")[0] == name
             }
             quantizers[name].load_state_dict(state, assign=True)
-        ranks = about["ranks"]
+        ranks = description["ranks"]
         assert isinstance(ranks, dict)
         changes = Changes(quantizers, groups["weight"], groups["bias"], ranks)
         return TrainingResult(changes, before, after)
 
     def put(self, number: int, result: TrainingResult) -> None:
-        """Keeps the result of a block, its tensors bit for bit.
+        """Saves the result of a block, its tensors bit for bit.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         path = self._path(number)
         if path is None:
@@ -177,7 +177,7 @@ class Checkpoints:
         if not path.exists():
             self._write(path, result)
         try:
-            path.with_suffix(_ON_ITS_WAY).unlink(missing_ok=True)
+            path.with_suffix(_UNFINISHED_SUFFIX).unlink(missing_ok=True)
         except OSError as error:
             raise self._not_written(error) from error
 
@@ -185,7 +185,7 @@ class Checkpoints:
     def _write(path: Path, result: TrainingResult) -> None:
         tensors: dict[str, Tensor] = {}
         changes = result.changes
-        about: dict[str, object] = {
+        description: dict[str, object] = {
             "before": repr(result.loss_before),
             "after": repr(result.loss_after),
             "changed": changes is not None,
@@ -196,9 +196,9 @@ class Checkpoints:
             for name, quantizer in changes.quantizers.items():
                 state = quantizer.state_dict()
                 tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
-            about["ranks"] = dict(changes.ranks)
-            about["quantizers"] = {n: q.config() for n, q in changes.quantizers.items()}
-        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        text = json.dumps(about)
-        metadata = {"fxquant": text, "sha256": _digest(path, text, whole)}
-        write_whole(path, lambda to: save_file(whole, to, metadata=metadata))
+            description["ranks"] = dict(changes.ranks)
+            description["quantizers"] = {n: q.config() for n, q in changes.quantizers.items()}
+        on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        text = json.dumps(description)
+        metadata = {"fxquant": text, "sha256": _digest(path, text, on_cpu)}
+        write_whole(path, lambda to: save_file(on_cpu, to, metadata=metadata))

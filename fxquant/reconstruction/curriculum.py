@@ -1,4 +1,4 @@
-"""Which images a training step sees: easy ones first (AIQViT, arXiv 2502.04628, section 3.3)."""
+"""A curriculum of images: easy images first (AIQViT, arXiv 2502.04628, section 3.3)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 class Curriculum:
     """Draws batches from the share of the images with the smallest losses.
 
-    At step t of T that share is ``min(1, start + (1 - start) t / T)``. A batch is not larger than
-    the first share: otherwise all steps would draw all images where there are few.
+    At step t of T this share is ``min(1, start + (1 - start) t / T)``. A batch is not larger than
+    the first share: otherwise, with few images, every step would draw all images.
 
     Args:
         count: number of images.
-        batch: images of a batch.
+        batch: number of images of a batch.
         steps: T.
-        start: share at the first step; 1 for all images at all times.
+        start: share at the first step; 1 draws from all images at every step.
         generator: draws the images.
     """
 
@@ -29,11 +29,11 @@ class Curriculum:
 
     @property
     def sorts(self) -> bool:
-        """Whether the order of the images, and so their losses, matter."""
+        """Whether batches depend on the order of the images, and therefore on their losses."""
         return self._start < 1
 
     def sort(self, losses: Tensor) -> None:
-        """Puts the images in order of their losses ``(count,)``."""
+        """Sorts the images by their losses ``(count,)``."""
         self._order = losses.argsort(stable=True).cpu()
 
     def share(self, step: int) -> float:
@@ -41,7 +41,7 @@ class Curriculum:
         return min(1.0, self._start + (1 - self._start) * step / self._steps)
 
     def draw(self, step: int) -> Tensor:
-        """Numbers of different images, ``(batch,)``."""
+        """Indices of different images, ``(batch,)``."""
         size = max(self._batch, round(self.share(step) * self._count))
-        picked = torch.randperm(size, generator=self._generator)[: self._batch]
-        return self._order[picked]
+        positions = torch.randperm(size, generator=self._generator)[: self._batch]
+        return self._order[positions]

@@ -1,4 +1,4 @@
-"""The division of the calibration images among training and validation."""
+"""The division of the calibration images into training and validation images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fxquant.config.recovery import Reconstruction
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """Numbers of the images for training and for validation, in ascending order.
+    """Indices of the images for training and for validation, in ascending order.
 
-    Weights that were fitted to a validation image would look better by its loss than they are, so
-    that compensation is fitted to the training images alone too.
+    The loss of a validation image would underestimate the error of weights that were fitted to the
+    image. For this reason compensation is fitted to the training images only, too.
 
     Attributes:
-        validation: of the images whose loss decides which state of a training is best, ``(n,)``.
-        training: of the images that weights are fitted to, ``(m,)``.
+        validation: images whose loss decides which state of a training is best, ``(n,)``.
+        training: images that weights are fitted to, ``(m,)``.
     """
 
     validation: Tensor
@@ -27,19 +27,21 @@ class ImageSplit:
 
     @property
     def holds_out(self) -> bool:
-        """Whether the validation images are not among those for training."""
+        """Whether the validation images are not training images."""
         return not torch.equal(self.validation, self.training)
 
 
 def split_images(count: int, options: Reconstruction | None) -> ImageSplit:
-    """Holds images out at random, at least one; where that leaves none to train on, holds none out.
+    """Holds images out at random for validation, at least one.
+
+    No image is held out where no image would be left to train on.
 
     Args:
         count: number of images.
         options: share of the images held out, and the seed; None, or share 0, holds none out.
 
     Returns:
-        The two parts, both of them all images where none are held out.
+        The split; without images held out, both of its index tensors contain all images.
     """
     share = 0.0 if options is None else options.held_out
     held_out = max(1, round(share * count)) if share else 0

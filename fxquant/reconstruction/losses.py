@@ -1,4 +1,4 @@
-"""How far a quantized block's output is from the float one, image by image."""
+"""Losses of a quantized block's outputs against the float outputs, one loss per image."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fxquant.reconstruction.blockwise import (
     chunks,
 )
 
-# Stands for what both networks mask with minus infinity: its share of a softmax is 0.
-_MASKED = -1e30
+# Replaces minus infinity where both networks mask a value: its share of a softmax is 0.
+_MASKED_LOGIT = -1e30
 # Images in one backward pass of the whole network.
-_PART = 4
+_GRADIENT_BATCH = 4
 _FEATURES = "features"
 
-# By name of a value at a cut, weights that broadcast against it.
+# Weights that broadcast against a value at a cut, by name of the value.
 Importance = dict[str, Tensor]
 
 
@@ -42,17 +42,17 @@ class Criterion(ABC):
         """Losses ``(B,)`` of images.
 
         Args:
-            outputs: of the quantized block.
-            float_outputs: of the float block.
-            index: numbers of the images.
+            outputs: outputs of the quantized block.
+            float_outputs: outputs of the float block.
+            index: indices of the images.
         """
 
 
 class SquaredError(Criterion):
-    """Squared error, weighted where there are weights; logits by their divergence instead.
+    """Squared error, weighted where a value has weights; or the divergence of logits.
 
     Args:
-        importance: weights by name of the value; a value without one counts as it is.
+        importance: weights by name of the value; a value without weights is not weighted.
         divergence: compare logits by KL(float || quantized).
     """
 
@@ -63,15 +63,15 @@ class SquaredError(Criterion):
         """Losses ``(B,)`` of images; zero where no output of the network is a float tensor."""
         if not float_outputs:
             return torch.zeros(len(index))
-        losses = [self._of(name, outputs[name], y) for name, y in float_outputs.items()]
+        losses = [self._value_loss(name, outputs[name], y) for name, y in float_outputs.items()]
         return torch.stack(losses).sum(0)
 
-    def _of(self, name: str, output: Tensor, target: Tensor) -> Tensor:
+    def _value_loss(self, name: str, output: Tensor, target: Tensor) -> Tensor:
         masked = output.isneginf() & target.isneginf()
-        output, target = (value.masked_fill(masked, _MASKED) for value in (output, target))
+        output, target = (value.masked_fill(masked, _MASKED_LOGIT) for value in (output, target))
         if self._divergence and is_logits(target):
-            one, two = target.log_softmax(1), output.log_softmax(1)
-            return kl_div(two, one, log_target=True, reduction="none").sum(1)
+            expected, actual = target.log_softmax(1), output.log_softmax(1)
+            return kl_div(actual, expected, log_target=True, reduction="none").sum(1)
         error = (output - target).square()
         weights = self._importance.get(name)
         if weights is not None:
@@ -80,12 +80,12 @@ class SquaredError(Criterion):
 
 
 class Feature(Criterion):
-    """Twice the block's squared error plus that of the last product's input.
+    """Twice the block's squared error plus the squared error of the last product's input.
 
-    Both are measured in their size at the first call.
+    Each error is divided by its mean at the first call.
 
     Args:
-        context: the block; the float rest of the network follows it.
+        context: the block; the blocks after it run in float.
         features: inputs of the last product of the float network, of all images.
     """
 
@@ -96,15 +96,15 @@ class Feature(Criterion):
 
     def __call__(self, outputs: Values, float_outputs: Values, index: Tensor) -> Tensor:
         """Losses ``(B,)`` of images."""
-        near = self._block(outputs, float_outputs, index)
+        block_error = self._block(outputs, float_outputs, index)
         context = self._context
-        want = self._features.get(index, context.device)[_FEATURES]
-        have = last_input(context.teacher, context.rest, outputs)
-        far = (have - want).square().flatten(1).mean(1)
+        expected = self._features.get(index, context.device)[_FEATURES]
+        features = last_input(context.teacher, context.rest, outputs)
+        feature_error = (features - expected).square().flatten(1).mean(1)
         if self._sizes is None:
-            self._sizes = float(near.detach().mean()), float(far.detach().mean())
-        one, two = (max(size, 1e-12) for size in self._sizes)
-        return 2 * near / one + far / two
+            self._sizes = float(block_error.detach().mean()), float(feature_error.detach().mean())
+        block_size, feature_size = (max(size, 1e-12) for size in self._sizes)
+        return 2 * block_error / block_size + feature_error / feature_size
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Measured:
     """Measurements on the float network that the losses of all blocks use.
 
     Attributes:
-        importance: weights of values at cuts; empty where none are weighted.
-        features: inputs of the last product, of all images; None where no loss compares them.
+        importance: weights of values at cuts; empty where no value is weighted.
+        features: inputs of the last product, of all images; None where no loss compares features.
     """
 
     importance: Importance
@@ -130,15 +130,15 @@ def measure(
     """Runs the float network for the measurements that the block loss of the options needs.
 
     Args:
-        teacher: runs it.
-        blocks: all.
+        teacher: runs the float network.
+        blocks: all blocks.
         images: ``(n, …)``.
-        options: which loss, and the budget of memory.
-        folder: for features beyond the budget.
+        options: the block loss, and the budget of memory.
+        folder: folder for features that exceed the budget.
     """
     importance: Importance = {}
     features = None
-    # The last block is compared by its outputs, so a single one needs neither.
+    # The last block is compared by its outputs: a single block needs neither measurement.
     if options.block_loss is BlockLoss.FISHER and len(blocks) > 1:
         importance = measure_importance(teacher, blocks, images, options)
     if options.block_loss is BlockLoss.FEATURE and len(blocks) > 1:
@@ -161,25 +161,25 @@ def measure_importance(
     """Squared gradients of a loss of the outputs by the values at each cut, a mean over images.
 
     The mean is replaced by the product of its averages along each axis, scaled to a mean of one:
-    which tokens and which channels count, with far fewer numbers to learn from few images.
+    the importance of each token and of each channel, far fewer numbers to estimate from few images.
 
     Args:
         teacher: runs the float network.
-        blocks: all.
-        images: ``(n, …)``, on the graph's device part by part.
-        options: which loss.
+        blocks: all blocks.
+        images: ``(n, …)``, moved to the graph's device batch by batch.
+        options: the loss of the outputs.
     """
     device = device_of(teacher.graph_module)
     loss = OutputLoss(options.gradient, options.seed, device)
     sums: Importance = {}
-    for part in torch.split(images, _PART):
+    for batch in torch.split(images, _GRADIENT_BATCH):
         with torch.enable_grad():
             cuts: Values = {}
-            values: Values = {blocks[0].inputs[0].name: part.to(device)}
+            values: Values = {blocks[0].inputs[0].name: batch.to(device)}
             for block in blocks:
                 values = teacher.run_block(block, values)
                 if block is not blocks[-1]:
-                    # A cut of its own: the loss is then asked for its gradient there.
+                    # Values at a cut are leaves or retain their gradient, which is read below.
                     values = {k: v.detach() if not cuts else v for k, v in values.items()}
                     for value in values.values():
                         value.requires_grad_().retain_grad()
@@ -192,12 +192,12 @@ def measure_importance(
 
 
 def _separable(total: Tensor) -> Tensor:
-    """The product of the means along each axis, of mean one."""
-    out = torch.ones_like(total)
+    """The product of the means along each axis, scaled to a mean of one."""
+    product = torch.ones_like(total)
     for axis in range(total.ndim):
-        others = [other for other in range(total.ndim) if other != axis]
-        out = out * (total.mean(others, keepdim=True) if others else total)
-    return out / out.mean().clamp(min=1e-30)
+        other_axes = [other for other in range(total.ndim) if other != axis]
+        product = product * (total.mean(other_axes, keepdim=True) if other_axes else total)
+    return product / product.mean().clamp(min=1e-30)
 
 
 @torch.no_grad()
@@ -208,23 +208,23 @@ def measure_features(
 
     Args:
         teacher: runs the float network.
-        blocks: all.
-        images: ``(n, …)``, on the graph's device part by part.
-        store: for the inputs of all images.
+        blocks: all blocks.
+        images: ``(n, …)``, moved to the graph's device chunk by chunk.
+        store: store for the inputs of all images.
 
     Raises:
         PolicyError: the inputs are not laid out image by image.
     """
     device, (start,) = device_of(teacher.graph_module), blocks[0].inputs
-    one, two = (
-        last_input(teacher, blocks, {start.name: images[part].to(device)})
-        for part in (slice(1), slice(2))
+    of_one, of_two = (
+        last_input(teacher, blocks, {start.name: images[:count].to(device)}) for count in (1, 2)
     )
-    near = 1e-3 * float(one.abs().max())
-    if one.shape[1:] != two.shape[1:] or not torch.allclose(one[0], two[0], atol=near):
+    tolerance = 1e-3 * float(of_one.abs().max())
+    same_shape = of_one.shape[1:] == of_two.shape[1:]
+    if not same_shape or not torch.allclose(of_one[0], of_two[0], atol=tolerance):
         raise PolicyError(
-            f"block_loss 'feature' compares what {blocks[-1].products[-1].name} reads, image by "
-            "image, and that is not laid out so: choose 'fisher' or 'mse'"
+            f"block_loss 'feature' compares the input of {blocks[-1].products[-1].name} image by "
+            "image, but that input is not laid out image by image: choose 'fisher' or 'mse'"
         )
     for chunk in chunks(len(images)):
         features = last_input(teacher, blocks, {start.name: images[chunk].to(device)})
@@ -234,15 +234,15 @@ def measure_features(
 def last_input(teacher: BlockRunner, blocks: tuple[Block, ...], values: Values) -> Tensor:
     """The input of the last product of some blocks, from the values at their start.
 
-    The result has an entry an image, where the product reads tokens or windows of one image behind
-    those of another.
+    The result has one entry per image, also where the first axis of the product's input lists the
+    tokens or windows of one image after those of the previous image.
     """
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     count = len(next(iter(values.values())))
-    watch = {blocks[-1].products[-1].name: lambda args, _: seen.append(args[0])}
+    watch = {blocks[-1].products[-1].name: lambda args, _: inputs.append(args[0])}
     for block in blocks:
         values = teacher.run_block(block, values, watch=watch)
-    (features,) = seen
+    (features,) = inputs
     if len(features) % count:
         return features
     return features.reshape(count, -1, *features.shape[1:]).squeeze(1)

@@ -1,4 +1,4 @@
-"""The trained parts of a block."""
+"""The trained quantizers, weights and biases of a block."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from fxquant.reconstruction.weights import (
 )
 
 # Bytes that a step holds for each value of a block: for a quantizer a slope and a mask, four bytes
-# each, for most others their value. The network behind the block, which loss feature runs, is not
-# counted.
-_BYTES = 8
-# Before names of nodes where torch keeps modules by name, which refuses some, such as "keys".
-_OF = "of_"
-# Rate of preferences for ranks, in rates of the weights.
-_PREFERENCE_RATE = 10
+# each, for most other nodes their value. The network after the block, which loss feature runs, is
+# not counted.
+_BYTES_PER_VALUE = 8
+# Prefix of the names of nodes as keys of module dictionaries, which refuse some names, e.g. "keys".
+_KEY_PREFIX = "of_"
+# Learning rate of preferences for ranks, over that of the weights.
+_PREFERENCE_RATE_FACTOR = 10
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Changes:
     """The trained quantizers, weights and biases of a block.
 
     Attributes:
-        quantizers: by name of the calling node.
-        weights: before rounding, by name of the node that reads them.
-        biases: by name of the product.
-        ranks: of low-rank changes, by name of the node that reads the weight.
+        quantizers: trained quantizers by name of the calling node.
+        weights: weights before rounding, by name of the node that reads the weight.
+        biases: trained biases by name of the product.
+        ranks: ranks of low-rank changes, by name of the node that reads the weight.
     """
 
     quantizers: Mapping[str, Quantizer]
@@ -61,9 +61,9 @@ class TrainingResult:
     """The outcome of the training of a block.
 
     Attributes:
-        changes: the block at its least loss; None where that is before the first step.
+        changes: the block at its least loss; None where the loss is least before the first step.
         loss_before: mean loss of the validation images before the first step, without drops.
-        loss_after: the least mean loss, at the first step or at one of the looks after it.
+        loss_after: the least mean loss, before the first step or at a later validation.
     """
 
     changes: Changes | None
@@ -72,16 +72,16 @@ class TrainingResult:
 
 
 class TrainedBlock(nn.Module):
-    """The trained parts of a block.
+    """A block with its trained quantizers, weights and biases.
 
     Args:
         gm: the quantized graph.
         context: the block with its data.
-        options: what is trained.
-        generator: draws first values.
+        options: the parameters to train.
+        generator: draws initial values.
 
     Attributes:
-        bytes_per_image: memory of a step for each image, roughly.
+        bytes_per_image: estimated memory of a step for each image.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class TrainedBlock(nn.Module):
         self.biases = nn.ParameterDict()
         self._bias_nodes: dict[str, str] = {}
         self._context, self._bf16 = context, options.bf16
-        nodes = context.block.nodes  # in order: sums over parameters then are the same in each run
+        nodes = context.block.nodes  # in order: sums over parameters are the same in each run
         macs = MacCounter(gm)
         values = sum(macs.values(n) for n in nodes if isinstance(n.meta.get("val"), Tensor))
-        self.bytes_per_image = max(1, _BYTES * values)
+        self.bytes_per_image = max(1, _BYTES_PER_VALUE * values)
         for edge in quantized_edges(gm):
             if edge.node in nodes:
                 self._add_edge(gm, edge, options, generator)
         if options.biases:
             for node, bias in _biases(gm, nodes):
-                key = _OF + node.name
+                key = _KEY_PREFIX + node.name
                 self.biases[key] = nn.Parameter(get_parameter(gm, bias).detach().clone())
                 self._bias_nodes[bias.name] = key
 
@@ -116,7 +116,7 @@ class TrainedBlock(nn.Module):
         options: Reconstruction,
         generator: torch.Generator,
     ) -> None:
-        call, key = edge.source, _OF + edge.source.name
+        call, key = edge.source, _KEY_PREFIX + edge.source.name
         quantizer = submodule(gm, call)
         if refusal(gm, edge, options) is not None:
             return
@@ -130,13 +130,13 @@ class TrainedBlock(nn.Module):
         assert isinstance(quantizer, Quantizer)
         form = family_of(quantizer).trained
         if form is not None and key not in self.quantizers:
-            coder = form(quantizer, options.drop)
-            if not options.scales:  # else each form knows: a symmetric one has no zero point
-                coder.requires_grad_(False)
-            self.quantizers[key] = coder
+            trained_quantizer = form(quantizer, options.drop)
+            if not options.scales:  # otherwise the form decides: some train no zero point
+                trained_quantizer.requires_grad_(False)
+            self.quantizers[key] = trained_quantizer
 
     def forward(self, values: Values) -> Values:
-        """The block's outputs by name, with gradients."""
+        """Runs the block; returns its outputs by name, with gradients."""
         context = self._context
         overrides: dict[str, Callable[..., Any]] = dict(_by_node(self.quantizers))
         overrides |= {name: _ignoring(weight) for name, weight in _by_node(self.weights)}
@@ -147,9 +147,9 @@ class TrainedBlock(nn.Module):
         return {name: value.float() for name, value in tensors_of(context.block, results).items()}
 
     def groups(self, options: Reconstruction) -> list[dict[str, Any]]:
-        """Parameters with their learning rates.
+        """Parameter groups with their learning rates.
 
-        Biases take the rate of the scales, preferences for ranks ten times that of the weights.
+        Biases have the rate of the scales, preferences for ranks ten times that of the weights.
         """
         rates: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
@@ -157,12 +157,12 @@ class TrainedBlock(nn.Module):
                 slow = name.endswith(("log_scale", "offset")) or name.startswith("biases")
                 rate = options.scale_rate if slow else options.weight_rate
                 if name.endswith(PREFERENCE):
-                    rate *= _PREFERENCE_RATE
+                    rate *= _PREFERENCE_RATE_FACTOR
                 rates.setdefault(rate, []).append(parameter)
         return [{"params": group, "lr": rate} for rate, group in rates.items()]
 
     def regularizer(self, progress: float) -> Tensor | None:
-        """The mean of the regularizers of its weights; None where there is none.
+        """The mean of the regularizers of the weights; None where no weight has a regularizer.
 
         Args:
             progress: share of the steps that are done.
@@ -173,7 +173,7 @@ class TrainedBlock(nn.Module):
 
     @torch.no_grad()
     def changes(self) -> Changes:
-        """The block as it is now, in the form that the graph takes."""
+        """The trained quantizers, weights and biases in the form that the graph uses."""
         quantizers: dict[str, Quantizer] = {}
         weights: dict[str, Tensor] = {}
         for name, weight in _by_node(self.weights):
@@ -182,7 +182,9 @@ class TrainedBlock(nn.Module):
         for name, form in _by_node(self.quantizers):
             assert isinstance(form, TrainedQuantizer)
             quantizers[name] = form.fitted()
-        biases = {k.removeprefix(_OF): bias.detach().clone() for k, bias in self.biases.items()}
+        biases = {
+            k.removeprefix(_KEY_PREFIX): bias.detach().clone() for k, bias in self.biases.items()
+        }
         return Changes(quantizers, weights, biases, self.ranks)
 
     @property
@@ -197,28 +199,28 @@ class TrainedBlock(nn.Module):
         return {name: form.rank for name, form in forms if isinstance(form, LowRankWeight)}
 
     def settle_ranks(self, ranks: Mapping[str, int] | None = None) -> None:
-        """Settles the rank of each weight: the preferred one, or that of ``ranks``."""
+        """Settles the rank of each weight: the preferred rank, or the rank in ``ranks``."""
         for name, form in _by_node(self.weights):
             if isinstance(form, RankSearch):
                 settled = form.settled(None if ranks is None else ranks[name])
-                self.weights[_OF + name] = settled
+                self.weights[_KEY_PREFIX + name] = settled
 
 
 def refusal(gm: fx.GraphModule, edge: Edge, options: Reconstruction) -> str | None:
-    """Why the quantizer of an edge, or its weight, is not trained as the options ask; else None."""
+    """The reason why an edge's quantizer or weight is not trained as the options ask; else None."""
     if edge.arg is Arg.WEIGHT:
         shared = len(edge.source.users) > 1 and options.weights is not WeightTraining.NONE
         return "weight not trained: several products share it" if shared else None
     quantizer = submodule(gm, edge.source)
     assert isinstance(quantizer, Quantizer)
     if options.scales and family_of(quantizer).trained is None:
-        return f"scale of {edge.arg} not trained: {type(quantizer).__name__} has no such form"
+        return f"scale of {edge.arg} not trained: {type(quantizer).__name__} has no trained form"
     return None
 
 
 def _by_node(forms: nn.ModuleDict) -> list[tuple[str, nn.Module]]:
     """The forms with the names of their nodes."""
-    return [(key.removeprefix(_OF), form) for key, form in forms.items()]
+    return [(key.removeprefix(_KEY_PREFIX), form) for key, form in forms.items()]
 
 
 def _weight_form(
@@ -235,10 +237,13 @@ def _weight_form(
         case WeightTraining.SCALES:
             return FixedCodes(weight, quantizer, scales=True)
     ranks = candidate_ranks(options.ranks, weight)
-    more: dict[str, Any] = {"scales": options.scales, "generator": generator}
     if len(ranks) > 1:
-        return RankSearch(weight, quantizer, ranks=ranks, **more)
-    return LowRankWeight(weight, quantizer, rank=ranks[0], **more)
+        return RankSearch(
+            weight, quantizer, scales=options.scales, ranks=ranks, generator=generator
+        )
+    return LowRankWeight(
+        weight, quantizer, scales=options.scales, rank=ranks[0], generator=generator
+    )
 
 
 def _ignoring(call: Callable[[], Tensor]) -> Callable[..., Tensor]:
@@ -246,7 +251,7 @@ def _ignoring(call: Callable[[], Tensor]) -> Callable[..., Tensor]:
 
 
 def _biases(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Products with the nodes of their constant biases, where nothing else reads the bias."""
+    """Products with the nodes of their constant biases, where no other node reads the bias."""
     for node in nodes:
         bias = None if op_kind(node) is None else Product(gm, node).bias_node
         if bias is not None and bias.op == "get_attr" and len(bias.users) == 1:

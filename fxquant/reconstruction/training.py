@@ -21,12 +21,12 @@ from fxquant.reconstruction.steps import add_gradients, backward, search_ranks, 
 from fxquant.reconstruction.trained_block import TrainedBlock, TrainingResult
 from fxquant.utils.progress import track
 
-# Weight of the regularizer of roundings beside a loss that starts at one.
+# Weight of the regularizer of roundings, relative to a loss that starts at one.
 _REGULARIZER_WEIGHT = 1.0
-# Number of looks at the validation loss; at each the state is kept and a curriculum sorts again.
-_LOOKS = 8
-# Largest number of images that are made for validation where none are held out.
-_MOST_MADE = 128
+# Number of validations; at each the state is saved and a curriculum sorts the images again.
+_VALIDATIONS = 8
+# Largest number of images that are augmented for validation where none are held out.
+_MAX_AUGMENTED = 128
 
 
 def train_block(
@@ -41,25 +41,27 @@ def train_block(
     """Trains a block.
 
     Args:
-        block: its trained parts; changed.
-        context: its data.
-        criterion: its loss.
-        options: steps and rates.
+        block: the block with its trained parameters; changed.
+        context: data of the block.
+        criterion: loss of the block.
+        options: steps and learning rates.
         split: images to train on, and images whose loss decides which state is best.
-        state_file: file of an unfinished training, which goes on from it; written at each look.
-        label: name of the training in the progress on stderr; None shows none.
+        state_file: file of an unfinished training, which continues from the state in the file;
+            written at each validation.
+        label: name of the training in the progress on stderr; None shows no progress.
 
     Raises:
         OutputError: the state cannot be written.
         FileFormatError: the state is damaged.
     """
-    validation, judged = split.validation, context
-    if options.augment and not split.holds_out:  # else the images that the weights fit best decide
-        judged = fresh(context, split.training, _made(context, options))
-        validation = torch.arange(judged.count)
+    validation, validation_context = split.validation, context
+    # Without held-out images, the loss on augmented copies is less biased than on training images.
+    if options.augment and not split.holds_out:
+        validation_context = fresh(context, split.training, _augmented_count(context, options))
+        validation = torch.arange(validation_context.count)
 
     def validate() -> float:
-        return float(image_losses(block, judged, criterion, validation).mean())
+        return float(image_losses(block, validation_context, criterion, validation).mean())
 
     before = validate()
     if not block.groups(options) or not 0 < before < math.inf:
@@ -93,43 +95,43 @@ def _train(
     validate: Callable[[], float],
     state_file: StateFile | None,
 ) -> None:
-    """Takes the steps, and looks at the validation loss every so often.
+    """Takes the steps, and measures the validation loss at equal intervals.
 
     Args:
         run: the training.
-        steps: their numbers.
-        images: numbers of the images to train on, ``(n,)``.
+        steps: the steps' numbers.
+        images: indices of the images to train on, ``(n,)``.
         validate: measures the validation loss.
-        state_file: gets the state at each look.
+        state_file: file that the state is written to at each validation.
     """
     total = run.options.iterations
-    every = math.ceil(total / _LOOKS)
+    every = math.ceil(total / _VALIDATIONS)
     for step in steps:
-        if run.plan.sorts and step % every == 0:
-            run.plan.sort(image_losses(run.block, run.context, run.criterion, images))
-        run.take(images[run.plan.draw(step)])
+        if run.curriculum.sorts and step % every == 0:
+            run.curriculum.sort(image_losses(run.block, run.context, run.criterion, images))
+        run.take(images[run.curriculum.draw(step)])
         if run.step % every == 0 or run.step == total:
-            run.look(validate())
+            run.record_validation(validate())
             if state_file is not None and run.step < total:
                 state_file.write(run.state())
 
 
-def _made(context: BlockContext, options: Reconstruction) -> int:
-    """Number of images that are made for validation, within a quarter of the memory."""
-    each = context.quantized_inputs.bytes_per_image + context.float_outputs.bytes_per_image
-    return min(max(options.memory_bytes // 4 // max(each, 1), CHUNK), _MOST_MADE)
+def _augmented_count(context: BlockContext, options: Reconstruction) -> int:
+    """Number of images that are augmented for validation, within a quarter of the memory."""
+    size = context.quantized_inputs.bytes_per_image + context.float_outputs.bytes_per_image
+    return min(max(options.memory_bytes // 4 // max(size, 1), CHUNK), _MAX_AUGMENTED)
 
 
 class _Run:
     """The state of the training of a block, and its steps.
 
     Args:
-        block: its ranks settled.
-        context: its data.
-        criterion: its loss.
-        options: steps and rates.
-        count: number of images that it is trained on.
-        before: its loss now.
+        block: a block with settled ranks.
+        context: data of the block.
+        criterion: loss of the block.
+        options: steps and learning rates.
+        count: number of training images.
+        before: validation loss before the first step.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class _Run:
         self.block, self.context, self.criterion = block, context, criterion
         self.options, self._before, self._device = options, before, context.device
         self._generator = torch.Generator().manual_seed(options.seed)
-        self.plan = Curriculum(
+        self.curriculum = Curriculum(
             count, options.batch, options.iterations, options.curriculum, self._generator
         )
         self._optimizer = torch.optim.Adam(block.groups(options))
@@ -158,7 +160,7 @@ class _Run:
         """Takes a step by the loss of some images.
 
         Args:
-            images: their numbers, ``(n,)``.
+            images: indices of the images, ``(n,)``.
         """
         block, options = self.block.train(), self.options
         self._optimizer.zero_grad()
@@ -171,20 +173,20 @@ class _Run:
         self._schedule.step()
         self.step += 1
 
-    def look(self, loss: float) -> None:
-        """Keeps the block as it is now where its validation loss is the least so far."""
+    def record_validation(self, loss: float) -> None:
+        """Keeps the block's present state where its validation loss is the least so far."""
         self.last = loss
         if loss < self.least:
             self.least, self.best = loss, copy.deepcopy(self.block.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """All that the next steps depend on, except the order of a curriculum.
+        """The state that the next steps depend on, except the order of a curriculum.
 
-        A step that sorts the images follows each look, so that their order need not be kept.
+        The first step after each validation sorts the images: the state need not contain the order.
         """
-        drawn = [torch.get_rng_state(), self._generator.get_state()]
+        generator_states = [torch.get_rng_state(), self._generator.get_state()]
         if self._device.type == "cuda":
-            drawn.append(torch.cuda.get_rng_state(self._device))
+            generator_states.append(torch.cuda.get_rng_state(self._device))
         return {
             "step": self.step,
             "least": self.least,
@@ -194,21 +196,21 @@ class _Run:
             "block": self.block.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "drawn": drawn,
+            "drawn": generator_states,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """Restores a state that :meth:`state` returned."""
         self.step, self.least, self.best = state["step"], state["least"], state["best"]
         self.last = state["last"]
         self.block.load_state_dict(state["block"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        drawn = [one.cpu() for one in state["drawn"]]
-        torch.set_rng_state(drawn[0])
-        self._generator.set_state(drawn[1])
+        generator_states = [generator_state.cpu() for generator_state in state["drawn"]]
+        torch.set_rng_state(generator_states[0])
+        self._generator.set_state(generator_states[1])
         if self._device.type == "cuda":
-            torch.cuda.set_rng_state(drawn[2], self._device)
+            torch.cuda.set_rng_state(generator_states[2], self._device)
 
 
 @torch.no_grad()
@@ -218,10 +220,10 @@ def image_losses(
     """The losses of some images, ``(n,)``, without drops.
 
     Args:
-        block: its trained parts.
-        context: its data.
-        criterion: its loss.
-        images: their numbers, ``(n,)``.
+        block: the block with its trained parameters.
+        context: data of the block.
+        criterion: loss of the block.
+        images: indices of the images, ``(n,)``.
     """
     block.eval()
     losses = []

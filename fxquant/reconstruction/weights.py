@@ -1,7 +1,8 @@
 """Weights whose rounding is trained.
 
-All count in steps of the quantizer: a weight is ``scale * clamp(round(steps) + zero)``, so that one
-learning rate suits layers of any size. The scale of each channel is trained by its logarithm.
+Every form measures a weight in steps of the quantizer, ``scale * clamp(round(steps) + zero)``: in
+this way one learning rate suits layers of any size. The logarithm of each channel's scale is
+trained.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from fxquant.quantizers import UniformQuantizer
 from fxquant.quantizers.ops import broadcast
 
-# Ends that the rectified sigmoid is stretched to, so that it reaches 0 and 1 (arXiv 2004.10568).
-_LOW, _HIGH = -0.1, 1.1
+# Limits of the stretched sigmoid, which is clamped to [0, 1] and reaches both (arXiv 2004.10568).
+_SIGMOID_LOW, _SIGMOID_HIGH = -0.1, 1.1
 
 
 class TrainedWeight(nn.Module, ABC):
     """A weight while its rounding is trained.
 
     Args:
-        weight: as it is before rounding, any shape.
-        quantizer: of it.
+        weight: the weight before rounding, any shape.
+        quantizer: quantizer of the weight.
         scales: whether the scale is trained as well.
     """
 
@@ -40,7 +41,7 @@ class TrainedWeight(nn.Module, ABC):
         return broadcast(self._unit(), self._ndim, self._axis)
 
     def _unit(self) -> Tensor:
-        """The scale as it is trained now, of the shape of the quantizer's."""
+        """The trained scale, of the shape of the quantizer's scale."""
         return self._start.trained_scale(self._start.scale * self.log_scale.exp())
 
     def forward(self) -> Tensor:
@@ -54,26 +55,26 @@ class TrainedWeight(nn.Module, ABC):
         """The weight before rounding, in steps, with gradients."""
 
     def _whole(self, steps: Tensor) -> Tensor:
-        """Rounded, the gradient straight through."""
+        """Rounds to whole steps, with a straight-through gradient."""
         return steps + (steps.round() - steps).detach()
 
     def regularizer(self, progress: float) -> Tensor | None:
-        """What pushes values to whole numbers; None where nothing need.
+        """A loss that pushes values to whole numbers; None for forms that need none.
 
         Args:
-            progress: share of the training that is over.
+            progress: share of the training that is done.
         """
         return None
 
     @torch.no_grad()
     def fitted(self) -> tuple[Tensor, UniformQuantizer]:
-        """The weight before rounding and its quantizer, as trained by now."""
+        """The trained weight before rounding, and its trained quantizer."""
         quantizer = self._start.with_parameters(self._unit(), self._start.zero_point)
         return self._steps().round() * self._scale(), quantizer
 
 
 class StraightThrough(TrainedWeight):
-    """Every weight is trained, the gradient passing the rounding (arXiv 1308.3432)."""
+    """Trains every weight, with a straight-through gradient of the rounding (arXiv 1308.3432)."""
 
     def __init__(self, weight: Tensor, quantizer: UniformQuantizer, *, scales: bool) -> None:
         super().__init__(weight, quantizer, scales=scales)
@@ -84,25 +85,27 @@ class StraightThrough(TrainedWeight):
 
 
 class FixedCodes(TrainedWeight):
-    """The codes stay, the scale of each channel is trained: no rounding is in the way."""
+    """Trains the scale of each channel with fixed codes, and needs no gradient of a rounding."""
 
     def _steps(self) -> Tensor:
         return self._first.round()
 
 
 class AdaRound(TrainedWeight):
-    """Each weight goes to the whole number above or below it (arXiv 2004.10568).
+    """Rounds each weight to the whole number above or below it (arXiv 2004.10568).
 
-    A rectified sigmoid between the two is trained; a regularizer drives it to either end.
+    A rectified sigmoid between the two numbers is trained; a regularizer drives it to 0 or 1.
     """
 
     def __init__(self, weight: Tensor, quantizer: UniformQuantizer, *, scales: bool) -> None:
         super().__init__(weight, quantizer, scales=scales)
         share = (self._first - self._first.floor()).clamp(1e-4, 1 - 1e-4)
-        self.choice = nn.Parameter(torch.logit((share - _LOW) / (_HIGH - _LOW)))
+        self.choice = nn.Parameter(
+            torch.logit((share - _SIGMOID_LOW) / (_SIGMOID_HIGH - _SIGMOID_LOW))
+        )
 
     def _between(self) -> Tensor:
-        return (self.choice.sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+        return (self.choice.sigmoid() * (_SIGMOID_HIGH - _SIGMOID_LOW) + _SIGMOID_LOW).clamp(0, 1)
 
     def _steps(self) -> Tensor:
         return self._first.floor() + self._between()
@@ -119,16 +122,16 @@ class AdaRound(TrainedWeight):
 
 
 class LowRankWeight(TrainedWeight):
-    """The weight is moved by a product of two thin factors, then rounded (AIQViT, eq. 9).
+    """Adds a product of two thin factors to the weight before rounding (AIQViT, eq. 9).
 
-    ``Quant(W0 + B A)``: the factors alone are trained; nothing is left of them at run time.
+    ``Quant(W0 + B A)``: only the factors are trained; the run time needs no factors.
 
     Args:
-        weight: ``(N, K)``, or ``(N, …)``, flattened behind the first axis.
-        quantizer: of it.
+        weight: ``(N, K)``, or ``(N, …)``, flattened after the first axis.
+        quantizer: quantizer of the weight.
         scales: whether the scale is trained as well.
-        rank: of the product.
-        generator: draws the first values of A; B starts at zero.
+        rank: rank of ``B A``.
+        generator: draws the initial values of A; B starts at zero.
     """
 
     def __init__(
@@ -148,11 +151,11 @@ class LowRankWeight(TrainedWeight):
 
     @property
     def rank(self) -> int:
-        """Of the product."""
+        """Rank of the weight change."""
         return len(self.inner)
 
     def move(self) -> Tensor:
-        """What is added to the weight, in steps."""
+        """The change of the weight, in steps."""
         return (self.outer @ self.inner).view_as(self._first)
 
     def _steps(self) -> Tensor:

@@ -182,8 +182,8 @@ def test_every_row_is_as_likely_as_any_other() -> None:
         )
         rows.set_limit(8)
         for part in torch.arange(40.0).unsqueeze(1).split([1, 25, 3, 11]):
-            rows.offer(part, torch.ones(1, 1), part)
-            rows.merge()
+            rows.observe(part, torch.ones(1, 1), part)
+            rows.commit()
         kept = rows.sample().lhs.flatten()
         assert len(kept.unique()) == 8
         counts[kept.long()] += 1
@@ -204,9 +204,9 @@ def test_rows_of_large_gradient_are_likelier_and_stand_for_fewer(skew: float) ->
         rows.set_limit(30)
         for x, g in zip(values.split(50), gradients.split(50), strict=True):
             out = x.clone().requires_grad_().clone()
-            rows.offer(x, torch.ones(1, 1), out)
+            rows.observe(x, torch.ones(1, 1), out)
             (out * g).sum().backward()
-            rows.merge()
+            rows.commit()
         found = rows.sample()
         assert found.gradient is not None and found.counts is not None
         energies.append(float(found.gradient.square().sum()))

@@ -248,5 +248,5 @@ def test_the_observer_of_a_softmax_is_for_a_softmax_along_the_last_axis() -> Non
     gm, result = annotated(Rule(op=OpKind.SOFTMAX, spec=spec), Rule(spec=EIGHT), model=Across())
     found = specs(gm)
     assert found["softmax__input"] == TensorSpec() and found["softmax_1__input"] == spec
-    why = "observer minmax: it is no softmax along the last axis that reads it"
+    why = "observer minmax: its reader is not a softmax along the last axis"
     assert reasons(result)["softmax__input"] == why

@@ -174,7 +174,7 @@ def test_a_second_run_changes_nothing(options: dict[str, float]) -> None:
 
 
 def test_only_a_frozen_graph_gets_branches() -> None:
-    with pytest.raises(PassError, match="AttachLowRank takes a graph in stage FROZEN, got FLOAT"):
+    with pytest.raises(PassError, match="requires a graph in stage FROZEN, got FLOAT"):
         attach(canonical(Block(), tokens()), {})
 
 
@@ -192,7 +192,7 @@ def test_a_linear_without_a_branch_says_why() -> None:
         "attn_qkv_1": "no branch: no rows of the product were sampled",
         "attn_proj": "no branch: the input has a scale per channel",
         "fc1": "no branch: the weight is float",
-        "fc2": "no branch: the input is float, and so is the product",
+        "fc2": "no branch: the input is float, so that the product is float",
     }
     assert ranks(gm) == {"attn_qkv": 2, "attn_qkv_2": 2}
 

@@ -224,7 +224,7 @@ def test_images_are_made_where_few_are_given(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_images_are_made_as_far_as_the_work_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = frozen()
-    monkeypatch.setattr(closed_form, "_MOST_MACS", 7.5 * MacCounter(gm).total)
+    monkeypatch.setattr(closed_form, "_MAX_MACS", 7.5 * MacCounter(gm).total)
     sides = BlockwiseRunner(gm, BATCH[:5])
     plain, ridge = (Compensation(images=100, ridge=flag) for flag in (False, True))
     made = closed_form._in_folds(sides, gm, plain)[0].images

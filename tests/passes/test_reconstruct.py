@@ -198,7 +198,7 @@ def test_a_step_in_parts_is_the_same_step() -> None:
 
     (whole, once), (parts, many) = after(12), after(5)
     assert (once, many) == (1, 3)
-    assert 0 < float(whole.norm()) < steps._CLIP
+    assert 0 < float(whole.norm()) < steps._MAX_GRADIENT_NORM
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 

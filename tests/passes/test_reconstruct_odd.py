@@ -156,7 +156,9 @@ class Crossed(Stack):
 def test_the_last_feature_is_compared_image_by_image() -> None:
     result = reconstruct(frozen(Dense()), block_loss="feature")
     assert result.changed and all(0 < gain.error_ratio < 1 for gain in result.comparisons)
-    with pytest.raises(PolicyError, match="is not laid out so: choose 'fisher' or 'mse'"):
+    with pytest.raises(
+        PolicyError, match="is not laid out image by image: choose 'fisher' or 'mse'"
+    ):
         reconstruct(frozen(Crossed()), block_loss="feature")
     assert reconstruct(frozen(Crossed()), block_loss="mse").changed
 
@@ -178,5 +180,5 @@ def test_what_is_not_trained_says_why(tmp_path: Path) -> None:
         found.append([note for note in report.notes if note.step == "Reconstruct"])
     reasons = [note.reason for note in found[0]]
     assert reasons.count("weight not trained: several products share it") == 6
-    assert reasons.count("scale of lhs not trained: LogQuantizer has no such form") == 2
+    assert reasons.count("scale of lhs not trained: LogQuantizer has no trained form") == 2
     assert found[0] == found[1]

@@ -84,7 +84,7 @@ def test_all_channels_are_moved_alike_and_some_images_not_at_all(seed: int) -> N
 def test_a_turn_is_one_on_images_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disc stays a disc; a turn of shares of width and height would shear it."""
     monkeypatch.setattr(augment, "_TURN", 0.5)
-    for name in ("_ZOOM", "_STRETCH", "_MOVED"):
+    for name in ("_MAX_ZOOM", "_MAX_STRETCH", "_WARPED_SHARE"):
         monkeypatch.setattr(augment, name, 1.0)
     monkeypatch.setattr(augment, "_SHIFT", 0.0)
     across, down = torch.meshgrid(torch.arange(60.0), torch.arange(20.0), indexing="xy")

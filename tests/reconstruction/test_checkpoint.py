@@ -61,7 +61,7 @@ def test_a_block_goes_on_from_its_last_look(
 ) -> None:
     whole = frozen()
     reconstruct(whole, **options)
-    real, looks, steps = training._Run.look, [], []
+    real, looks, steps = training._Run.record_validation, [], []
 
     def interrupted(run: training._Run, loss: float) -> None:
         real(run, loss)
@@ -69,12 +69,12 @@ def test_a_block_goes_on_from_its_last_look(
         if len(looks) == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "look", interrupted)
+    monkeypatch.setattr(training._Run, "record_validation", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reconstruct(frozen(), tmp_path, **options)
     (folder,) = tmp_path.iterdir()
     assert [path.name for path in folder.iterdir()] == ["block-0.training"]
-    monkeypatch.setattr(training._Run, "look", real)
+    monkeypatch.setattr(training._Run, "record_validation", real)
     take = training._Run.take
     monkeypatch.setattr(
         training._Run, "take", lambda run, images: (steps.append(run.step), take(run, images))

@@ -167,7 +167,7 @@ def test_ranges_tell_what_is_wrong_with_the_data() -> None:
         norm_ranges(gm, [tokens() * torch.nan])
     with pytest.raises(CalibrationError, match="norm: no calibration data"):
         norm_ranges(gm, [])
-    with pytest.raises(BatchError, match=r"does not take a batch of shape \(2, 3\)"):
+    with pytest.raises(BatchError, match=r"does not accept a batch of shape \(2, 3\)"):
         norm_ranges(gm, [torch.zeros(2, 3)])
     gm.meta["stage"] = Stage.OBSERVED
     with pytest.raises(PassError, match="takes stage FLOAT, got OBSERVED"):

@@ -114,7 +114,7 @@ def test_outputs_that_are_no_logits_are_compared_by_squares() -> None:
 
 
 def test_a_model_without_float_outputs_has_no_loss() -> None:
-    with pytest.raises(CalibrationError, match="take the argmax out of the model"):
+    with pytest.raises(CalibrationError, match="remove the argmax from the model"):
         OutputDistance(torch.tensor([1, 2]), GradientLoss.MARGIN)
 
 
@@ -170,7 +170,7 @@ def test_estimates_do_not_depend_on_how_many_rows_are_sampled(
         return Setup(Classifier(), tokens(256), search=search).estimated((4,))
 
     whole = estimated(1 << 14)
-    monkeypatch.setattr(product_rows, "_QUERIES", queries)
+    monkeypatch.setattr(product_rows, "_QUERIES_PER_SAMPLE", queries)
     few = estimated(rows)
     for name, losses in whole.items():
         assert losses is not None
@@ -187,7 +187,7 @@ def test_rows_that_the_loss_does_not_reach_are_not_counted(
 
     search = ScaleSearch(metric=Metric.FISHER, loss=GradientLoss.SAMPLED, rows=1 << 14)
     whole = Setup(FirstToken(), tokens(256), search=search).estimated((4,))
-    monkeypatch.setattr(product_rows, "_QUERIES", 2)
+    monkeypatch.setattr(product_rows, "_QUERIES_PER_SAMPLE", 2)
     few = Setup(FirstToken(), tokens(256), search=search).estimated((4,))
     for name in ("block_attn_matmul__lhs", "block_attn_matmul_1__lhs"):
         assert few[name] == pytest.approx(whole[name], rel=0.1), name

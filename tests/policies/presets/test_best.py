@@ -72,7 +72,7 @@ def test_a_network_that_is_too_large_for_seconds_is_not_trained() -> None:
     small = replace(policy, reconstruction=replace(policy.reconstruction, max_macs=1e4))
     report = fxquant.compile(seeded(Stack()), [tokens(24)], small).report
     assert report.changes["Reconstruct"] == 0
-    assert "not trained: 10000 multiplications are no more than 0 steps" in str(report)
+    assert "not trained: 10000 multiplications allow only 0 steps" in str(report)
 
 
 def test_with_minutes_weights_are_moved_and_trained_within_the_work() -> None:
