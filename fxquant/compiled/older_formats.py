@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxquant.graph.notes import NoteKind
+from fxquant.utils.notes import NoteKind
 
 READABLE = (4, 5)
 

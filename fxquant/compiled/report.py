@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.graph.edges import edges, fed_by
 from fxquant.graph.nodes import submodule
-from fxquant.graph.notes import Comparison, Note, NoteKind
 from fxquant.graph.outputs import float_outputs
 from fxquant.mixed_precision.allocate.result import AllocationResult
 from fxquant.quantizers import FAMILIES, Quantizer
+from fxquant.utils.notes import Comparison, Note, NoteKind
 
 
 @dataclass(frozen=True, kw_only=True)

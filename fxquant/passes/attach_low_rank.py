@@ -34,7 +34,7 @@ from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import add_constant, emit, insert_on_edge, set_bias
 from fxquant.graph.shapes import example_batch, example_shape
 from fxquant.observers.observer import make_observer
-from fxquant.passes.base import Comparison, Note, PassResult, skipped
+from fxquant.passes.base import Comparison, Note, PassResult, Refusal, skipped
 from fxquant.quantizers import Quantizer
 from fxquant.search.low_rank import Spectrum, share_ranks, spectrum
 from fxquant.search.product_loss import ProductSample
@@ -71,7 +71,7 @@ class AttachLowRank:
                 if isinstance(site, _Site):
                     sites.append(site)
                 else:
-                    notes.append(skipped(name, _NO_BRANCH + site))
+                    notes.append(skipped(name, _NO_BRANCH + site.reason))
         comparisons = []
         for site, factors in self._factors(sites):
             name = site.node.name
@@ -185,19 +185,19 @@ class _Site:
         return rows / example_batch(self.node.graph)
 
 
-def _site(product: Product, sample: ProductSample | None) -> _Site | str:
+def _site(product: Product, sample: ProductSample | None) -> _Site | Refusal:
     """A site, or the reason why a product gets no branch."""
     if product.kind is OpKind.CONV:
-        return "it is a convolution"
+        return Refusal("it is a convolution")
     x, weight_quantizer = product.input_quantizer, product.weight_quantizer
     if weight_quantizer is None:
-        return "the weight is float"
+        return Refusal("the weight is float")
     if x is None:
-        return "the input is float, so that the product is float"
+        return Refusal("the input is float, so that the product is float")
     if x.scale_axis is not None:
-        return "the input has a scale per channel"
+        return Refusal("the input has a scale per channel")
     if sample is None:
-        return "no rows of the product were sampled"
+        return Refusal("no rows of the product were sampled")
     weight = product.weight
     inputs = sample.lhs[0, 0]
     counts = inputs.new_ones(len(inputs)) if sample.counts is None else sample.counts

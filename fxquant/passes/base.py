@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 from torch import fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.notes import Comparison, Note, NoteKind, Refusal, skipped
+from fxquant.utils.notes import Comparison, Note, NoteKind, Refusal, skipped
 
 __all__ = [
     "Comparison",

@@ -20,7 +20,7 @@ from fxquant.config.vocabulary import Stage
 from fxquant.graph.meta import BIAS_CORRECTED
 from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import PassResult, skipped
+from fxquant.passes.base import PassResult, Refusal, skipped
 from fxquant.quantizers import Quantizer
 from fxquant.search.product_loss import ProductSample
 
@@ -46,8 +46,8 @@ class CorrectBias:
             if BIAS_CORRECTED.get(node):
                 continue
             error = self._mean_error(product)
-            if isinstance(error, str):
-                notes.append(skipped(node.name, error))
+            if isinstance(error, Refusal):
+                notes.append(skipped(node.name, error.reason))
             elif bool(error.any()):
                 bias = product.bias
                 set_bias(gm, node, -error if bias is None else bias - error)
@@ -55,16 +55,16 @@ class CorrectBias:
                 changed += 1
         return PassResult(changed, tuple(notes))
 
-    def _mean_error(self, product: Product) -> Tensor | str:
+    def _mean_error(self, product: Product) -> Tensor | Refusal:
         """``(q(W) - W) E[q(x)]`` of shape ``(N,)``, or the reason why it is not known."""
         quantizer = product.weight_quantizer
         if quantizer is None:
-            return "the bias is not corrected: the weight is float"
+            return Refusal("the bias is not corrected: the weight is float")
         sample = self.samples.get(product.node.name)
         if sample is None:
-            return "the bias is not corrected: no rows of the product were sampled"
+            return Refusal("the bias is not corrected: no rows of the product were sampled")
         if product.has_computed_bias:
-            return "the bias is not corrected: it is computed at run time"
+            return Refusal("the bias is not corrected: it is computed at run time")
         weight = product.weight
         rounding = (quantizer(weight) - weight).flatten(1)
         groups = sample.heads

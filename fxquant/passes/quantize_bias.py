@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.products import Product, weighted_products
 from fxquant.graph.rewrite import set_bias
-from fxquant.passes.base import Note, PassResult, skipped
+from fxquant.passes.base import Note, PassResult, Refusal, skipped
 from fxquant.quantizers import Quantizer, UniformQuantizer, accumulator_scale
 from fxquant.quantizers.ops import broadcast
 
@@ -30,15 +30,15 @@ _Site = tuple[Product, Tensor, Quantizer, UniformQuantizer]
 _LARGEST_BIAS_CODE = 2**30
 
 
-def _pair(product: Product) -> tuple[Quantizer, UniformQuantizer] | str:
+def _pair(product: Product) -> tuple[Quantizer, UniformQuantizer] | Refusal:
     """Quantizers of input and weight, or the reason why there is no integer accumulator."""
     x, w = product.input_quantizer, product.weight_quantizer
     if x is None or not isinstance(w, UniformQuantizer):
-        return "the bias stays float: input or weight is not quantized uniformly"
+        return Refusal("the bias stays float: input or weight is not quantized uniformly")
     if x.accumulator_unit is None:
-        return "the bias stays float: input or weight is not quantized uniformly"
+        return Refusal("the bias stays float: input or weight is not quantized uniformly")
     if x.scale_axis is not None:
-        return "the bias stays float: the input has a scale per channel"
+        return Refusal("the bias stays float: the input has a scale per channel")
     return x, w
 
 
@@ -89,7 +89,7 @@ class QuantizeBias:
             if bias is None:
                 continue
             pair = _pair(product)
-            if isinstance(pair, str):
-                notes.append(skipped(product.node.name, pair))
+            if isinstance(pair, Refusal):
+                notes.append(skipped(product.node.name, pair.reason))
             else:
                 yield product, bias, *pair

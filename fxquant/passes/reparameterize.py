@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.passes.base import PassResult, skipped
+from fxquant.passes.base import PassResult, Refusal, skipped
 from fxquant.smoothing.affine_fold import fold
 from fxquant.smoothing.fold_sites import norm_sites
 
@@ -57,7 +57,7 @@ class Reparameterize:
         """Folds at every site whose channels differ in their ranges."""
         changed, notes = 0, []
         for norm, site in list(norm_sites(gm)):
-            if isinstance(site, str):
+            if isinstance(site, Refusal):
                 notes.append(skipped(norm.name, f"the norm stays: {site}"))
             elif norm.name not in self.ranges:
                 notes.append(skipped(norm.name, "the norm stays: its ranges were not measured"))

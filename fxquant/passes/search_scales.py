@@ -25,7 +25,7 @@ from fxquant.config.spec import TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.graph.edges import Edge, quantized_edges
 from fxquant.graph.nodes import submodule
-from fxquant.passes.base import Comparison, Note, PassResult, skipped
+from fxquant.passes.base import Comparison, Note, PassResult, Refusal, skipped
 from fxquant.quantizers import Quantizer
 from fxquant.search.product_loss import Consumer, ProductSample
 from fxquant.search.scales import Searched
@@ -88,20 +88,20 @@ class _SearchState:
         self.searched: dict[str, Searched] = {}
         for name, readers in self._readers.items():
             searched = self._start(name, readers)
-            if isinstance(searched, str):
-                notes.append(skipped(readers[0].name, searched))
+            if isinstance(searched, Refusal):
+                notes.append(skipped(readers[0].name, searched.reason))
             else:
                 self.searched[name] = searched
         if options.search.metric in GRADIENT_METRICS:
             reason = "compared by squared error: the gradient of the loss does not reach it"
             notes += [skipped(n, reason) for n, s in options.samples.items() if s.gradient is None]
 
-    def _start(self, name: str, readers: list[Edge]) -> Searched | str:
+    def _start(self, name: str, readers: list[Edge]) -> Searched | Refusal:
         """The state of a quantizer's search, or the reason why its scale is not searched."""
         names = [edge.node.name for edge in readers]
         samples = [self._options.samples[name] for name in names if name in self._options.samples]
         if len(samples) < len(readers):
-            return "its scale was not searched: no rows of the product were sampled"
+            return Refusal("its scale was not searched: no rows of the product were sampled")
         edge = readers[0]
         quantizer, spec = self._gm.get_submodule(name), edge.spec
         assert isinstance(quantizer, Quantizer) and spec is not None

@@ -24,6 +24,7 @@ from fxquant.search.one_sided import SearchedOneSided
 from fxquant.search.product_loss import ProductSample
 from fxquant.search.region_ratio import SearchedRegionRatio
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
+from fxquant.utils.notes import Refusal
 
 _REFUSAL_PREFIX = "its scale was not searched: "
 
@@ -52,23 +53,25 @@ class SearchSite:
         return self.samples[0].lhs if self.left else self.samples[0].rhs
 
 
-def start_search(quantizer: Quantizer, site: SearchSite) -> Searched | str:
+def start_search(quantizer: Quantizer, site: SearchSite) -> Searched | Refusal:
     """The search of a quantizer, or a sentence on why it has none."""
     start = entry_for(SEARCHES, quantizer)
     if start is None:
-        return f"{_REFUSAL_PREFIX}no search for {type(quantizer).__name__}"
+        return Refusal(f"{_REFUSAL_PREFIX}no search for {type(quantizer).__name__}")
     return start(quantizer, site)
 
 
-def _uniform(quantizer: UniformQuantizer, site: SearchSite) -> SearchedUniform | str:
+def _uniform(quantizer: UniformQuantizer, site: SearchSite) -> SearchedUniform | Refusal:
     unit = _unit(quantizer, site)
     if unit is None:
-        return f"{_REFUSAL_PREFIX}no output depends on one scale per channel of an activation alone"
+        return Refusal(
+            f"{_REFUSAL_PREFIX}no output depends on one scale per channel of an activation alone"
+        )
     shape, *other_shapes = (unit_shape(unit, s.heads, s.columns) for s in site.samples)
     if any(other != shape for other in other_shapes) or (
         quantizer.scale.numel() != torch.Size(shape).numel()
     ):
-        return f"{_REFUSAL_PREFIX}its scales lie along no axis of the product"
+        return Refusal(f"{_REFUSAL_PREFIX}its scales lie along no axis of the product")
     return SearchedUniform(quantizer, site.spec, unit, shape, site.search)
 
 
@@ -90,7 +93,7 @@ def _one_sided(quantizer: Quantizer, site: SearchSite) -> SearchedOneSided:
     return SearchedOneSided(quantizer, site.spec, site.search, float(site.values.max()))
 
 
-SEARCHES: dict[type[Quantizer], Callable[[Any, SearchSite], Searched | str]] = {
+SEARCHES: dict[type[Quantizer], Callable[[Any, SearchSite], Searched | Refusal]] = {
     UniformQuantizer: _uniform,
     TwinUniformQuantizer: _twin,
     DynamicFocusingQuantizer: _one_sided,

@@ -28,6 +28,7 @@ from fxquant.smoothing.candidates import (
     folded_sample,
 )
 from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
+from fxquant.utils.notes import Refusal
 from fxquant.utils.progress import track
 
 # Largest loss with the map over the loss without. The search of scales that follows is finer than
@@ -130,14 +131,14 @@ def _choose(
 
 
 def _comparable_sites(
-    sites: Iterable[tuple[fx.Node, Site | str]], samples: Mapping[str, ProductSample]
+    sites: Iterable[tuple[fx.Node, Site | Refusal]], samples: Mapping[str, ProductSample]
 ) -> tuple[list[tuple[Site, list[ConsumerSample]]], dict[str, str]]:
     """Sites with their consumers, and reasons for the other sites by name of the source."""
     comparable: list[tuple[Site, list[ConsumerSample]]] = []
     refused: dict[str, str] = {}
     for source, site in sites:
-        consumers = site if isinstance(site, str) else _consumer_samples(site, samples)
-        if isinstance(consumers, str) or isinstance(site, str):
+        consumers = site if isinstance(site, Refusal) else _consumer_samples(site, samples)
+        if isinstance(site, Refusal) or isinstance(consumers, Refusal):
             refused[source.name] = f"not smoothed: {consumers}"
         else:
             comparable.append((site, consumers))
@@ -152,7 +153,7 @@ def _nodes(site: Site) -> tuple[fx.Node, ...]:
 
 def _consumer_samples(
     site: Site, samples: Mapping[str, ProductSample]
-) -> list[ConsumerSample] | str:
+) -> list[ConsumerSample] | Refusal:
     """Rows of the products that read a site's channels, or why they cannot be compared."""
     consumers = []
     channels = int(site.source.meta["val"].shape[-1])
@@ -161,15 +162,17 @@ def _consumer_samples(
         spec = Edge(node, Arg.INPUT if left else Arg.RHS).spec
         sample = samples.get(node.name)
         if spec is None:
-            return f"the input of {node} stays float"
+            return Refusal(f"the input of {node} stays float")
         expected = Granularity.TENSOR if left else Granularity.HEAD
         if not spec.scheme.limits.is_general or spec.granularity is not expected:
-            return f"the quantizer of what {node} reads is not uniform with a scale a {expected}"
+            return Refusal(
+                f"the quantizer of what {node} reads is not uniform with a scale a {expected}"
+            )
         if sample is None or (not left and sample.heads * sample.columns != channels):
-            return f"no rows of {node} were sampled in a form that shows its channels"
+            return Refusal(f"no rows of {node} were sampled in a form that shows its channels")
         consumers.append(ConsumerSample(sample, spec, Edge(node, Arg.WEIGHT).spec, left))
     if len({consumer.spec for consumer in consumers if consumer.left}) > 1:
-        return "the linears that read it quantize it differently"
+        return Refusal("the linears that read it quantize it differently")
     return consumers
 
 

@@ -27,6 +27,7 @@ from fxquant.graph.nodes import (
 )
 from fxquant.graph.products import Product
 from fxquant.graph.shapes import example_shape
+from fxquant.utils.notes import Refusal
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _LINEAR = aten.linear.default
@@ -54,17 +55,17 @@ class Site:
     shiftable: bool
 
 
-def norm_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | str]]:
+def norm_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | Refusal]]:
     """Each norm that feeds a linear, with its site or the reason why a fold is not exact."""
     return _find(gm, _NORMS)
 
 
-def linear_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | str]]:
+def linear_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | Refusal]]:
     """Each linear that feeds a linear, with its site or the reason why a fold is not exact."""
     return _find(gm, (_LINEAR,))
 
 
-def _find(gm: fx.GraphModule, targets: tuple[Any, ...]) -> Iterator[tuple[fx.Node, Site | str]]:
+def _find(gm: fx.GraphModule, targets: tuple[Any, ...]) -> Iterator[tuple[fx.Node, Site | Refusal]]:
     for node in list(gm.graph.nodes):
         if node.target in targets:
             flow = _Flow(node)
@@ -110,11 +111,11 @@ def _averages_rows_of(product: fx.Node, node: fx.Node, source: fx.Node) -> bool:
     return source.target is _LINEAR and product.args[1] is node and product.args[0] is not node
 
 
-def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
+def _site(gm: fx.GraphModule, flow: _Flow) -> Site | Refusal:
     source = flow.source
     reason = _source_refusal(gm, source)
     if reason:
-        return reason
+        return Refusal(reason)
     shape = example_shape(source)
     # Channels are numbered from one: zeros are padding.
     numbers = torch.arange(1.0, shape[-1] + 1, dtype=torch.float64)
@@ -123,7 +124,7 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
     for product in flow.products:
         channels = evaluate_moves(operand(product, 1), source, numbers.expand(shape), memo)
         if not bool((channels == channels[..., :1, :]).all()):
-            return f"its channels do not stay on the last axis on their way to {product}"
+            return Refusal(f"its channels do not stay on the last axis on their way to {product}")
         output = example_shape(product)
         memo[product] = channels[..., :1, :].expand(*output[:-2], -1, -1).expand(output)
         averaged &= _rows_sum_to_one(operand(product, 0))
@@ -131,10 +132,12 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | str:
     for reader, node in flow.readers:
         reason = _reader_refusal(gm, reader)
         if reason:
-            return reason
+            return Refusal(reason)
         channels = evaluate_moves(node, source, numbers.expand(shape), memo)
         if channels.shape[-1] != shape[-1] or bool(((channels != numbers) & (channels != 0)).any()):
-            return f"its channels do not stay in order on the last axis on their way to {reader}"
+            return Refusal(
+                f"its channels do not stay in order on the last axis on their way to {reader}"
+            )
         padded |= bool((channels == 0).any())
     shiftable = source.target is not aten.rms_norm.default and averaged and not padded
     linears = tuple(reader for reader, _ in flow.readers)

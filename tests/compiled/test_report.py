@@ -13,9 +13,9 @@ import fxquant
 from fxquant import Rule, TensorSpec, testing
 from fxquant.compiled.report import measure_sqnr
 from fxquant.config.vocabulary import Arg
-from fxquant.graph.notes import Comparison
 from fxquant.quantizers import Quantizer
 from fxquant.testing import DIM, images, seeded, tokens
+from fxquant.utils.notes import Comparison
 
 X = images(4, 16)
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import fxquant
 from fxquant.config.renamed import RenamedOptionWarning
-from fxquant.graph.notes import NoteKind
 from fxquant.policies.policy_file import policy_to_dict, read_policy, to_yaml
+from fxquant.utils.notes import NoteKind
 
 DATA = Path(__file__).parents[1] / "data"
 POLICIES = sorted((DATA / "policies").glob("*.yaml"))

@@ -24,9 +24,9 @@ from fxquant.errors import (
     OutputError,
     PolicyError,
 )
-from fxquant.graph.notes import NoteKind
 from fxquant.policies.policy_file import read_policy
 from fxquant.testing import DIM, TOKENS, images, relative_error, seeded, tokens
+from fxquant.utils.notes import NoteKind
 
 X = images(4, 16)
 

@@ -30,6 +30,7 @@ from fxquant.policies.policy import Rule
 from fxquant.quantizers import TwinUniformQuantizer
 from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, TOKENS, Block, images, op_names, seeded, tokens
+from fxquant.utils.notes import Refusal
 from tests.helpers.stages import (
     EIGHT,
     WEIGHT,
@@ -244,7 +245,7 @@ def test_an_error_counts_for_all_rows_of_an_image() -> None:
     names = {product.node.name: product for product in weighted_products(gm)}
     sites = {name: _site(product, samples.get(name)) for name, product in names.items()}
     each, head = sites["each"], sites["head"]
-    assert not isinstance(each, str) and not isinstance(head, str)
+    assert not isinstance(each, Refusal) and not isinstance(head, Refusal)
     assert (each.worth(by_loss=True), head.worth(by_loss=True)) == (TOKENS, 1)
     # Without the loss, an error counts beside the size of the output.
     size = float((each.inputs @ each.weight.t()).square().sum(1).mean())
@@ -258,7 +259,7 @@ def test_a_mean_error_counts_unless_the_bias_takes_it(corrected: bool) -> None:
         run_passes(gm, [CorrectBias(samples)])
     (product,) = weighted_products(gm)
     site = _site(product, samples[product.node.name])
-    assert not isinstance(site, str)
+    assert not isinstance(site, Refusal)
     nothing, shifted = torch.zeros(len(site.rows), 6), torch.ones(len(site.rows), 6)
     plain, moved = site.error(nothing), site.error(shifted)
     assert site.error(None) == pytest.approx(plain)

@@ -17,7 +17,7 @@ from fxquant.graph.dialect import aten, op_kind
 from fxquant.graph.nodes import constant, data_users, operand
 from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant
-from fxquant.passes.base import PassResult, skipped
+from fxquant.passes.base import PassResult, Refusal, skipped
 
 # Operator -> position of eps; both begin (input, weight, bias, mean, var).
 _NORMS: dict[Any, int] = {
@@ -27,26 +27,26 @@ _NORMS: dict[Any, int] = {
 _FLATTEN = {aten.reshape.default, aten.flatten.using_ints}
 
 
-def _producer(norm: fx.Node, channels: int) -> fx.Node | str:
+def _producer(norm: fx.Node, channels: int) -> fx.Node | Refusal:
     """The linear or convolution to fold ``norm`` into, or the reason why the norm stays."""
     node = operand(norm, 0)
     flattened = node.target in _FLATTEN
     if flattened:
         # LeViT flattens (B, N, C) to (B * N, C) for BatchNorm1d: channels stay last.
         if node.meta["val"].ndim != 2 or len(data_users(node)) > 1:
-            return "its input is reshaped in a way that may mix channels"
+            return Refusal("its input is reshaped in a way that may mix channels")
         node = operand(node, 0)
         if node.meta["val"].shape[-1] != channels:
-            return "its input is reshaped in a way that mixes channels"
+            return Refusal("its input is reshaped in a way that mixes channels")
     kind = op_kind(node)
     if kind not in (OpKind.LINEAR, OpKind.CONV):
-        return f"it follows {node.name}, which is not a linear or convolution"
+        return Refusal(f"it follows {node.name}, which is not a linear or convolution")
     if kind is OpKind.LINEAR and not flattened and node.meta["val"].ndim != 2:
-        return "it normalises another axis than the linear's output channels"
+        return Refusal("it normalises another axis than the linear's output channels")
     if kind is OpKind.CONV and flattened:
-        return "its input is reshaped in a way that mixes channels"
+        return Refusal("its input is reshaped in a way that mixes channels")
     if len(data_users(node)) > 1:
-        return f"{node.name} feeds other operations too"
+        return Refusal(f"{node.name} feeds other operations too")
     return node
 
 
@@ -83,7 +83,7 @@ class FoldBatchNorm:
         for norm in [n for n in gm.graph.nodes if n.target in _NORMS]:
             mean = constant(gm, norm.args[3])
             node = _producer(norm, -1 if mean is None else mean.numel())
-            if isinstance(node, str):
+            if isinstance(node, Refusal):
                 notes.append(skipped(norm.name, f"batch norm stays: {node}"))
             elif not _fold(gm, norm, node):
                 notes.append(skipped(norm.name, "batch norm stays: a parameter is not a constant"))

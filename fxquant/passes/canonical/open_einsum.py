@@ -21,7 +21,7 @@ from torch import SymInt, fx
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.dialect import aten
 from fxquant.graph.rewrite import emit
-from fxquant.passes.base import Note, NoteKind, PassResult
+from fxquant.passes.base import Note, NoteKind, PassResult, Refusal
 
 _Call = Callable[..., fx.Node]
 
@@ -39,22 +39,24 @@ class _Plan:
     right: str
 
 
-def _plan(equation: str, operands: int) -> _Plan | str:
+def _plan(equation: str, operands: int) -> _Plan | Refusal:
     """The groups, or the reason why the equation is not a matmul."""
     inputs, arrow, result = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if operands != 2 or len(terms) != 2 or not arrow or "." in equation:
-        return "an einsum of other than two operands, or with an ellipsis, is not a matrix product"
+        return Refusal(
+            "an einsum of other than two operands, or with an ellipsis, is not a matrix product"
+        )
     a, b = terms
     if any(len(set(term)) != len(term) for term in (a, b, result)):
-        return "an einsum that repeats a letter in one operand is not a matrix product"
+        return Refusal("an einsum that repeats a letter in one operand is not a matrix product")
     if any(letter not in result and letter not in b for letter in a) or any(
         letter not in result and letter not in a for letter in b
     ):
-        return "an einsum that sums an axis of one operand alone is not a matrix product"
+        return Refusal("an einsum that sums an axis of one operand alone is not a matrix product")
     summed = "".join(letter for letter in a if letter in b and letter not in result)
     if not summed:
-        return "an einsum that sums over nothing is not a matrix product"
+        return Refusal("an einsum that sums over nothing is not a matrix product")
     return _Plan(
         left_letters=a,
         right_letters=b,
@@ -126,7 +128,7 @@ class OpenEinsum:
         changed, notes = 0, []
         for node in [n for n in gm.graph.nodes if n.target is aten.einsum.default]:
             plan = _plan(str(node.args[0]), len(node.args[1]))
-            if isinstance(plan, str):
+            if isinstance(plan, Refusal):
                 notes.append(Note(NoteKind.UNSUPPORTED, node.name, f"left float: {plan}"))
                 continue
             with gm.graph.inserting_before(node):

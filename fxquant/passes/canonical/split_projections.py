@@ -27,7 +27,7 @@ from fxquant.graph.nodes import data_users, evaluate_moves
 from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.graph.shapes import example_shape
-from fxquant.passes.base import PassResult, skipped
+from fxquant.passes.base import PassResult, Refusal, skipped
 
 # Data movement that can drop a part of its input: where branches of a packed projection begin.
 _SELECTS = {
@@ -79,11 +79,11 @@ def _varies(index: Tensor) -> tuple[bool, ...]:
     )
 
 
-def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
+def _branch(linear: fx.Node, node: fx.Node) -> _Branch | Refusal:
     """The branch that begins at ``node``, or the reason why it cannot be a projection itself."""
     shape = example_shape(linear)
     if any(size == 1 for size in shape[:-1]):
-        return "an axis of length one hides which axis it is"
+        return Refusal("an axis of length one hides which axis it is")
     axes = [-1] * node.meta["val"].ndim
     indices = []
     for axis, size in enumerate(shape):
@@ -96,14 +96,14 @@ def _branch(linear: fx.Node, node: fx.Node) -> _Branch | str:
     of_channels = _varies(channels)
     for axis, index in enumerate(leading):
         place = _place(index, shape[axis], of_channels)
-        if isinstance(place, str):
-            return f"at {node.name} {place}"
+        if isinstance(place, Refusal):
+            return Refusal(f"at {node.name} {place}")
         axes[place] = axis
     rows = channels[tuple(slice(None) if axis == -1 else 0 for axis in axes)]
     return _Branch(node, rows, tuple(axes))
 
 
-def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | str:
+def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | Refusal:
     """The axis of a branch that one leading axis of the linear becomes, or why there is none.
 
     Args:
@@ -113,14 +113,14 @@ def _place(index: Tensor, size: int, of_channels: tuple[bool, ...]) -> int | str
     """
     along = [axis for axis, varies in enumerate(_varies(index)) if varies]
     if any(of_channels[axis] for axis in along):
-        return "tokens and channels are mixed on one axis"
+        return Refusal("tokens and channels are mixed on one axis")
     if bool((index.flatten().bincount(minlength=size) == 0).any()):
-        return "its tokens are split"
+        return Refusal("its tokens are split")
     if len(along) > 1:
-        return "its tokens are spread over several axes"
+        return Refusal("its tokens are spread over several axes")
     order = index.transpose(0, along[0]).flatten(1)[:, 0]
     if not torch.equal(order, torch.arange(size)):
-        return "its tokens change their order"
+        return Refusal("its tokens change their order")
     return along[0]
 
 
@@ -172,7 +172,7 @@ class SplitProjections:
             if not leaves:
                 continue
             projections = _split(gm, linear, leaves)
-            if isinstance(projections, str):
+            if isinstance(projections, Refusal):
                 notes.append(skipped(linear.name, f"the packed projection stays: {projections}"))
             else:
                 changed += 1
@@ -182,19 +182,19 @@ class SplitProjections:
         return PassResult(changed, tuple(notes))
 
 
-def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> list[fx.Node] | str:
+def _split(gm: fx.GraphModule, linear: fx.Node, leaves: list[fx.Node]) -> list[fx.Node] | Refusal:
     """Splits a packed projection and returns its projections, or the reason why it stays."""
     packed = Product(gm, linear)
     if not packed.has_constant_weight or packed.has_computed_bias:
-        return "its weight or bias is not a constant"
+        return Refusal("its weight or bias is not a constant")
     branches = []
     for leaf in leaves:
         branch = _branch(linear, leaf)
-        if isinstance(branch, str):
+        if isinstance(branch, Refusal):
             return branch
         branches.append(branch)
     rows = torch.cat([branch.rows.flatten() for branch in branches])
     width = int(linear.meta["val"].shape[-1])
     if len(branches) < 2 or not torch.equal(rows.sort().values, torch.arange(width)):
-        return "its branches do not divide its output channels"
+        return Refusal("its branches do not divide its output channels")
     return [_rebuild(gm, linear, branch) for branch in branches]

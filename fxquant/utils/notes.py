@@ -72,6 +72,10 @@ class Refusal:
 
     reason: str
 
+    def __str__(self) -> str:
+        """The reason, as messages quote it."""
+        return self.reason
+
 
 def skipped(site: str, reason: str) -> Note:
     """A note on a site that a pass looked at and did not change.
