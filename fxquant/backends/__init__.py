@@ -1,1 +1,1 @@
-"""Backends lower a FROZEN graph; each stands in its own folder and is imported on use."""
+"""Backends, which lower a FROZEN graph; each has its own folder and is imported on use."""

@@ -1,7 +1,7 @@
-"""The protocol of a backend that runs in this process, and the table of backends.
+"""Protocol of the backends that run in this process, and the table of these backends.
 
-A backend has a table of lowerings, one row for each class of quantizers that it runs:
-``LOWERINGS: dict[type[Quantizer], ...]``. :func:`lowering_of` looks a quantizer up in it.
+Each backend has a table of lowerings with a row for each class of quantizers that it runs:
+``LOWERINGS: dict[type[Quantizer], ...]``. :func:`lowering_of` looks a quantizer up in that table.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ Lowering = TypeVar("Lowering")
 
 
 class Backend(Protocol):
-    """Lowers a graph to a module; keyword-only parameters are the backend's own flags."""
+    """Lowers a graph to a module; keyword-only parameters are the flags of the backend."""
 
     def __call__(self, gm: fx.GraphModule, /, **flags: Any) -> nn.Module:
-        """The module that runs the graph.
+        """Makes the module that runs the graph.
 
         Args:
-            gm: in stage FROZEN; not changed.
-            **flags: of the backend.
+            gm: the graph in stage FROZEN; not changed.
+            **flags: flags of the backend.
 
         Raises:
             LoweringError: the backend cannot express the graph.
         """
 
 
-# Name -> module, imported on use, and the backend in it. ONNX files are written by
-# CompiledModel.export_onnx, since they run in another process.
+# Name -> module, which is imported on use, and the name of the backend in that module. ONNX files
+# run in another process, so that CompiledModel.export_onnx writes them.
 BACKENDS = {
     "integer": ("fxquant.backends.integer", "lower_to_integer"),
     "inductor": ("fxquant.backends.inductor", "lower_to_inductor"),
@@ -45,11 +45,11 @@ BACKENDS = {
 
 
 def load_backend(name: str, flags: Mapping[str, Any]) -> Backend:
-    """The backend of that name, imported.
+    """Imports a backend and checks the names of flags.
 
     Args:
         name: a key of ``BACKENDS``.
-        flags: that it is to be called with.
+        flags: flags that the backend is to be called with.
 
     Raises:
         LoweringError: no backend has that name, or the backend does not have a flag.
@@ -83,13 +83,13 @@ def _flags(backend: Backend) -> list[str]:
 def lowering_of(
     lowerings: Mapping[type[Quantizer], Lowering], quantizer: Quantizer, edge: Edge, backend: str
 ) -> Lowering:
-    """The entry of a backend's table for a quantizer.
+    """Looks a quantizer up in a backend's table of lowerings.
 
     Args:
         lowerings: the table.
-        quantizer: on the edge.
-        edge: for the message.
-        backend: for the message.
+        quantizer: the quantizer on the edge.
+        edge: edge that the error names.
+        backend: backend that the error names.
 
     Raises:
         LoweringError: the backend has no form of the quantizer.

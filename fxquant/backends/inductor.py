@@ -1,4 +1,4 @@
-"""The inductor backend: ``torch.compile`` of the integer form, for any batch size."""
+"""Inductor backend: ``torch.compile`` of the integer form, for any batch size."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fxquant.errors import LoweringError
 
 
 class CompiledInteger(nn.Module):
-    """A module compiled by inductor on its first call, batch dimension dynamic.
+    """Module that inductor compiles on the first call, with a dynamic batch dimension.
 
     Args:
-        module: what ``lower_to_integer`` returned.
+        module: the integer form that ``lower_to_integer`` returned.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -30,23 +30,23 @@ class CompiledInteger(nn.Module):
         Raises:
             LoweringError: inductor failed to build its code.
         """
-        # A batch of one may still get code of its own: torch specializes on sizes 0 and 1.
+        # A batch of one may still get separate code: torch specializes on sizes 0 and 1.
         torch._dynamo.maybe_mark_dynamic(images, 0)
         try:
             return self._compiled(images)
         except BackendCompilerFailed as error:
             reason = str(error).strip().partition("\n")[0]
             raise LoweringError(
-                f"inductor could not build the integer form: {reason}. Its whole report is "
+                f"inductor could not build the integer form: {reason}. Its full report is "
                 "chained to this error; lower('integer') runs without a compiler"
             ) from error
 
 
 def lower_to_inductor(gm: fx.GraphModule) -> nn.Module:
-    """``torch.compile`` of the integer form of a graph.
+    """Lowers a graph to its integer form and wraps that in ``torch.compile``.
 
     Args:
-        gm: in stage FROZEN; not changed.
+        gm: the graph in stage FROZEN; not changed.
 
     Raises:
         LoweringError: the graph has no integer form, or inductor finds no C++ compiler.
@@ -55,13 +55,13 @@ def lower_to_inductor(gm: fx.GraphModule) -> nn.Module:
 
 
 def compile_integer(module: nn.Module) -> nn.Module:
-    """``torch.compile`` of an integer form.
+    """Wraps an integer form in ``torch.compile``.
 
     Args:
-        module: what ``lower_to_integer`` returned; shared, not copied.
+        module: the integer form that ``lower_to_integer`` returned; shared, not copied.
 
     Returns:
-        A module with the same inputs and outputs. Its first call compiles.
+        A module with the same inputs and outputs, which the first call compiles.
 
     Raises:
         LoweringError: inductor finds no C++ compiler.
@@ -71,7 +71,7 @@ def compile_integer(module: nn.Module) -> nn.Module:
 
 
 def _check_compiler() -> None:
-    """Asks inductor for its compiler, so that a missing one is said in one line."""
+    """Asks inductor for its compiler, so that the error about a missing compiler is one line."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

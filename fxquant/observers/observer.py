@@ -107,8 +107,8 @@ class Observer(nn.Module, ABC):
         if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
             below = bool((lo == -torch.inf).any()) and not bool((hi.isnan() | hi.isposinf()).any())
             mask = (
-                ". Attention masks are made of minus infinity, for which integers have no code: "
-                "mask with a finite number, such as -1e4, or leave its additions and the "
+                ". Minus infinity, which attention masks are made of, has no integer code: mask "
+                "with a finite number, such as -1e4, or leave its additions and the "
                 "softmax float by rules `op: add` and `op: softmax` with `spec: null`"
             )
             raise NonFiniteError(

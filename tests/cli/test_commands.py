@@ -226,7 +226,7 @@ def test_doctor_exits_with_1_on_a_wrong_file(
 ) -> None:
     # The package has a function of the module's name.
     module = sys.modules["fxquant.backends.onnx_qdq.doctor"]
-    monkeypatch.setattr(module, "optimization_difference", lambda *_: Difference(found=0.5))
+    monkeypatch.setattr(module, "optimization_difference", lambda *_: Difference(relative_l2=0.5))
     assert main(["doctor", str(compiled / "model.onnx")]) == 1
     assert "WRONG" in capsys.readouterr().out
 

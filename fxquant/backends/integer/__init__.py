@@ -1,8 +1,8 @@
-"""The integer backend: products on integer codes with exact integer accumulators.
+"""Integer backend: products on integer codes with exact integer accumulators.
 
-Read :mod:`lowering` for how a graph is rewritten, :mod:`modules` for what its nodes compute,
-:mod:`kernels` and :mod:`convolve` for why the sums are exact. :mod:`integer_only` has the form
-without any float arithmetic between the first and the last code, :mod:`audit` the proof of it.
+Read :mod:`lowering` for the rewriting of a graph, :mod:`modules` for the computations of its nodes,
+:mod:`kernels` and :mod:`convolve` for the exactness of the sums. :mod:`integer_only` lowers a graph
+to a form without any float arithmetic between the first and the last code, :mod:`audit` checks it.
 """
 
 from fxquant.backends.integer.audit import float_operations

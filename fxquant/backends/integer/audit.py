@@ -1,4 +1,4 @@
-"""Watches a network run, and tells whether it is integer-only between its first and last code."""
+"""Records the operators of a network's run and lists those that touch floats between codes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution"}
+# Names of torch's operators that compute products.
+_PRODUCT_OPERATORS = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution"}
 
 
 class _Operation(NamedTuple):
-    """One operator that torch ran: its name, and the types of tensors that it read and wrote."""
+    """Record of an operator that torch ran: name, and types of the tensors read and written."""
 
     name: str
     reads: tuple[torch.dtype, ...]
@@ -22,17 +23,17 @@ class _Operation(NamedTuple):
 
     @property
     def touches_float(self) -> bool:
-        """Whether it read or wrote floating-point numbers."""
+        """Whether the operator read or wrote floating-point numbers."""
         return any(map(_is_float, (*self.reads, *self.writes)))
 
     @property
     def rounds(self) -> bool:
-        """Whether it turned floats into integers."""
+        """Whether the operator turned floats into integers."""
         return any(map(_is_float, self.reads)) and not any(map(_is_float, self.writes))
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every operator that runs, whatever module or fused kernel it comes from."""
+    """Records every operator that runs, from any module or fused kernel."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -57,30 +58,34 @@ def _is_float(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def float_operations(network: nn.Module, images: Tensor) -> list[str]:
-    """The operators that touched a float where none should.
+    """Lists the operators that touched a float in the integer stretch of a network's run.
 
     The stretch begins with the first operator that turns floats into integers, the last step of
     the quantization of the image, and ends with the last operator that computes on integers alone.
-    In between, every operator that torch runs counts which reads or writes a floating-point
-    tensor, moves and copies included. Behind it products count: functions of the outputs may be
-    float, but a network may not leave the integers before its last product.
+    Within the stretch the list has every operator that reads or writes a floating-point tensor,
+    data movement and copies included. Behind the stretch it has the float products: functions of
+    the outputs may be float, but a network may not leave the integers before its last product.
 
     Args:
         network: any module.
         images: ``(B, C, H, W)``.
 
     Returns:
-        Their names in order; empty for an integer-only network.
+        Names of the operators in order; empty for an integer-only network.
 
     Raises:
-        ValueError: the network never turns floats into integers, so there is nothing to watch.
+        ValueError: the network never turns floats into integers, so that it has no such stretch.
     """
     with _Recorder() as recorder:
-        network.forward(images)  # what is computed, without a hook that looks at the images
-    ran = recorder.operations
-    first = next((i for i, operation in enumerate(ran) if operation.rounds), None)
+        network.forward(images)  # the computation, without hooks that read the images
+    operations = recorder.operations
+    first = next((i for i, operation in enumerate(operations) if operation.rounds), None)
     if first is None:
         raise ValueError("the network computes no integers from its images; lower it first")
-    last = max(i for i, item in enumerate(ran) if item.rounds or not item.touches_float)
-    late = [item for item in ran[last + 1 :] if item.name.split(".")[1] in _PRODUCTS]
-    return [item.name for item in (*ran[first + 1 : last], *late) if item.touches_float]
+    last = max(i for i, item in enumerate(operations) if item.rounds or not item.touches_float)
+    late_products = [
+        item for item in operations[last + 1 :] if item.name.split(".")[1] in _PRODUCT_OPERATORS
+    ]
+    return [
+        item.name for item in (*operations[first + 1 : last], *late_products) if item.touches_float
+    ]

@@ -1,4 +1,4 @@
-"""Functions, sums and means of integer codes, and the way back to floats."""
+"""Modules for functions, sums and means of integer codes, and for dequantized outputs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from fxquant.backends.integer.modules import QuantizedOperand
 from fxquant.quantizers import AffineQuantizer
 from fxquant.quantizers.ops import broadcast
 
-# Bits of a multiplier beyond those of the codes, so that its rounding is 2^-13 of a step at most.
+# Bits of a multiplier beyond those of the codes, with which its rounding error is at most 2^-13 of
+# a step.
 _SPARE_BITS = 12
-# Fraction bits of a function's values where no quantizer reads them.
+# Fraction bits of an activation function's values where no quantizer reads them.
 FUNCTION_BITS = 24
 
 
 def table_of(quantizer: AffineQuantizer, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Values of a function at all codes of a quantizer, from the smallest code on, float32."""
+    """Values of a function at all codes of a quantizer, float32, beginning at the smallest code."""
     codes = torch.arange(quantizer.qmin, quantizer.qmax + 1, device=quantizer.scale.device)
     return function(quantizer.dequantize(codes.to(torch.float32)))
 
 
 class Lookup(nn.Module):
-    """Codes to the entries of a table, the first of which belongs to the smallest code."""
+    """Maps codes to the entries of a table, whose first entry belongs to the smallest code."""
 
     table: Tensor
 
@@ -35,7 +36,7 @@ class Lookup(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Entries of the shape of ``codes``."""
+        """Looks up the entries of ``codes``, in the shape of ``codes``."""
         return self.table[codes.to(torch.int64) - self.first]
 
     def extra_repr(self) -> str:
@@ -44,10 +45,11 @@ class Lookup(nn.Module):
 
 
 class IntAdd(nn.Module):
-    """``a + b`` of codes on different grids: accumulators of a unit that both are multiples of.
+    """Adds codes on different grids: ``a + b`` as accumulators with one common unit.
 
-    The unit is the larger scale over a power of two, so that this operand's multiplier is exact;
-    that of the other is rounded, by ``2^-13`` steps of the larger scale in the sum at most.
+    The unit is the larger scale over a power of two, so that the multiplier of the operand with
+    this scale is exact. The multiplier of the other operand is rounded, which changes the sum by at
+    most ``2^-13`` steps of the larger scale.
 
     Args:
         lhs: quantizer of ``a``, per tensor.
@@ -65,15 +67,17 @@ class IntAdd(nn.Module):
         self.bound = sum(span * f for span, f in zip(spans, self.factors, strict=True))
 
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """Accumulators of the sum, int32, or int64 where they could pass it."""
+        """Accumulators of the sum, int32, or int64 where the sum could exceed int32."""
         dtype = accumulator_dtype(self.bound)
-        parts: list[Tensor] = []
-        for codes, side, factor in zip((lhs, rhs), (self.lhs, self.rhs), self.factors, strict=True):
+        terms: list[Tensor] = []
+        for codes, operand, factor in zip(
+            (lhs, rhs), (self.lhs, self.rhs), self.factors, strict=True
+        ):
             steps = codes.to(dtype)
-            if side.zero_point is not None:
-                steps = steps - side.zero_point
-            parts.append(steps * factor)
-        return parts[0] + parts[1]
+            if operand.zero_point is not None:
+                steps = steps - operand.zero_point
+            terms.append(steps * factor)
+        return terms[0] + terms[1]
 
     def extra_repr(self) -> str:
         """Multipliers of the operands."""
@@ -81,24 +85,24 @@ class IntAdd(nn.Module):
 
 
 class IntMean(nn.Module):
-    """The sum of accumulators over axes, in int64; the caller divides the scale."""
+    """Sums accumulators over axes in int64; the caller divides their unit by the count."""
 
     def __init__(self, axes: tuple[int, ...], *, keepdim: bool) -> None:
         super().__init__()
         self.axes, self.keepdim = axes, keepdim
 
     def forward(self, acc: Tensor) -> Tensor:
-        """Sums of ``acc``."""
+        """Sums ``acc`` over the axes."""
         total: Tensor = acc.sum(self.axes, keepdim=self.keepdim, dtype=torch.int64)
         return total
 
 
 class Dequantize(nn.Module):
-    """Accumulators to floats, for an output of the model.
+    """Converts accumulators to floats, for an output of the model.
 
     Args:
         scale: unit of the accumulators, ``()`` or ``(C,)``.
-        axis: axis that it runs along; None per tensor.
+        axis: axis that the unit runs along; None per tensor.
     """
 
     scale: Tensor

@@ -1,4 +1,4 @@
-"""A graph that is built anew, its modules and constants in one place."""
+"""Builder of a new graph whose modules and constants lie in one submodule."""
 
 from __future__ import annotations
 
@@ -6,48 +6,51 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-# Holds the modules and buffers, so that their names meet no attribute of a GraphModule.
-_PARTS = "integer"
+# Submodule of the modules and buffers, whose names then cannot clash with attributes of a
+# GraphModule.
+_SUBMODULE = "integer"
 
 
-class NewGraph:
-    """A graph under construction.
+class GraphBuilder:
+    """Graph under construction.
 
     Args:
-        training: mode of its modules.
+        training: whether the modules are in training mode.
     """
 
     def __init__(self, *, training: bool) -> None:
         self.graph = fx.Graph()
-        self._parts, self._training = nn.Module(), training
+        self._submodule, self._training = nn.Module(), training
 
     def call(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
-        """Adds a module, and a call of it.
+        """Adds a module and a call of the module.
 
         Args:
-            name: wanted name of both; made unique.
+            name: name of the module and of the call, to which a number is added where it is taken.
             module: the module.
-            *args: what it is called with.
+            *args: arguments of the call.
         """
         unique = self._unique(name)
-        self._parts.add_module(unique, module.train(self._training))
-        return self.graph.create_node("call_module", f"{_PARTS}.{unique}", args, {}, name=unique)
+        self._submodule.add_module(unique, module.train(self._training))
+        return self.graph.create_node(
+            "call_module", f"{_SUBMODULE}.{unique}", args, {}, name=unique
+        )
 
     def buffer(self, name: str, value: Tensor) -> fx.Node:
-        """Adds a constant, and a node that reads it."""
+        """Adds a constant as a buffer, and a node that reads the buffer."""
         unique = self._unique(name)
-        self._parts.register_buffer(unique, value.detach().contiguous())
-        return self.graph.create_node("get_attr", f"{_PARTS}.{unique}", (), {}, name=unique)
+        self._submodule.register_buffer(unique, value.detach().contiguous())
+        return self.graph.create_node("get_attr", f"{_SUBMODULE}.{unique}", (), {}, name=unique)
 
     def function(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         """Adds a call of a function."""
         return self.graph.call_function(target, tuple(args), dict(kwargs))
 
     def finish(self, outputs: Any) -> fx.GraphModule:
-        """The graph, with these outputs."""
+        """Adds the outputs and returns the graph module."""
         self.graph.output(outputs)
         root = nn.Module()
-        root.add_module(_PARTS, self._parts)
+        root.add_module(_SUBMODULE, self._submodule)
         gm = fx.GraphModule(root, self.graph)
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
@@ -57,7 +60,7 @@ class NewGraph:
 
     def _unique(self, name: str) -> str:
         unique, i = name, 0
-        while hasattr(self._parts, unique):
+        while hasattr(self._submodule, unique):
             i += 1
             unique = f"{name}_{i}"
         return unique

@@ -1,8 +1,8 @@
 """Codes of logarithmic quantizers in the integer backend (arXiv 2407.12951).
 
-A code ``c`` stands for ``s 2^(-c n / d)``. With ``c n = d shift + rest`` that is an entry of a
-table of ``d`` whole numbers, shifted right; counted in units of the smallest value's, shifted left.
-Codes are decoded so to whole numbers, which a product multiplies exactly.
+A code ``c`` represents ``s 2^(-c n / d)``. With ``c n = d shift + rest`` this is an entry of a
+table of ``d`` whole numbers, shifted right by ``shift``; in units of the smallest power, the entry
+is shifted left. In this way codes are decoded to whole numbers, which a product multiplies exactly.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _BYTE_MAX = 255
 
 
 class LogToCodes(nn.Module):
-    """Quantizes: floats of any shape to uint8 codes of that shape.
+    """Quantizes floats of any shape to uint8 codes of the same shape.
 
-    The arithmetic of the quantizer's own ``quantize`` in plain operators.
+    The module computes like the quantizer's ``quantize``, but in plain operators.
     """
 
     borders: Tensor
@@ -40,12 +40,12 @@ class LogToCodes(nn.Module):
         return (self.zero_code - places).to(torch.uint8)
 
     def extra_repr(self) -> str:
-        """The code of zero."""
+        """Code of zero."""
         return f"zero_code={self.zero_code}"
 
 
 class LogFromCodes(nn.Module):
-    """Dequantizes, for an operation that stays float: uint8 codes to float32."""
+    """Dequantizes uint8 codes to float32, for an operation that stays float."""
 
     values: Tensor
 
@@ -60,7 +60,7 @@ class LogFromCodes(nn.Module):
 
 
 class LogOperand(nn.Module):
-    """One operand of a product, given as codes.
+    """Decodes the codes of a logarithmic quantizer to an operand of a product.
 
     Args:
         quantizer: the operand's quantizer.
@@ -79,17 +79,17 @@ class LogOperand(nn.Module):
         self.register_buffer("table", table)
 
     def forward(self, codes: Tensor) -> Terms:
-        """The operand that ``codes`` are, in units of the scale."""
+        """Decodes ``codes`` to whole numbers in units of the scale."""
         steps = codes.to(torch.int32) * self.n
         shift = torch.div(steps, self.d, rounding_mode="floor")
         entry = self.table[steps - shift * self.d]
-        # The shift of the code of zero would be a negative one.
+        # The left shift of zero's code would be negative.
         values = entry << (self.depth - shift).clamp(min=0)
         values = torch.where(codes < self.zero_code, values, 0)
         return ((Operand(values.to(self.dtype), None, self.bound), 0),)
 
     def factor(self, ndim: int) -> Tensor:
-        """The scale, of which a product of any number of axes has one."""
+        """The scale, which is one for the tensor, whatever the number of axes."""
         return self.scale
 
     def extra_repr(self) -> str:
@@ -98,11 +98,13 @@ class LogOperand(nn.Module):
 
 
 class LogRequantize(nn.Module):
-    """Accumulators to the codes of a logarithmic quantizer, by comparing them with its borders.
+    """Requantizes accumulators to the codes of a logarithmic quantizer.
+
+    The module compares accumulators with the borders between codes.
 
     Args:
         quantizer: the quantizer.
-        ratio: unit of the accumulators over its scale, float64, positive, ``()``.
+        ratio: unit of the accumulators over the quantizer's scale, float64, positive, ``()``.
 
     Raises:
         LoweringError: the accumulators have several units, or a factor before the quantizer is not
@@ -115,21 +117,21 @@ class LogRequantize(nn.Module):
         super().__init__()
         if ratio.ndim or not bool(ratio > 0):
             raise LoweringError(
-                "a logarithmic quantizer takes accumulators of one unit and a positive factor"
+                "a logarithmic quantizer needs accumulators of one unit and a positive factor"
             )
         self.zero_code = quantizer.zero_code
         shares = torch.tensor(
             log_borders(*quantizer.form), dtype=torch.float64, device=ratio.device
         )
-        # A whole number is above a border where it is above the whole number below that.
+        # A whole number is above a border where it is above the next whole number below the border.
         borders = torch.floor(shares / ratio).clamp(max=2.0**WORD_BITS)
         self.register_buffer("borders", borders.to(torch.int64))
 
     def forward(self, acc: Tensor) -> Tensor:
-        """Codes of the values that ``acc`` stand for."""
+        """Codes of the values that the accumulators ``acc`` represent."""
         places = torch.bucketize(acc.to(torch.int64).contiguous(), self.borders)
         return (self.zero_code - places).to(torch.uint8)
 
     def extra_repr(self) -> str:
-        """The code of zero."""
+        """Code of zero."""
         return f"zero_code={self.zero_code}"

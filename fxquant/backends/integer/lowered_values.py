@@ -1,4 +1,4 @@
-"""What stands for a value of the float graph in the integer-only one."""
+"""Forms of the float graph's values in the integer-only graph: sums, functions of codes, codes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fxquant.quantizers.ops import broadcast
 
 
 class Accumulator(NamedTuple):
-    """Integer accumulators.
+    """Integer accumulators with a constant unit.
 
     Attributes:
-        node: yields them, in the new graph.
-        scale: their unit, float64, ``()`` or ``(C,)``.
-        axis: axis that it runs along, counted from the last; None per tensor.
-        bound: none is larger in magnitude.
+        node: node of the lowered graph that yields the accumulators.
+        scale: unit of the accumulators, float64, ``()`` or ``(C,)``.
+        axis: axis that the unit runs along, counted from the last; None per tensor.
+        bound: largest possible magnitude of an accumulator.
     """
 
     node: fx.Node
@@ -38,12 +38,12 @@ class Accumulator(NamedTuple):
 
 
 class CodeFunction(NamedTuple):
-    """A function of codes: a table, once it is known what reads it.
+    """Function of codes, which becomes a table of its reader's codes or of whole numbers.
 
     Attributes:
-        node: yields the codes, in the new graph.
-        quantizer: of the codes.
-        function: of their values.
+        node: node of the lowered graph that yields the codes.
+        quantizer: quantizer of the codes.
+        function: function of the codes' values.
     """
 
     node: fx.Node
@@ -52,12 +52,12 @@ class CodeFunction(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """What a node multiplies a value by.
+    """Constant factor that a node multiplies a value by.
 
     Attributes:
-        source: yields the value.
-        values: float64, ``()`` or ``(C,)``.
-        axis: axis that they run along, counted from the last; None for one.
+        source: node that yields the value.
+        values: the factor, float64, ``()`` or ``(C,)``.
+        axis: axis that the factor runs along, counted from the last; None for one number.
     """
 
     source: fx.Node
@@ -67,15 +67,16 @@ class Factor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CodeRequest:
-    """Codes of a value, or of a multiple of it, in the terms of some quantizer.
+    """Request for a quantizer's codes of a value, or of a multiple of the value.
 
     Attributes:
-        key: equal for equal codes.
-        quantizer: what the codes mean.
-        scale: of the codes over the factor of the value, float64, ``()`` or ``(C,)``; infinite
-            where the value is multiplied by zero.
-        zero_point: of the codes, as scale or ``()``.
-        axis: axis of the value that either runs along, counted from the last; None per tensor.
+        key: key that is equal for equal codes.
+        quantizer: quantizer of the codes.
+        scale: scale of the codes over the factor of the value, float64, ``()`` or ``(C,)``;
+            infinite where the value is multiplied by zero.
+        zero_point: zero point of the codes, shaped as scale or ``()``.
+        axis: axis of the value that scale or zero_point runs along, counted from the last; None
+            per tensor.
     """
 
     key: tuple[object, ...]
@@ -86,7 +87,7 @@ class CodeRequest:
 
     @classmethod
     def of(cls, quantizer: Quantizer) -> CodeRequest:
-        """The codes that a quantizer gives."""
+        """Requests the codes that a quantizer yields."""
         buffers = (tuple(buffer.flatten().tolist()) for buffer in quantizer.buffers())
         return cls(
             key=(json.dumps(quantizer.config()), *buffers),
@@ -97,16 +98,16 @@ class CodeRequest:
         )
 
     def times(self, factor: Factor) -> CodeRequest:
-        """The codes of the value before it is multiplied; these are per tensor."""
+        """Requests the codes of the value before its multiplication by ``factor``."""
         assert self.axis is None
         key = (*self.key, "times", tuple(factor.values.flatten().tolist()), factor.axis)
         return replace(self, key=key, scale=self.scale / factor.values, axis=factor.axis)
 
     def by_channel(self, heads: Tensor, axis: int) -> CodeRequest:
-        """The same codes where channels have not yet been sorted into heads.
+        """Requests the same codes of a value whose channels are not yet divided into heads.
 
         Args:
-            heads: entry of ``self.axis`` that each channel goes to, ``(C,)``.
+            heads: entry of ``self.axis`` that each channel is moved to, ``(C,)``.
             axis: axis of the channels.
         """
         key = (*self.key, "by channel", axis, tuple(heads.tolist()))
@@ -115,21 +116,23 @@ class CodeRequest:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type that the codes are stored in."""
+        """Storage type of the codes."""
         return storage_dtype(self.quantizer)
 
     def zero_code(self) -> int:
-        """The one code that stands for zero.
+        """The code that represents zero.
 
         Raises:
-            LoweringError: there are several, or none.
+            LoweringError: several codes represent zero, or none does.
         """
         codes = set(self.zero_point.flatten().tolist())
         if len(codes) > 1:
-            raise LoweringError("padding needs one zero point, the codes there have several")
+            raise LoweringError("padding needs one zero point, and the padded codes have several")
         code = int(codes.pop())
         if code < self.quantizer.code_range[0]:
-            raise LoweringError("padding needs a code for zero, and the interval begins above it")
+            raise LoweringError(
+                "padding needs a code for zero, and the quantizer's interval begins above zero"
+            )
         return code
 
     def constant(self, value: Tensor) -> Tensor:
@@ -137,26 +140,26 @@ class CodeRequest:
         return self._multiplied(value.double())
 
     def table(self, values: Tensor) -> Tensor:
-        """Codes of the values of a function.
+        """Codes of a function's values.
 
         Raises:
-            LoweringError: codes of one value differ by channel.
+            LoweringError: the codes of one value differ between channels.
         """
         if self.axis is not None:
-            raise LoweringError("a function is read with a scale for each channel")
+            raise LoweringError("an activation function is read with a scale for each channel")
         return self._multiplied(values.double())
 
     def _multiplied(self, value: Tensor) -> Tensor:
-        # The scale divides out what the value is to be multiplied by.
+        # The requested scale has been divided by the factor of the value.
         factor = broadcast(self.quantizer.scale / self.scale, value.ndim, self.axis)
         return self.quantizer.quantize((value * factor).float()).to(self.dtype)
 
     def fits(self, sums: Accumulator) -> bool:
-        """Whether scales of sums and codes run along one axis, so that either gives the other."""
+        """Whether the units of sums and codes run along one axis, so that sums become codes."""
         return self.axis is None or sums.axis in (None, self.axis)
 
     def requantizer(self, sums: Accumulator) -> nn.Module:
-        """The module from sums that fit to these codes."""
+        """Makes the module that requantizes fitting sums to the codes."""
         axis = self.axis if sums.axis is None else sums.axis
         ratio = sums.scale / self.scale
         return integer_form(self.quantizer).requantize(
@@ -165,52 +168,53 @@ class CodeRequest:
 
 
 def scaling(gm: fx.GraphModule, node: fx.Node) -> Factor | None:
-    """What ``node`` multiplies a value by, None if it does something else.
+    """Constant factor that ``node`` multiplies a value by; None for any other node.
 
-    A number, or a constant that is no tensor along all axes but one.
+    The factor is a number, or a constant with more than one entry along at most one axis.
     """
     if node.target not in (aten.mul.Tensor, aten.div.Tensor):
         return None
-    source, given = node.args
+    source, multiplier = node.args
     if node.target is aten.mul.Tensor and constant(gm, source) is not None:
-        source, given = given, source
-    values = constant(gm, given)
-    if isinstance(given, int | float):
-        values = torch.tensor(float(given))
+        source, multiplier = multiplier, source
+    values = constant(gm, multiplier)
+    if isinstance(multiplier, int | float):
+        values = torch.tensor(float(multiplier))
     if values is None or not isinstance(source, fx.Node):
         return None
     values = values.double() if node.target is aten.mul.Tensor else 1 / values.double()
-    long = [axis for axis in range(-values.ndim, 0) if values.shape[axis] != 1]
-    if not long:
+    axes = [axis for axis in range(-values.ndim, 0) if values.shape[axis] != 1]
+    if not axes:
         return Factor(source, values.reshape(()), None)
-    return Factor(source, values.flatten(), long[0]) if len(long) == 1 else None
+    return Factor(source, values.flatten(), axes[0]) if len(axes) == 1 else None
 
 
 def sums_of_product(
     call: fx.Node, product: Product, weight: Tensor | None, node: fx.Node
 ) -> Accumulator:
-    """What a product of codes gives.
+    """Sums of a product of codes, with their unit and bound.
 
     Args:
-        call: yields its accumulators.
-        product: its module.
+        call: node of the lowered graph that yields the accumulators.
+        product: module of the product.
         weight: the right operand where it is constant.
-        node: the product in the old graph.
+        node: the product in the float graph.
 
     Raises:
-        LoweringError: the length of the sum is not known, or both operands have several scales.
+        LoweringError: the length of the sum is not known, or the scales of both operands run along
+            axes, which differ.
     """
     if isinstance(product, IntMatmul):
         left, right = product.lhs, product.rhs
         depth = operand(node, 0).meta["val"].shape[-1]
-        along = {_axis(left), _axis(right)}
+        operand_axes = {_axis(left), _axis(right)}
     else:
         assert weight is not None
         left, right = product.input, product.weight
         depth = weight.shape[1:].numel()
         # Output channels lie last behind a linear, before the spatial axes behind a convolution.
-        along = {_axis(left), None if right.axis is None else 1 - weight.ndim}
-    axes = [axis for axis in along if axis is not None]
+        operand_axes = {_axis(left), None if right.axis is None else 1 - weight.ndim}
+    axes = [axis for axis in operand_axes if axis is not None]
     if not isinstance(depth, int) or len(axes) > 1:
         raise LoweringError(
             f"{node.name} sums over an axis whose size changes with the batch, or its operands "
@@ -224,35 +228,36 @@ def sums_of_product(
     return Accumulator(call, (left.scale * right.scale).double(), axis, bound)
 
 
-def _axis(side: AnyOperand) -> int | None:
-    return side.axis if isinstance(side, QuantizedOperand) else None
+def _axis(term: AnyOperand) -> int | None:
+    """Axis that the scale of a product's operand runs along; None per tensor."""
+    return term.axis if isinstance(term, QuantizedOperand) else None
 
 
-def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, wanted: CodeRequest) -> Tensor:
-    """Which entry of an axis each channel goes to, when values are moved.
+def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, request: CodeRequest) -> Tensor:
+    """Maps each channel to the entry of an axis that data movement moves it to.
 
     Args:
-        source: yields the channels.
-        node: reached from there through moves.
+        source: node that yields the channels.
+        node: node reached from ``source`` through data movement.
         axis: axis of the channels, counted from the last.
-        wanted: codes with a scale for each entry of an axis of what ``node`` yields.
+        request: codes with a scale for each entry of an axis of ``node``'s output.
 
     Returns:
-        ``(C,)``, whole numbers.
+        Entry of each channel, ``(C,)``, whole numbers.
 
     Raises:
-        LoweringError: some channel goes to several entries.
+        LoweringError: data movement spreads a channel over several entries.
     """
     shape = example_shape(source)
     numbers = torch.arange(shape[axis]).view(-1, *[1] * (-axis - 1)).expand(shape)
-    moved = evaluate_moves(node, source, numbers, {}).movedim(wanted.axis or 0, 0).flatten(1)
+    moved = evaluate_moves(node, source, numbers, {}).movedim(request.axis or 0, 0).flatten(1)
     heads = torch.full((shape[axis],), -1)
     for head, channels in enumerate(moved):
-        taken = channels.unique()
-        if bool((heads[taken] >= 0).any()):
+        head_channels = channels.unique()
+        if bool((heads[head_channels] >= 0).any()):
             raise LoweringError(
                 f"{source.name} has a scale for each channel, and what reads {node.name} has one "
                 "for each entry of an axis that mixes them"
             )
-        heads[taken] = head
+        heads[head_channels] = head
     return heads.clamp(min=0)

@@ -3,11 +3,11 @@
 Before: ``linear(q_x(x), q_W(W), b)``
 After:  ``int_linear(to_codes(x), W_codes)``, ``W_codes`` and the bias integer buffers
 
-Codes of a twin quantizer are its code words; a product takes them apart (:mod:`twin`). Those of a
-logarithmic one it decodes by a table and a shift (:mod:`log`).
+Codes of a twin quantizer are its code words; a product separates them by region (:mod:`twin`).
+Codes of a logarithmic quantizer are decoded by a table and a shift (:mod:`log`).
 
-A product whose operands are not both quantized stays float, on dequantized codes where it has
-any. Equal quantizers of one value become one, so that a value is quantized once.
+A product whose operands are not both quantized stays float, on dequantized codes where an operand
+has codes. Equal quantizers of one value become one quantizer, so that the value is quantized once.
 """
 
 from __future__ import annotations
@@ -37,43 +37,44 @@ from fxquant.quantizers import Quantizer
 def lower_to_integer(
     gm: fx.GraphModule, *, integer_only: bool | None = None, float_products: bool = False
 ) -> fx.GraphModule:
-    """The integer form of a quantized graph.
+    """Lowers a quantized graph to its integer form.
 
     Args:
-        gm: in stage FROZEN; not changed.
-        integer_only: compute nothing in float between the first and the last code
-            (:mod:`integer_only`); None: do so where the policy quantizes elementwise operations
-            and all of the graph has an integer form.
-        float_products: of the integer-only form: multiply whole numbers held as floats, with the
-            same results, faster.
+        gm: the graph in stage FROZEN; not changed.
+        integer_only: whether to compute nothing in float between the first and the last code
+            (:mod:`integer_only`). None: integer-only where the policy quantizes elementwise
+            operations and the whole graph has an integer form.
+        float_products: whether products of the integer-only form multiply whole numbers held as
+            floats, which is faster and has the same results.
 
     Returns:
-        A graph that takes and gives what ``gm`` does. ``meta["float_because"]`` says why it is not
-        integer-only, and is empty where it is; what follows is of the other form. Quantizers are
-        modules such as ``ToCodes`` or, for constants, integer buffers; products are ``IntLinear``,
-        ``IntConv`` and ``IntMatmul``. It has no gradients. ``meta["codes"]`` maps the name of each
-        quantizer of ``gm`` to the module or buffer that yields its codes.
+        A graph with the inputs and outputs of ``gm``. ``meta["float_because"]`` has the reason why
+        the graph is not integer-only, and is empty where it is integer-only. A graph that is not
+        integer-only has modules such as ``ToCodes`` or, for constants, integer buffers in the place
+        of quantizers, and ``IntLinear``, ``IntConv`` and ``IntMatmul`` in the place of products.
+        The graph has no gradients. ``meta["codes"]`` maps the name of each quantizer of ``gm`` to
+        the module or buffer that yields its codes.
 
     Raises:
-        LoweringError: another stage; integer-only was asked for and cannot be; or a product with
-            a scale along its summed axis or a quantizer of another kind.
+        LoweringError: the graph is in another stage; it was to be integer-only and cannot be; or a
+            product has a scale along its summed axis or a quantizer without integer form.
     """
     current = STAGE.get(gm)
     if current is not Stage.FROZEN:
-        found = "none" if current is None else current.name
+        stage_name = "none" if current is None else current.name
         raise LoweringError(
-            f"lower_to_integer takes a graph in stage FROZEN, got {found}; give it the "
+            f"lower_to_integer takes a graph in stage FROZEN, got {stage_name}; give it the "
             "graph_module of what fxquant.compile() returned, or call its lower()"
         )
     verify(gm)
     reason = "it was not asked for"
     if integer_only is not False:
-        whole, reason = _integer_only(gm, bool(integer_only), float_products)
-        if whole is not None:
-            return whole
+        integer_only_form, reason = _integer_only(gm, bool(integer_only), float_products)
+        if integer_only_form is not None:
+            return integer_only_form
         if integer_only:
             raise LoweringError(
-                f"no integer-only form: {reason}. Quantize what is between products as "
+                f"no integer-only form: {reason}. Quantize the operations between products as "
                 "policies.w8a8(full=True) does, or leave integer_only out"
             )
     lowered = copy.deepcopy(gm)
@@ -92,10 +93,10 @@ def lower_to_integer(
 
 
 def _integer_only(
-    gm: fx.GraphModule, asked: bool, float_products: bool
+    gm: fx.GraphModule, required: bool, float_products: bool
 ) -> tuple[fx.GraphModule | None, str]:
-    """The integer-only form; or None, and why not."""
-    if not asked and all(edge.kind.is_product for edge in quantized_edges(gm)):
+    """Builds the integer-only form; without one, None and the reason."""
+    if not required and all(edge.kind.is_product for edge in quantized_edges(gm)):
         return None, "nothing between its products is quantized"
     try:
         lowered = build_integer_only(gm, affine_matmul if float_products else affine_whole)
@@ -106,25 +107,25 @@ def _integer_only(
 
 
 def _lower_quantizers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], dict[str, str]]:
-    """Puts a node that yields codes beside each quantizer whose codes can be multiplied.
+    """Adds a node that yields codes before each quantizer whose codes can be multiplied.
 
     Returns:
         Quantizer node -> code node; quantizer name -> name of the module or buffer.
     """
     codes: dict[fx.Node, fx.Node] = {}
-    made: dict[tuple[Any, ...], fx.Node] = {}
+    codes_by_key: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
         quantizer = submodule(gm, node)
         if isinstance(quantizer, Quantizer) and has_codes(quantizer):
             key = _identity(node, quantizer)
-            if key not in made:
-                made[key] = _emit_codes(gm, node, quantizer)
-            codes[node] = made[key]
+            if key not in codes_by_key:
+                codes_by_key[key] = _emit_codes(gm, node, quantizer)
+            codes[node] = codes_by_key[key]
     return codes, {str(node.target): str(code.target) for node, code in codes.items()}
 
 
 def _identity(node: fx.Node, quantizer: Quantizer) -> tuple[Any, ...]:
-    """Equal for quantizer calls that yield equal codes."""
+    """Key of a quantizer call, equal for calls that yield equal codes."""
     source = node.all_input_nodes[0]
     value = source.target if source.op == "get_attr" else source
     parameters = (tuple(buffer.flatten().tolist()) for buffer in quantizer.buffers())
@@ -136,9 +137,13 @@ def _emit_codes(gm: fx.GraphModule, node: fx.Node, quantizer: Quantizer) -> fx.N
     value = constant(gm, source)
     if value is None:
         return _emit(
-            gm, node, f"codes.{_leaf(node)}", integer_form(quantizer).to_codes(quantizer), source
+            gm,
+            node,
+            f"codes.{_edge_name(node)}",
+            integer_form(quantizer).to_codes(quantizer),
+            source,
         )
-    name = f"{_leaf(node)}_codes"
+    name = f"{_edge_name(node)}_codes"
     gm.register_buffer(name, quantizer.quantize(value).to(storage_dtype(quantizer)).contiguous())
     with gm.graph.inserting_before(node):
         code = gm.graph.get_attr(name)
@@ -153,34 +158,34 @@ def _lower_products(gm: fx.GraphModule, codes: dict[fx.Node, fx.Node]) -> None:
             pairs.setdefault(edge.node, []).append(edge)
     for node, (left, right) in pairs.items():
         if all(isinstance(submodule(gm, edge.source), Quantizer) for edge in (left, right)):
-            module, rest = make_product(gm, left, right)
-            operands = codes[left.source], codes[right.source], *rest
+            module, float_bias = make_product(gm, left, right)
+            operands = codes[left.source], codes[right.source], *float_bias
             new = _emit(gm, node, f"integer.{node.name}", module, *operands)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
 
 
 def _dequantize_rest(gm: fx.GraphModule, node: fx.Node, code: fx.Node) -> None:
-    """Gives the products that stay float the values of the codes; removes the quantizer."""
+    """Connects float products to dequantized codes and removes the quantizer."""
     if node.users:
         quantizer = submodule(gm, node)
         assert isinstance(quantizer, Quantizer)
-        name = f"values.{_leaf(node)}"
+        name = f"values.{_edge_name(node)}"
         node.replace_all_uses_with(
             _emit(gm, node, name, integer_form(quantizer).from_codes(quantizer), code)
         )
     gm.graph.erase_node(node)
 
 
-def _leaf(node: fx.Node) -> str:
-    """Name of the edge that a quantizer call stands on."""
+def _edge_name(node: fx.Node) -> str:
+    """Name of the edge that a quantizer call belongs to."""
     return str(node.target).rpartition(".")[2]
 
 
 def _emit(
     gm: fx.GraphModule, node: fx.Node, name: str, module: nn.Module, *args: fx.Node
 ) -> fx.Node:
-    """Adds a module and a call of it before ``node``, whose origin the call takes."""
+    """Adds a module and, before ``node`` and with the origin of ``node``, a call of the module."""
     gm.add_submodule(name, module.train(gm.training))
     with gm.graph.inserting_before(node):
         call = gm.graph.call_module(name, args)

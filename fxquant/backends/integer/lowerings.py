@@ -1,4 +1,4 @@
-"""The table of lowerings: what the codes of each kind of quantizer become on integer kernels."""
+"""Table of lowerings: the integer modules of each kind of quantizer."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class _MakeRequantize(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerLowering:
-    """The modules that stand for one kind of quantizer.
+    """Lowering of one kind of quantizer: functions that make its integer modules.
 
     Attributes:
-        to_codes: from the quantizer to the module from floats to codes.
-        from_codes: from the quantizer to the module from codes to floats.
-        operand: from the quantizer and the axis of its scale, as the product sees the operand, to
-            the operand of a product.
-        requantize: from the quantizer, the unit of the accumulators over its scale, its zero_point,
-            the axis that either runs along, the bound of the accumulators and the type of the codes
-            to the module from accumulators to codes.
+        to_codes: makes, of the quantizer, the module that maps floats to codes.
+        from_codes: makes, of the quantizer, the module that maps codes to floats.
+        operand: makes the operand of a product, of the quantizer and of the axis of its scale as
+            the product reads the operand.
+        requantize: makes the module that maps accumulators to codes, of the quantizer, the unit of
+            the accumulators over its scale, its zero_point, the axis that the ratio or the
+            zero_point runs along, the bound of the accumulators and the type of the codes.
     """
 
     to_codes: Callable[[Any], nn.Module]
@@ -119,12 +119,12 @@ LOWERINGS: dict[type[Quantizer], IntegerLowering] = {
 
 
 def integer_form(quantizer: Quantizer) -> IntegerLowering:
-    """The entry of a quantizer that is known to have one."""
+    """The table's entry of a quantizer that :func:`has_codes`."""
     entry = entry_for(LOWERINGS, quantizer)
     assert entry is not None, f"{type(quantizer).__name__} has no integer form"
     return entry
 
 
 def has_codes(module: nn.Module | None) -> bool:
-    """Whether a module is a quantizer whose codes this backend multiplies."""
+    """Whether a module is a quantizer with an entry in the table."""
     return isinstance(module, Quantizer) and entry_for(LOWERINGS, module) is not None

@@ -1,7 +1,7 @@
-"""The modules of a lowered graph: floats to codes, codes to floats, products of codes.
+"""Modules of a lowered graph: floats to codes, codes to floats, products of codes.
 
-Between a quantizer and a product only codes travel. A product sums them in integers, adds the
-integer bias, and multiplies by the scales, which are constant along the summed axis.
+Only codes pass from a quantizer to a product. The product sums codes in integers, adds the integer
+bias, and multiplies by the scales, which are constant along the summed axis.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fxquant.quantizers.ops import broadcast
 def storage_dtype(quantizer: Quantizer) -> torch.dtype:
     """The narrowest integer type that holds every code.
 
-    int8 or uint8 up to 8 bits, else int16, and int32 for the unsigned codes of 16 bits.
+    The type is int8 or uint8 up to 8 bits, else int16, and int32 for unsigned codes of 16 bits.
     """
     least, largest = quantizer.code_range
     if quantizer.bits <= 8:
@@ -38,9 +38,9 @@ def storage_dtype(quantizer: Quantizer) -> torch.dtype:
 
 
 class ToCodes(nn.Module):
-    """Quantizes: floats of any shape to integer codes of that shape.
+    """Quantizes floats of any shape to integer codes of the same shape.
 
-    The same arithmetic as the quantizer's own ``quantize``, written in plain operators, which
+    The module computes like the quantizer's ``quantize``, but in plain operators, which
     ``torch.compile`` can fuse with their neighbours.
     """
 
@@ -66,7 +66,7 @@ class ToCodes(nn.Module):
 
 
 class FromCodes(nn.Module):
-    """Dequantizes, for an operation that stays float: integer codes to float32."""
+    """Dequantizes integer codes to float32, for an operation that stays float."""
 
     scale: Tensor
     zero_point: Tensor
@@ -84,12 +84,12 @@ class FromCodes(nn.Module):
 
 
 class QuantizedOperand(nn.Module):
-    """One operand of a product: what its codes stand for.
+    """Operand of a product with uniform codes: its scale, zero point and bound.
 
     Args:
         quantizer: the operand's quantizer.
-        axis: axis of the operand, as the product sees it, that the scale runs along; None per
-            tensor. Negative where the number of axes is not known.
+        axis: axis of the operand, as the product reads it, that the scale runs along; None per
+            tensor. The axis is negative where the number of axes is not known.
     """
 
     scale: Tensor
@@ -106,14 +106,14 @@ class QuantizedOperand(nn.Module):
         self.register_buffer("zero_point", zero)
 
     def forward(self, codes: Tensor) -> Terms:
-        """The operand that ``codes`` are."""
+        """Joins ``codes`` with the zero point and the bound of the operand."""
         zero = self.zero_point
         if zero is not None:
             zero = broadcast(zero, codes.ndim, self.axis)
         return ((Operand(codes, zero, self.bound), 0),)
 
     def factor(self, ndim: int) -> Tensor:
-        """The scale, broadcasting against the product of ``ndim`` axes."""
+        """The scale, shaped to broadcast against a product of ``ndim`` axes."""
         return broadcast(self.scale, ndim, self.axis)
 
     def extra_repr(self) -> str:
@@ -121,12 +121,12 @@ class QuantizedOperand(nn.Module):
         return f"bound={self.bound}, axis={self.axis}, zero_point={self.zero_point is not None}"
 
 
-# An operand of a product.
+# Operands of products, by kind of quantizer.
 AnyOperand = QuantizedOperand | TwinOperand | LogOperand
 
 
 class IntMatmul(nn.Module):
-    """``lhs @ rhs`` of codes; a scale may run along any axis but the summed one."""
+    """Product ``lhs @ rhs`` of codes; a scale may run along any axis but the summed one."""
 
     def __init__(self, lhs: AnyOperand, rhs: AnyOperand) -> None:
         super().__init__()
@@ -139,16 +139,16 @@ class IntMatmul(nn.Module):
         return total.to(unit.dtype) * unit
 
     def accumulate(self, multiply: Multiply, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """The product in units of the two scales' product, int32 or int64."""
+        """The product in units of the product of both scales, int32 or int64."""
         return sum_products(self.lhs(lhs), self.rhs(rhs), multiply, lhs.shape[-1])
 
 
 class IntLinear(nn.Module):
-    """``x @ weight^T + bias`` of codes.
+    """Linear layer of codes, ``x @ weight^T + bias``.
 
     Args:
-        x: the input; its scale may run along any axis but the last.
-        weight: the transposed weight, its output channels on axis -1.
+        x: the input, whose scale may run along any axis but the last.
+        weight: the transposed weight, with its output channels on axis -1.
         bias_codes: bias in units of the accumulator, ``(N,)``, or None.
     """
 
@@ -160,12 +160,12 @@ class IntLinear(nn.Module):
         self.register_buffer("bias_codes", bias_codes)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Float ``(..., N)``.
+        """Float output ``(..., N)``.
 
         Args:
             x: codes ``(..., K)``.
             weight: codes ``(N, K)``.
-            bias: float ``(N,)``, added behind the scale; where bias_codes are None.
+            bias: float ``(N,)``, added after the scales where bias_codes is None.
         """
         total = self.accumulate(affine_matmul, x, weight)
         unit = self.input.factor(x.ndim) * self.weight.factor(2)
@@ -173,7 +173,7 @@ class IntLinear(nn.Module):
         return out if bias is None else out + bias
 
     def accumulate(self, multiply: Multiply, x: Tensor, weight: Tensor) -> Tensor:
-        """The product and the integer bias in units of the two scales' product."""
+        """The product plus the integer bias in units of the product of both scales."""
         terms = self.input(x), self.weight(weight.t())
         total = sum_products(*terms, multiply, x.shape[-1])
         return total if self.bias_codes is None else total + self.bias_codes
@@ -183,8 +183,8 @@ class IntConv(nn.Module):
     """Convolution of codes in one to three dimensions.
 
     Args:
-        x: the input, one scale.
-        weight: the weight, one scale or one for each output channel (axis 0).
+        x: the input, with one scale.
+        weight: the weight, with one scale or one for each output channel (axis 0).
         bias_codes: bias in units of the accumulator, ``(N,)``, or None.
         geometry: stride, padding, dilation, groups.
     """
@@ -199,12 +199,12 @@ class IntConv(nn.Module):
         self.register_buffer("bias_codes", bias_codes)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Float ``(B, N, *spatial')``, or without B where ``x`` has none.
+        """Float output ``(B, N, *spatial')``, without B where ``x`` has no batch axis.
 
         Args:
             x: codes ``(B, C, *spatial)`` or ``(C, *spatial)``.
             weight: codes ``(N, C / groups, *kernel)``.
-            bias: float ``(N,)``, added behind the scale; where bias_codes are None.
+            bias: float ``(N,)``, added after the scales where bias_codes is None.
         """
         if x.ndim < weight.ndim:
             return self.forward(x.unsqueeze(0), weight, bias).squeeze(0)
@@ -215,7 +215,7 @@ class IntConv(nn.Module):
         return out if bias is None else out + bias.view(along)
 
     def accumulate(self, multiply: Multiply, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution and the integer bias in units of the two scales' product."""
+        """The convolution plus the integer bias in units of the product of both scales."""
         convolved = partial(convolve, geometry=self.geometry, multiply=multiply)
         depth = weight.shape[1:].numel()
         total = sum_products(self.input(x), self.weight(weight), convolved, depth)
@@ -224,20 +224,20 @@ class IntConv(nn.Module):
         return total + self.bias_codes.view(-1, *[1] * (weight.ndim - 2))
 
     def extra_repr(self) -> str:
-        """The geometry."""
+        """Geometry of the convolution."""
         return str(self.geometry)
 
 
 def bias_codes(bias: Tensor, unit: Tensor, largest: int) -> Tensor | None:
-    """The whole numbers of units that a bias is made of; None where it is not.
+    """A bias in whole numbers of accumulator units; None where it is not a multiple of units.
 
     Args:
         bias: float ``(N,)``.
         unit: unit of the accumulator, ``()`` or ``(N,)``.
-        largest: bound of the sums that the bias is added to.
+        largest: bound of the sums to which the bias is added.
 
     Returns:
-        ``(N,)``, int32, or int64 where the sum with the bias could pass int32.
+        ``(N,)``, int32, or int64 where the sum with the bias could exceed int32.
     """
     codes = torch.round(bias.double() / unit.double())
     peak = int(codes.abs().max()) if codes.numel() else 0

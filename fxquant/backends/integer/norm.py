@@ -5,8 +5,8 @@ With ``x = s d``, ``d = c - z`` and N values in a row, LayerNorm without its aff
     (x_i - mean) / sqrt(var + eps) = sqrt(N) u_i / sqrt(V + E)
     u_i = N d_i - sum d        V = sum u^2        E = N^3 eps / s^2
 
-whose u and V are exact; RMSNorm has ``u = d`` and ``E = N eps / s^2``. Gamma and beta are whole
-numbers behind it.
+whose u and V are exact; RMSNorm has ``u = d`` and ``E = N eps / s^2``. Gamma, as whole numbers,
+then multiplies the normalised values, and beta, as whole numbers, is added.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FRACTION_BITS, _GAMMA_BITS = 16, 20
 
 
 def int_sqrt(x: Tensor) -> Tensor:
-    """``floor(sqrt(x))`` of int64 from 0 to ``2^62 - 1``, a bit of the root at a time."""
+    """Computes ``floor(sqrt(x))`` of int64 in 0 to ``2^62 - 1``, one bit of the root at a time."""
     root = torch.zeros_like(x)
     for bit in reversed(range(WORD_BITS // 2)):
         trial = root + (1 << bit)
@@ -34,18 +34,18 @@ def int_sqrt(x: Tensor) -> Tensor:
 
 
 class IntNorm(nn.Module):
-    """Codes to the output of a norm, as accumulators with one scale.
+    """Maps codes to the output of a norm, as accumulators with one scale.
 
     Args:
-        quantizer: of the input, per tensor.
-        shape: the last axes that are normalised, N values in all.
-        weight: gamma, of that shape, or None.
-        bias: beta, of that shape, or None.
-        eps: added to the variance.
-        centred: subtract the mean (LayerNorm), or not (RMSNorm).
+        quantizer: quantizer of the input, per tensor.
+        shape: sizes of the last axes, over which the norm runs, N values in all.
+        weight: gamma, shaped as ``shape``, or None.
+        bias: beta, shaped as ``shape``, or None.
+        eps: constant added to the variance.
+        centred: whether the mean is subtracted (LayerNorm) or not (RMSNorm).
 
     Raises:
-        LoweringError: sums over a row could pass 64 bits.
+        LoweringError: sums over a row could exceed 64 bits.
     """
 
     zero_point: Tensor
@@ -66,7 +66,8 @@ class IntNorm(nn.Module):
         self.axes, self.centred = tuple(range(-len(shape), 0)), centred
         self.count = n = math.prod(shape)
         span = quantizer.qmax - quantizer.qmin
-        # The squares of N values within a span, about their mean, sum up to N span^2 / 4 at most.
+        # The squared deviations of N values within a span from their mean sum to at most
+        # N span^2 / 4.
         largest = n**3 * span**2 // 4 + 1 if centred else n * span**2
         self.floor = round((n**3 if centred else n) * eps / float(quantizer.scale) ** 2)
         room = WORD_BITS - (largest + self.floor).bit_length()
@@ -96,12 +97,12 @@ class IntNorm(nn.Module):
         self.register_buffer("beta", beta)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """The norm of the values that ``codes`` stand for, int64."""
+        """Norm of the values that ``codes`` represent, int64."""
         steps = codes.to(torch.int64) - self.zero_point
         if self.centred:
             steps = steps * self.count - steps.sum(self.axes, keepdim=True)
         power = (steps * steps).sum(self.axes, keepdim=True) + self.floor
-        # A row of equal values with no eps is zero over zero, which stands for zero.
+        # A row of equal values without eps is zero over zero; the output is zero.
         root = int_sqrt(power << (2 * self.room)).clamp(min=1)
         out: Tensor = (2 * self.gain * steps + root).div(2 * root, rounding_mode="floor")
         if self.gamma is not None:

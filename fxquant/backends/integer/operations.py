@@ -1,4 +1,4 @@
-"""Which module stands for an operation between products, and what its numbers mean."""
+"""Integer modules of the operations between products, and the units of their outputs."""
 
 from __future__ import annotations
 
@@ -25,63 +25,63 @@ MEANS = (aten.mean.dim, *_POOLS)
 def elementwise_module(
     gm: fx.GraphModule, node: fx.Node, quantizers: list[AffineQuantizer]
 ) -> IntAdd | IntSoftmax | IntNorm:
-    """The module from the codes of an addition, softmax or norm to its sums.
+    """Makes the module that maps the input codes of an addition, softmax or norm to its sums.
 
     Args:
-        gm: the old graph.
-        node: the operation in it.
-        quantizers: of its inputs, per tensor.
+        gm: the float graph.
+        node: the operation in the float graph.
+        quantizers: quantizers of the operation's inputs, per tensor.
 
     Raises:
-        LoweringError: it has no integer form.
+        LoweringError: the operation has no integer form.
     """
-    kind, given = elementwise_kind(node), arguments(node)
+    kind, options = elementwise_kind(node), arguments(node)
     if kind is OpKind.ADD:
-        if len(quantizers) < 2 or given["alpha"] != 1:
+        if len(quantizers) < 2 or options["alpha"] != 1:
             raise LoweringError(f"{node.name} does not add two tensors as they are")
         return IntAdd(*quantizers)
     if kind is OpKind.SOFTMAX:
-        return IntSoftmax(quantizers[0], given["dim"])
-    weight, bias = (constant(gm, given.get(name)) for name in ("weight", "bias"))
-    if (weight is None) != (given["weight"] is None):
+        return IntSoftmax(quantizers[0], options["dim"])
+    weight, bias = (constant(gm, options.get(name)) for name in ("weight", "bias"))
+    if (weight is None) != (options["weight"] is None):
         raise LoweringError(f"{node.name} has a weight that is computed at run time")
-    eps = torch.finfo(torch.float32).eps if given["eps"] is None else given["eps"]
-    shape, centred = tuple(given["normalized_shape"]), kind is OpKind.LAYER_NORM
+    eps = torch.finfo(torch.float32).eps if options["eps"] is None else options["eps"]
+    shape, centred = tuple(options["normalized_shape"]), kind is OpKind.LAYER_NORM
     return IntNorm(quantizers[0], shape, weight, bias, eps=eps, centred=centred)
 
 
 def function_of(node: fx.Node) -> Callable[[Tensor], Tensor]:
-    """What an activation function computes of its input."""
+    """The activation function of a node, as a function of its first input."""
     target: Any = node.target
     return lambda values: target(values, *node.args[1:], **node.kwargs)
 
 
-def curve_module(curve: CodeFunction) -> tuple[Lookup, Tensor, int]:
-    """A table from codes to whole numbers, with their unit and bound, where no quantizer reads."""
-    values = table_of(curve.quantizer, curve.function).double()
+def function_module(function: CodeFunction) -> tuple[Lookup, Tensor, int]:
+    """Table from codes to whole numbers, for a function that no quantizer reads; unit and bound."""
+    values = table_of(function.quantizer, function.function).double()
     table = torch.round(torch.ldexp(values, torch.tensor(FUNCTION_BITS))).to(torch.int64)
     unit = torch.tensor(2.0**-FUNCTION_BITS, dtype=torch.float64)
-    return Lookup(table, curve.quantizer.qmin), unit, int(table.abs().max())
+    return Lookup(table, function.quantizer.qmin), unit, int(table.abs().max())
 
 
-def mean_module(node: fx.Node, inner: Accumulator) -> tuple[IntMean, int]:
-    """The module of a mean, and how many values it sums.
+def mean_module(node: fx.Node, sums: Accumulator) -> tuple[IntMean, int]:
+    """Makes the module of a mean and counts the values that each sum adds.
 
     Args:
-        node: the mean in the old graph.
-        inner: what it reads.
+        node: the mean in the float graph.
+        sums: accumulators that the mean reads.
 
     Raises:
-        LoweringError: their number is not known, or they have several units.
+        LoweringError: the number of values is not known, or the accumulators have several units.
     """
-    given, shape = arguments(node), operand(node, 0).meta["val"].shape
-    axes: list[int] = given.get("dim") or []
-    keepdim = given.get("keepdim", True)
+    options, shape = arguments(node), operand(node, 0).meta["val"].shape
+    axes: list[int] = options.get("dim") or []
+    keepdim = options.get("keepdim", True)
     if node.target in _POOLS:
-        size = list(given["output_size"])
+        size = list(options["output_size"])
         axes = list(range(-len(size), 0)) if set(size) == {1} else []
     sizes = [shape[axis] for axis in axes]
-    if not sizes or not all(isinstance(n, int) for n in sizes) or inner.axis is not None:
+    if not sizes or not all(isinstance(n, int) for n in sizes) or sums.axis is not None:
         raise LoweringError(
             f"{node.name} takes a mean that is not over whole axes of fixed size, or of values "
             "with a scale for each channel"

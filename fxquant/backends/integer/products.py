@@ -1,4 +1,4 @@
-"""Products of a FROZEN graph as modules on integer codes."""
+"""Lowering of the products of a FROZEN graph to modules on integer codes."""
 
 from __future__ import annotations
 
@@ -30,54 +30,56 @@ Product = IntLinear | IntConv | IntMatmul
 def make_product(
     gm: fx.GraphModule, left: Edge, right: Edge
 ) -> tuple[Product, tuple[fx.Node, ...]]:
-    """The module of a product both of whose operands are quantized.
+    """Makes the module of a product with two quantized operands.
 
     Args:
         gm: the graph.
-        left: edge of its input or left operand.
-        right: edge of its weight or right operand.
+        left: edge of the product's input or left operand.
+        right: edge of the product's weight or right operand.
 
     Returns:
-        The module, and what it takes behind the codes of both operands: the bias where that is no
-        whole number of accumulator units.
+        The module, and its arguments behind the codes of both operands: the float bias where the
+        bias is not a whole number of accumulator units.
 
     Raises:
         LoweringError: a quantizer has codes that this backend does not multiply, or a scale along
             the summed axis.
     """
     if left.kind is OpKind.MATMUL:
-        return IntMatmul(_side(gm, left, summed=-1), _side(gm, right, summed=-2)), ()
+        return IntMatmul(
+            _activation_operand(gm, left, summed=-1), _activation_operand(gm, right, summed=-2)
+        ), ()
     return _linear(gm, left, right) if left.kind is OpKind.LINEAR else _conv(gm, left, right)
 
 
 def _linear(gm: fx.GraphModule, x: Edge, weight: Edge) -> tuple[IntLinear, tuple[fx.Node, ...]]:
     quantizer = _weight_quantizer(gm, weight)
-    # The product takes the transposed weight, whose output channels lie on the last axis.
-    sides = (
-        _side(gm, x, summed=-1),
+    # The product multiplies with the transposed weight, whose output channels are on the last axis.
+    operands = (
+        _activation_operand(gm, x, summed=-1),
         QuantizedOperand(quantizer, None if quantizer.axis is None else -1),
     )
-    bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
-    return IntLinear(*sides, bias), rest
+    bias, float_bias = _split_bias(gm, weight, operands, arguments(x.node)["bias"])
+    return IntLinear(*operands, bias), float_bias
 
 
 def _conv(gm: fx.GraphModule, x: Edge, weight: Edge) -> tuple[IntConv, tuple[fx.Node, ...]]:
     quantizer, input_quantizer = _weight_quantizer(gm, weight), submodule(gm, x.source)
     assert isinstance(input_quantizer, Quantizer)
     if input_quantizer.scale_axis is not None:
-        reason = "a convolution takes one scale for its input"
+        reason = "a convolution needs one scale for its input"
         raise _axis_error(x, input_quantizer.scale_axis, reason)
-    sides = _side(gm, x, summed=1), QuantizedOperand(quantizer, quantizer.axis)
-    bias, rest = _split_bias(gm, weight, sides, arguments(x.node)["bias"])
+    operands = _activation_operand(gm, x, summed=1), QuantizedOperand(quantizer, quantizer.axis)
+    bias, float_bias = _split_bias(gm, weight, operands, arguments(x.node)["bias"])
     kernel = tuple(_constant_shape(gm, weight)[2:])
-    return IntConv(*sides, bias, _geometry(arguments(x.node), kernel)), rest
+    return IntConv(*operands, bias, _geometry(arguments(x.node), kernel)), float_bias
 
 
-def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnyOperand:
-    """An activation as operand of a product over its axis ``summed``.
+def _activation_operand(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnyOperand:
+    """Operand of a product that sums over axis ``summed`` of an activation.
 
     Raises:
-        LoweringError: the scale runs along that axis, or may do so.
+        LoweringError: the scale runs along the summed axis, or may run along it.
     """
     quantizer = submodule(gm, edge.source)
     assert isinstance(quantizer, Quantizer)
@@ -91,7 +93,7 @@ def _side(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnyOperand:
 
 def _weight_quantizer(gm: fx.GraphModule, edge: Edge) -> AffineQuantizer:
     quantizer = submodule(gm, edge.source)
-    assert isinstance(quantizer, AffineQuantizer)  # AssignSpecs gives weights no other
+    assert isinstance(quantizer, AffineQuantizer)  # AssignSpecs assigns no other scheme to weights
     if quantizer.axis not in (None, 0):
         raise _axis_error(edge, quantizer.axis, "a weight has one scale or one a row (axis 0)")
     return quantizer
@@ -109,7 +111,7 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
     value = constant(gm, edge.source.all_input_nodes[0])
     if value is None:
         raise LoweringError(
-            f"{edge.name} ({edge.path}): the integer backend takes constant weights, got one "
+            f"{edge.name} ({edge.path}): the integer backend needs constant weights, got one "
             "computed at run time; keep this edge float (spec: null)",
             edge=edge.name,
         )
@@ -119,18 +121,22 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
 def _split_bias(
     gm: fx.GraphModule,
     weight: Edge,
-    sides: tuple[AnyOperand, QuantizedOperand],
+    operands: tuple[AnyOperand, QuantizedOperand],
     bias: fx.Node | None,
 ) -> tuple[Tensor | None, tuple[fx.Node, ...]]:
-    """The bias as integer codes, or else as the float argument that it is."""
+    """Bias as integer codes, or as float arguments where it has no integer codes."""
     depth = _constant_shape(gm, weight)[1:].numel()
-    value = constant(gm, bias)
+    bias_value = constant(gm, bias)
     if bias is None:
         return None, ()
-    x, w = sides
-    if value is None or x.scale.ndim:
+    input_operand, weight_operand = operands
+    if bias_value is None or input_operand.scale.ndim:
         return None, (bias,)
-    codes = bias_codes(value, x.scale * w.scale, depth * x.bound * w.bound)
+    codes = bias_codes(
+        bias_value,
+        input_operand.scale * weight_operand.scale,
+        depth * input_operand.bound * weight_operand.bound,
+    )
     return (None, (bias,)) if codes is None else (codes, ())
 
 

@@ -1,9 +1,9 @@
-"""From accumulators to codes without a float: a whole multiplier and a right shift.
+"""Requantization from accumulators to codes without a float: a whole factor and a right shift.
 
     code = clamp(round(acc * factor / 2^shift) + zero_point)    factor / 2^shift ~ s_acc / s_code
 
-Products with the factor are int64 and cannot overflow, by the bound of the accumulators. Ties are
-rounded to even, as the simulation rounds them.
+Products with the factor are int64 and cannot overflow, by the bound of the accumulators. Rounding
+is half to even, as in the simulation.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from fxquant.errors import LoweringError
 from fxquant.quantizers import TwinUniformQuantizer
 from fxquant.quantizers.ops import broadcast, twin_threshold
 
-# Bits of a factor where the accumulators leave room for them, and where they do not.
-_FACTOR_BITS, _LEAST_BITS = 31, 24
+# Bits of a factor: as many as the accumulators leave room for, up to the first number; where that
+# would be less than the second, accumulators lose bits instead.
+_MOST_FACTOR_BITS, _LEAST_FACTOR_BITS = 31, 24
 # Products and sums below 2^62 leave room for the half that rounding adds.
 WORD_BITS = 62
-# What dropped bits of an accumulator may move a code by, in steps.
-_TOLERANCE = 2.0**-8
+# Largest change of a code, in steps, that dropped bits of an accumulator may cause.
+_DROPPED_BITS_TOLERANCE = 2.0**-8
 
 
 class Multiplier(NamedTuple):
-    """A ratio in integers: ``factor / 2^(drop + shift)``.
+    """Ratio in integers, ``factor / 2^(drop + shift)``.
 
     Attributes:
-        factor: int64, ``()`` or ``(C,)``.
-        shift: int64 like factor, 1 to 62.
-        drop: bits that accumulators lose first, so that the product fits 64 bits; mostly none.
+        factor: whole factor, int64, ``()`` or ``(C,)``.
+        shift: right shift of the product, int64, shaped as factor, 1 to 62.
+        drop: number of bits that accumulators lose first, so that the product fits 64 bits; mostly
+            zero.
     """
 
     factor: Tensor
@@ -40,53 +42,56 @@ class Multiplier(NamedTuple):
 
 
 def multiplier(ratio: Tensor, bound: int) -> Multiplier:
-    """Whole factors and right shifts that stand for ratios, within ``2^-24`` of them relatively.
+    """Whole factors and right shifts for ratios, with a relative error of at most ``2^-24``.
 
     Args:
         ratio: float64, ``()`` or ``(C,)``, of any sign.
-        bound: no accumulator is larger in magnitude.
+        bound: largest possible magnitude of an accumulator.
 
     Raises:
         LoweringError: the accumulators are so large, or a ratio so large or infinite, that a
-            product with the factor passes int64.
+            product with the factor exceeds int64.
     """
-    bits = min(_FACTOR_BITS, WORD_BITS - bound.bit_length())
-    drop = max(_LEAST_BITS - bits, 0)
+    bits = min(_MOST_FACTOR_BITS, WORD_BITS - bound.bit_length())
+    drop = max(_LEAST_FACTOR_BITS - bits, 0)
     bits += drop
     mantissa, exponent = torch.frexp(torch.ldexp(ratio, torch.tensor(drop)))
     shift = bits - exponent.to(torch.int64)
-    lost = float(ratio.abs().max()) * 2.0 ** (drop - 1) if drop else 0.0
+    dropped_steps = float(ratio.abs().max()) * 2.0 ** (drop - 1) if drop else 0.0
     fits = bool(torch.isfinite(ratio).all()) and bool((shift >= 1).all())
-    if not fits or lost > _TOLERANCE or bound.bit_length() > WORD_BITS:
+    if not fits or dropped_steps > _DROPPED_BITS_TOLERANCE or bound.bit_length() > WORD_BITS:
         raise LoweringError(
             f"accumulators up to {bound} times {float(ratio.abs().max()):.3g} pass 64 bits; use "
             "fewer bits for the operands, or a scale that fits the values"
         )
-    # Beyond 62 bits the result is less than a step, whatever the factor.
+    # With a shift beyond 62 bits the result is less than a step, whatever the factor.
     excess = (shift - WORD_BITS).clamp(min=0)
     factor = torch.round(torch.ldexp(mantissa, bits - excess)).to(torch.int64)
     return Multiplier(factor, shift - excess, drop)
 
 
-def rescale(acc: Tensor, by: Multiplier) -> Tensor:
-    """``round(acc * factor / 2^shift)`` in int64, ties to even, once ``drop`` bits are rounded off.
+def rescale(acc: Tensor, ratio: Multiplier) -> Tensor:
+    """Computes ``round(acc * factor / 2^shift)`` in int64, ties to even.
+
+    The lowest ``drop`` bits of the accumulators are rounded off first.
 
     Args:
-        acc: integers.
-        by: factor and shift broadcast against ``acc``.
+        acc: accumulators, integers.
+        ratio: ratio whose factor and shift broadcast against ``acc``.
     """
     acc = acc.to(torch.int64)
-    if by.drop:
-        acc = (acc + (1 << (by.drop - 1))) >> by.drop
-    product = acc * by.factor
-    # Half less one, and one more where the floor is odd: a tie goes up to even or stays there.
-    odd = torch.bitwise_and(product >> by.shift, 1)
-    half = torch.ones_like(by.shift) << (by.shift - 1)
-    return (product + (half - 1) + odd) >> by.shift
+    if ratio.drop:
+        acc = (acc + (1 << (ratio.drop - 1))) >> ratio.drop
+    product = acc * ratio.factor
+    # Adding half less one, and one more where the floor is odd, rounds a tie up to an even number
+    # or keeps it at one.
+    odd = torch.bitwise_and(product >> ratio.shift, 1)
+    half = torch.ones_like(ratio.shift) << (ratio.shift - 1)
+    return (product + (half - 1) + odd) >> ratio.shift
 
 
 class _Rescale(nn.Module):
-    """The factor and shift of one ratio, as buffers."""
+    """Module that multiplies accumulators by a ratio, with factor and shift as buffers."""
 
     factor: Tensor
     shift: Tensor
@@ -94,25 +99,25 @@ class _Rescale(nn.Module):
     def __init__(self, ratio: Tensor, axis: int | None, bound: int) -> None:
         super().__init__()
         self.axis = axis
-        by = multiplier(ratio, bound)
-        self.drop = by.drop
-        self.register_buffer("factor", by.factor)
-        self.register_buffer("shift", by.shift)
+        integers = multiplier(ratio, bound)
+        self.drop = integers.drop
+        self.register_buffer("factor", integers.factor)
+        self.register_buffer("shift", integers.shift)
 
     def forward(self, acc: Tensor) -> Tensor:
-        """``acc`` in the new unit, int64."""
+        """Converts accumulators to the new unit, int64."""
         factor, shift = (broadcast(x, acc.ndim, self.axis) for x in (self.factor, self.shift))
         return rescale(acc, Multiplier(factor, shift, self.drop))
 
 
 class Requantize(nn.Module):
-    """Accumulators to the codes of a uniform quantizer.
+    """Requantizes accumulators to the codes of an affine quantizer.
 
     Args:
         ratio: unit of the accumulators over the scale of the codes, float64, ``()`` or ``(C,)``.
-        zero_point: of the codes, whole numbers, ``()`` or ``(C,)``.
-        axis: axis of the accumulators that either runs along; None per tensor.
-        bound: no accumulator is larger in magnitude.
+        zero_point: zero point of the codes, whole numbers, ``()`` or ``(C,)``.
+        axis: axis of the accumulators that ratio or zero_point runs along; None per tensor.
+        bound: largest possible magnitude of an accumulator.
         ends: smallest and largest code.
         dtype: type of the codes.
     """
@@ -136,7 +141,7 @@ class Requantize(nn.Module):
         self.register_buffer("zero_point", zero_point.to(torch.int64))
 
     def forward(self, acc: Tensor) -> Tensor:
-        """Codes of the values that ``acc`` stand for."""
+        """Codes of the values that the accumulators ``acc`` represent."""
         codes: Tensor = self.scaled(acc) + broadcast(self.zero_point, acc.ndim, self.axis)
         return codes.clamp(*self.ends).to(self.dtype)
 
@@ -146,13 +151,14 @@ class Requantize(nn.Module):
 
 
 class TwinRequantize(nn.Module):
-    """Accumulators to the code words of a twin quantizer (arXiv 2111.12293, section 4.2).
+    """Requantizes accumulators to code words of a twin quantizer (arXiv 2111.12293, section 4.2).
 
     Args:
         quantizer: the twin quantizer.
-        ratio: unit of the accumulators over its fine scale, float64, positive, ``()`` or ``(C,)``.
+        ratio: unit of the accumulators over the quantizer's fine scale, float64, positive, ``()``
+            or ``(C,)``.
         axis: axis of the accumulators that the ratio runs along; None per tensor.
-        bound: no accumulator is larger in magnitude.
+        bound: largest possible magnitude of an accumulator.
 
     Raises:
         LoweringError: a ratio is not positive.
@@ -165,18 +171,18 @@ class TwinRequantize(nn.Module):
     ) -> None:
         super().__init__()
         if not bool((ratio > 0).all()):
-            raise LoweringError("a factor that is not positive stands before a twin quantizer")
+            raise LoweringError("a factor before a twin quantizer is not positive")
         self.levels, self.two_sided = quantizer.levels, quantizer.two_sided
         self.axis = axis
         self.fine = _Rescale(ratio, axis, bound)
         self.coarse = _Rescale(torch.ldexp(ratio, torch.tensor(-quantizer.shift)), axis, bound)
         steps = 0.0 if self.two_sided else twin_threshold(quantizer.shift, quantizer.bits)
-        # Above the largest whole number of units that lies below the border.
+        # Accumulators are above the border where they exceed the largest whole number below it.
         border = torch.floor(steps / ratio).clamp(max=2.0**WORD_BITS)
         self.register_buffer("threshold", border.to(torch.int64))
 
     def forward(self, acc: Tensor) -> Tensor:
-        """Code words of the values that ``acc`` stand for."""
+        """Code words of the values that the accumulators ``acc`` represent."""
         top = self.levels - 1
         fine = self.fine(acc).clamp(-top if self.two_sided else 0, 0 if self.two_sided else top)
         coarse = self.coarse(acc).clamp(0, top)

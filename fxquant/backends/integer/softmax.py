@@ -1,9 +1,9 @@
-"""Softmax of integer codes in integers: a table of exponentials and one division a value.
+"""Softmax of integer codes in integers: a table of exponentials and one division for each value.
 
     softmax(x)_i = E[c_max - c_i] / sum_j E[c_max - c_j]        E[d] = round(exp(-s d) 2^30)
 
-where ``x = s (c - z)``: the zero point cancels, and codes at most the row's maximum index a table
-no longer than the range of codes.
+where ``x = s (c - z)``: the zero point cancels, and the distances of codes from their row's maximum
+are indices of a table that is at most as long as the range of codes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fxquant.quantizers import AffineQuantizer
 
+# Fraction bits of the table's exponentials and of the shares.
 TABLE_BITS, SHARE_BITS = 30, 24
 
 
 def exp_table(scale: float, size: int) -> Tensor:
-    """``round(exp(-scale d) 2^30)`` for ``d`` in ``0..size-1``, int64."""
+    """Table of ``round(exp(-scale d) 2^30)`` for ``d`` in ``0..size-1``, int64."""
     distance = torch.arange(size, dtype=torch.float64) * scale
     return torch.round(torch.exp(-distance) * 2.0**TABLE_BITS).to(torch.int64)
 
@@ -26,9 +27,9 @@ def int_softmax(codes: Tensor, table: Tensor, axis: int) -> Tensor:
     """Softmax along an axis, in units of ``2^-24``, int64.
 
     Args:
-        codes: integers; their largest difference along the axis is below ``len(table)``.
-        table: of :func:`exp_table`.
-        axis: the axis that shares sum to one along, of ``n`` values.
+        codes: integers whose largest difference along the axis is below ``len(table)``.
+        table: the table of :func:`exp_table`.
+        axis: axis of ``n`` values along which shares sum to one.
 
     Returns:
         Shares of the shape of ``codes``, within ``(n + 1) 2^-31 + 2^-25`` of the exact ones.
@@ -40,11 +41,11 @@ def int_softmax(codes: Tensor, table: Tensor, axis: int) -> Tensor:
 
 
 class IntSoftmax(nn.Module):
-    """Codes to shares in units of ``2^-24``.
+    """Computes the softmax of codes as shares in units of ``2^-24``.
 
     Args:
-        quantizer: of the input, per tensor.
-        axis: the axis that shares sum to one along.
+        quantizer: quantizer of the input, per tensor.
+        axis: axis along which shares sum to one.
     """
 
     table: Tensor
@@ -63,7 +64,7 @@ class IntSoftmax(nn.Module):
 
     @property
     def bound(self) -> int:
-        """No share is larger."""
+        """Bound of the shares: 1, in their unit."""
         return 1 << SHARE_BITS
 
     def forward(self, codes: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Code words of the twin uniform quantizer in the integer backend (arXiv 2111.12293).
 
-A word is a region bit above a magnitude. A product takes it apart into the magnitudes of either
-region, multiplies both, and shifts the coarse product left: ``(a_q + b_q 2^m) D_R1``. Where all
-values lie on one grid of 8-bit codes in units of ``D_R1``, it takes one product of those.
+A code word is a region bit above a magnitude. A product separates code words into the magnitudes of
+the fine and of the coarse region, multiplies both, and shifts the coarse product left:
+``(a_q + b_q 2^m) D_R1``. Where 8-bit codes in units of ``D_R1`` represent all values, one product
+of these codes is enough.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fxquant.quantizers.ops import twin_values, twin_words
 
 
 class TwinToCodes(nn.Module):
-    """Quantizes: floats of any shape to uint8 code words of that shape."""
+    """Quantizes floats of any shape to uint8 code words of the same shape."""
 
     scale: Tensor
 
@@ -35,7 +36,7 @@ class TwinToCodes(nn.Module):
 
 
 class TwinFromCodes(nn.Module):
-    """Dequantizes, for an operation that stays float: uint8 code words to float32."""
+    """Dequantizes uint8 code words to float32, for an operation that stays float."""
 
     scale: Tensor
 
@@ -50,7 +51,7 @@ class TwinFromCodes(nn.Module):
 
 
 class TwinOperand(nn.Module):
-    """One operand of a product, given as code words.
+    """Separates the code words of a twin quantizer into operands of products.
 
     Args:
         quantizer: the operand's quantizer.
@@ -70,7 +71,7 @@ class TwinOperand(nn.Module):
         self.register_buffer("zero_point", zero)
 
     def forward(self, codes: Tensor) -> Terms:
-        """The operand that ``codes`` are, in units of the fine scale."""
+        """Terms of the operand in units of the fine scale: one for each region, or one for both."""
         magnitudes, coarse = codes & (self.levels - 1), codes >= self.levels
         low = torch.where(coarse, 0, magnitudes).to(torch.int8)
         high = torch.where(coarse, magnitudes, 0).to(torch.int8)
@@ -82,7 +83,7 @@ class TwinOperand(nn.Module):
         return ((Operand(steps.to(torch.uint8), self.zero_point, self.bound), 0),)
 
     def factor(self, ndim: int) -> Tensor:
-        """The fine scale, of which a product of any number of axes has one."""
+        """The fine scale, which is one for the tensor, whatever the number of axes."""
         return self.scale
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""ONNX QDQ files for onnxruntime."""
+"""ONNX backend: QDQ files for onnxruntime."""
 
 from fxquant.backends.onnx_qdq.doctor import DoctorReport, doctor
 from fxquant.backends.onnx_qdq.export import OnnxExport, export_onnx

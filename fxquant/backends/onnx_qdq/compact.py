@@ -1,11 +1,11 @@
-"""Takes out of a finished model what onnxruntime does not need or computes by itself.
+"""Removes from a finished model everything that onnxruntime does not need or computes itself.
 
-    notes, shapes of inner values      gone: stack traces, and what shape inference finds
-    attributes of their default value  gone
-    DequantizeLinear(bias, s, 0)       DequantizeLinear(bias, Mul(s_x, s_w)) where s = s_x s_w
+    notes, shapes of inner values  removed: stack traces, and results of shape inference
+    attributes with default value  removed
+    DequantizeLinear(bias, s, 0)   DequantizeLinear(bias, Mul(s_x, s_w)) where s = s_x s_w
 
-The scale of a bias is as large as the bias; onnxruntime computes the product when it makes the
-session, before it looks for integer kernels.
+The scale of a bias is as large as the bias; onnxruntime computes the product of the scales when it
+makes the session, before it selects integer kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fxquant.backends.onnx_qdq.rules import constant_value, dequantizer
 
 
 def compact(model: ir.Model) -> None:
-    """Rewrites a QDQ model in place; its results stay the same to the bit."""
+    """Rewrites a QDQ model in place; the results of the model stay the same to the bit."""
     for product in list(model.graph):
         if product.op_type in ("Gemm", "Conv") and len(product.inputs) > 2:
             _derive_bias_scale(product)
@@ -61,7 +61,7 @@ def _drop_defaults(node: ir.Node, opset: int) -> None:
 
 
 def _strip(node: ir.Node) -> None:
-    """Removes the exporter's notes, which hold paths of this machine, and inner shapes."""
+    """Removes the exporter's notes, which contain paths of this machine, and inner shapes."""
     node.metadata_props.clear()
     node.doc_string = None
     for value in node.outputs:

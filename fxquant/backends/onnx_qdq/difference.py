@@ -1,4 +1,4 @@
-"""How far two runs of one network lie apart, and how far rounding alone may part them."""
+"""Difference between two runs of one network, and the difference that rounding ties explain."""
 
 from __future__ import annotations
 
@@ -10,83 +10,87 @@ from numpy.typing import NDArray
 
 Outputs = Sequence[NDArray[np.generic]]
 
-# A rounding tie moves a code by one now and then, which a deep network carries to its end; a
-# wrong fusion changes the output by more than this share of its norm.
+# A rounding tie sometimes moves a code by one, which a deep network propagates to its outputs; a
+# wrong fusion changes the outputs by more than this share of their norm.
 TOLERANCE = 0.05
-# Inner values are about 1, so that float32 leaves 1e-6, TOLERANCE of this, where zero is right.
-SMALLEST = 2e-5
-# Share of the images' size that their noise has: enough for some codes to round otherwise.
-_NOISE = 1e-5
-# One draw of noise tells the size of what ties do, not its largest value.
-_MARGIN = 3.0
-# Numbers of another image, or none at all, differ by more.
-_MOST = 0.4
+# Norm below which differences are absolute. Inner values are about 1, so that float32 computes
+# 1e-6, TOLERANCE of this norm, where zero is right.
+SMALLEST_NORM = 2e-5
+# Norm of the noise, as a share of the images' norm: enough for some codes to round differently.
+_NOISE_SHARE = 1e-5
+# Factor on the effect of ties: one draw of noise measures its size, not its largest value.
+_TIES_MARGIN = 3.0
+# Largest difference that ties may explain. Outputs of another image, or zeros, differ by more.
+_MAX_EXPLAINED = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What two runs of one network differ by.
+    """Difference between the outputs of two runs of one network.
 
     Attributes:
-        found: L2 norm of the outputs' difference over that of the outputs.
-        ties: how much codes that round otherwise move the outputs, in the same unit; 0, not
-            measured, where ``found`` is at most ``TOLERANCE``.
+        relative_l2: L2 norm of the outputs' difference over the L2 norm of the outputs.
+        ties: change of the outputs by codes that round differently, in the same unit; 0, not
+            measured, where ``relative_l2`` is at most ``TOLERANCE``.
     """
 
-    found: float
+    relative_l2: float
     ties: float = 0.0
 
     @property
     def ok(self) -> bool:
-        """Whether rounding explains it."""
-        return self.found <= max(TOLERANCE, min(_MARGIN * self.ties, _MOST))
+        """Whether rounding explains the difference."""
+        return self.relative_l2 <= max(TOLERANCE, min(_TIES_MARGIN * self.ties, _MAX_EXPLAINED))
 
     def __str__(self) -> str:
-        """A number, and what explains it where it is large."""
+        """The difference as text, with the effect of rounding ties where it was measured."""
         if not self.ties:
-            return f"{self.found:.1e}"
-        return f"{self.found:.1e} (codes that round otherwise move the outputs by {self.ties:.1e})"
+            return f"{self.relative_l2:.1e}"
+        ties = f"codes that round differently move the outputs by {self.ties:.1e}"
+        return f"{self.relative_l2:.1e} ({ties})"
 
 
 def compare(
     values: Outputs,
-    plain: Outputs,
+    reference: Outputs,
     images: NDArray[np.generic],
     run: Callable[[NDArray[np.generic]], Outputs],
 ) -> Difference:
-    """The difference of all outputs together.
+    """Compares all outputs of two runs together.
 
     Args:
-        values: of one run.
-        plain: of the other.
-        images: what gave both.
-        run: the outputs of images; where the two differ by more than ``TOLERANCE``, it runs once
-            more, on images with noise.
+        values: outputs of the run to check.
+        reference: outputs of the reference run.
+        images: input of both runs.
+        run: computes the reference outputs of images; called once, on images with noise, where
+            the runs differ by more than ``TOLERANCE``.
     """
-    expected = _joined(plain)
-    found = relative_difference(_joined(values), expected)
-    if found <= TOLERANCE or not np.issubdtype(images.dtype, np.floating):
-        return Difference(found=found)
-    size = np.sqrt(np.mean(images.astype(np.float64) ** 2))
-    noise = np.random.default_rng(0).standard_normal(images.shape) * (_NOISE * size)
-    moved = _joined(run((images + noise).astype(images.dtype)))
-    return Difference(found=found, ties=relative_difference(moved, expected))
+    expected = _joined(reference)
+    relative_l2 = relative_difference(_joined(values), expected)
+    if relative_l2 <= TOLERANCE or not np.issubdtype(images.dtype, np.floating):
+        return Difference(relative_l2=relative_l2)
+    root_mean_square = np.sqrt(np.mean(images.astype(np.float64) ** 2))
+    noise = np.random.default_rng(0).standard_normal(images.shape) * (
+        _NOISE_SHARE * root_mean_square
+    )
+    perturbed = _joined(run((images + noise).astype(images.dtype)))
+    return Difference(relative_l2=relative_l2, ties=relative_difference(perturbed, expected))
 
 
-def relative_difference(values: NDArray[np.float64], plain: NDArray[np.float64]) -> float:
-    """L2 norm of the difference over that of the finite plain values.
+def relative_difference(values: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    """L2 norm of the difference over the L2 norm of the finite reference values.
 
-    Equal infinities agree, and so do two NaN. Of outputs below ``SMALLEST`` the difference is
-    taken relative to that.
+    Equal infinities agree, and two NaN agree. Where the norm of the reference is below
+    ``SMALLEST_NORM``, the difference is relative to ``SMALLEST_NORM``.
 
     Args:
-        values: of any shape.
-        plain: what they should be, of the same.
+        values: values of any shape.
+        reference: values to compare with, of the same shape.
     """
-    differ = (values != plain) & ~(np.isnan(values) & np.isnan(plain))
-    gap = np.subtract(values, plain, out=np.zeros_like(plain), where=differ)
-    size = float(np.linalg.norm(plain[np.isfinite(plain)]))
-    return float(np.linalg.norm(gap)) / max(size, SMALLEST)
+    differ = (values != reference) & ~(np.isnan(values) & np.isnan(reference))
+    gap = np.subtract(values, reference, out=np.zeros_like(reference), where=differ)
+    size = float(np.linalg.norm(reference[np.isfinite(reference)]))
+    return float(np.linalg.norm(gap)) / max(size, SMALLEST_NORM)
 
 
 def _joined(outputs: Outputs) -> NDArray[np.float64]:

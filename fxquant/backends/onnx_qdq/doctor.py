@@ -1,4 +1,4 @@
-"""What onnxruntime makes of a QDQ file: kernels, products left float, and whether it is right."""
+"""Examination of a QDQ file: onnxruntime's kernels, float products, and correct results."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session, re
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
 from fxquant.errors import FileFormatError
 
-_BATCH = 2
-_FLOATS = {
+# Batch size, and size of every other open axis, of random inputs.
+_OPEN_SIZE = 2
+_FLOAT_TYPES = {
     "tensor(float16)": np.float16,
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
 }
-_WHOLE = {
+_INTEGER_TYPES = {
     "tensor(bool)": np.bool_,
     **{
         f"tensor({sign}int{bits})": getattr(np, f"{sign}int{bits}")
@@ -35,19 +36,20 @@ _WHOLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorReport:
-    """The findings.
+    """Findings about a QDQ file.
 
     Attributes:
         path: the file.
-        file_bytes: its size.
-        opset: version of the default operator set, 0 where the file uses none of it.
-        quantizers: number of QuantizeLinear and DequantizeLinear nodes in the file.
-        stored: type of quantized constants -> number of values; ``packed int6`` is what fxquant
-            stores at its width and onnxruntime unpacks into bytes.
-        fused: integer kernel -> number of nodes that run on it.
+        file_bytes: size of the file.
+        opset: version of the default operator set, 0 where the file uses none of its operators.
+        quantizers: numbers of QuantizeLinear and DequantizeLinear nodes in the file.
+        stored: type of quantized constants -> number of values; ``packed int6`` are codes that
+            fxquant stores at a width of 6 bits and onnxruntime unpacks into bytes.
+        fused: integer kernel -> number of nodes that run on the kernel.
         unfused: products that run in float, with reasons.
-        difference: of the outputs between graph optimizations on and off.
-        saturates: int8 right operands meet a CPU whose uint8 x int8 product overflows.
+        difference: difference of the outputs between graph optimizations on and off.
+        saturates: whether the file has int8 right operands and this CPU's uint8 x int8 product
+            overflows.
     """
 
     path: Path
@@ -62,11 +64,11 @@ class DoctorReport:
 
     @property
     def ok(self) -> bool:
-        """Whether optimizations leave the result as it is."""
+        """Whether graph optimizations leave the outputs unchanged up to rounding."""
         return self.difference.ok
 
     def __str__(self) -> str:
-        """Several lines of text."""
+        """The findings as several lines of text."""
         kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.fused.items()))
         stored = ", ".join(f"{count:,} {name}" for name, count in sorted(self.stored.items()))
         lines = [
@@ -87,7 +89,7 @@ class DoctorReport:
 
 
 def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorReport:
-    """Examines a QDQ file, fxquant's or any other.
+    """Examines a QDQ file, written by fxquant or by any other tool.
 
     Args:
         path: an ONNX file.
@@ -116,7 +118,7 @@ def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorRepor
 
 
 def optimization_difference(path: Path, images: NDArray[np.float32] | None = None) -> Difference:
-    """That of the outputs between graph optimizations on and off.
+    """Difference of the outputs between graph optimizations on and off.
 
     Args:
         path: an ONNX file.
@@ -144,18 +146,18 @@ def optimization_difference(path: Path, images: NDArray[np.float32] | None = Non
 
 
 def _advice(session: ort.InferenceSession) -> str:
-    """What to do where random numbers may have the wrong size; empty if only the batch is free."""
-    free = [
+    """Advice where random inputs may have wrong sizes; empty where only the batch is open."""
+    open_axes = [
         f"{entry.name}, axis {axis}"
         for entry in session.get_inputs()
         for axis, size in enumerate(entry.shape)
         if axis > 0 and not (isinstance(size, int) and size > 0)
     ]
-    if not free:
+    if not open_axes:
         return ""
     return (
-        f". The file leaves sizes open ({'; '.join(free)}), for which {_BATCH} was taken: give "
-        "images of the right size, on the command line with --data"
+        f". The file leaves sizes open ({'; '.join(open_axes)}), for which {_OPEN_SIZE} was taken: "
+        "give images of the right size, on the command line with --data"
     )
 
 
@@ -165,24 +167,24 @@ def _feeds(
     random = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {}
     for i, entry in enumerate(session.get_inputs()):
-        shape = [size if isinstance(size, int) and size > 0 else _BATCH for size in entry.shape]
+        shape = [size if isinstance(size, int) and size > 0 else _OPEN_SIZE for size in entry.shape]
         if i == 0 and images is not None:
-            feeds[entry.name] = images.astype(_FLOATS.get(entry.type, images.dtype))
-        elif entry.type in _FLOATS:
-            feeds[entry.name] = random.standard_normal(shape).astype(_FLOATS[entry.type])
-        elif entry.type in _WHOLE:
-            feeds[entry.name] = np.ones(shape, _WHOLE[entry.type])
+            feeds[entry.name] = images.astype(_FLOAT_TYPES.get(entry.type, images.dtype))
+        elif entry.type in _FLOAT_TYPES:
+            feeds[entry.name] = random.standard_normal(shape).astype(_FLOAT_TYPES[entry.type])
+        elif entry.type in _INTEGER_TYPES:
+            feeds[entry.name] = np.ones(shape, _INTEGER_TYPES[entry.type])
         else:
-            known = ", ".join((*_FLOATS, *_WHOLE))
+            known = ", ".join((*_FLOAT_TYPES, *_INTEGER_TYPES))
             raise FileFormatError(
-                f"input {entry.name} is a {entry.type}, for which there are no numbers to run the "
-                f"file on; it must be one of {known}"
+                f"input {entry.name} is a {entry.type}, for which doctor has no values; to run the "
+                f"file, the type must be one of {known}"
             )
     return feeds
 
 
 def _stored(model: onnx.ModelProto) -> dict[str, int]:
-    """Number of quantized values by type, over the constants that a DequantizeLinear reads."""
+    """Counts, by type, the values of the constants that DequantizeLinear nodes read."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     read = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     counts: Counter[str] = Counter()
@@ -196,7 +198,7 @@ def _stored(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _has_int8(model: onnx.ModelProto, stored: dict[str, int]) -> bool:
-    """Whether a right operand may take all 8 bits of an int8; those that are packed do not."""
+    """Whether a right operand may use all 8 bits of int8, which packed operands do not."""
     constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     zeros = (n.input[2:] for n in model.graph.node if n.op_type == "QuantizeLinear")
     computed = {constants.get(name) for names in zeros for name in names}

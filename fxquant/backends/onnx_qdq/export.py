@@ -1,4 +1,4 @@
-"""From a FROZEN graph to an ONNX QDQ file, checked."""
+"""Export of a FROZEN graph to an ONNX QDQ file, with checks of the file."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ INPUT_NAME = "images"
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxExport:
-    """What was written.
+    """Report on a written file.
 
     Attributes:
         path: the file.
-        file_bytes: its size.
-        target: name of the CPU family it is for.
-        fused: integer kernel -> number of nodes that onnxruntime runs on it.
+        file_bytes: size of the file.
+        target: name of the CPU family that the file is for.
+        fused: integer kernel -> number of nodes that onnxruntime runs on the kernel.
         unfused: products that run in float, with reasons.
         packed: bits -> number of weight codes that are stored at that width; codes of 8 bits and
-            more have an integer type of their own.
-        twins: what each twin quantizer became, which QDQ has not.
-        difference: of the outputs between optimizations on and off on a random batch; None where
-            this CPU's product overflows on the target's types.
-        simulation: that of the file's outputs from the simulation's, without optimizations.
+            more have an integer type of their width.
+        twins: forms of the twin quantizers, which QDQ cannot express directly.
+        difference: difference of the outputs between optimizations on and off on a random batch;
+            None where this CPU's product overflows on the target's types.
+        simulation: difference of the file's outputs, without optimizations, from the outputs of
+            the simulation.
     """
 
     path: Path
@@ -66,7 +67,7 @@ class OnnxExport:
     simulation: Difference
 
     def __str__(self) -> str:
-        """A few lines of text."""
+        """The report as a few lines of text."""
         kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.fused.items()))
         lines = [
             f"{self.path}: {self.file_bytes / 1e6:.2f} MB for {self.target}",
@@ -97,16 +98,16 @@ def _count_forms(twins: tuple[TwinForm, ...]) -> str:
 def export_onnx(
     gm: fx.GraphModule, image_shape: tuple[int, ...], path: Path, target: str = "auto"
 ) -> OnnxExport:
-    """Writes the file and checks what onnxruntime makes of it.
+    """Writes the file and checks the results that onnxruntime computes with it.
 
     Args:
-        gm: in stage FROZEN; not changed.
+        gm: the graph in stage FROZEN; not changed.
         image_shape: shape of one image, ``(C, H, W)``.
-        path: the file; written beside and renamed.
-        target: CPU family (``target.TARGETS``), or ``auto`` for this machine's.
+        path: the file, which is written under a temporary name next to it and then renamed.
+        target: CPU family (``target.TARGETS``), or ``auto`` for the family of this machine.
 
     Raises:
-        LoweringError: the graph has no ONNX form, or onnxruntime computes something else.
+        LoweringError: the graph has no ONNX form, or onnxruntime computes other results.
         OutputError: the file cannot be written.
     """
     if stage(gm) is not Stage.FROZEN:
@@ -146,32 +147,32 @@ def export_onnx(
 
 @torch.no_grad()
 def _compare(gm: fx.GraphModule, path: Path, image_shape: tuple[int, ...]) -> Difference:
-    """Runs the file without optimizations beside the simulation; the largest of the outputs'.
+    """Largest difference between outputs of the file, without optimizations, and the simulation.
 
     Raises:
-        LoweringError: they differ by more than rounding ties explain.
+        LoweringError: an output differs by more than rounding ties explain.
     """
     images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0)).numpy()
     device = next((value.device for value in gm.buffers()), torch.device("cpu"))
 
     def simulate(values: NDArray[np.generic]) -> Outputs:
-        # The exporter leaves out a None beside the logits.
+        # The exporter omits outputs that are None.
         leaves = torch.utils._pytree.tree_leaves(gm(torch.from_numpy(values).to(device)))
         return [leaf.cpu().numpy() for leaf in leaves if leaf is not None]
 
     expected = simulate(images)
     results = make_session(path, optimize=False).run(None, {INPUT_NAME: images})
-    found = [
-        compare([theirs], [ours], images, lambda x, i=i: [simulate(x)[i]])  # type: ignore[misc]
-        for i, (ours, theirs) in enumerate(zip(expected, results, strict=True))
+    differences = [
+        compare([computed], [simulated], images, lambda x, i=i: [simulate(x)[i]])  # type: ignore[misc]
+        for i, (simulated, computed) in enumerate(zip(expected, results, strict=True))
     ]
-    for one in found:
-        if not one.ok:
+    for difference in differences:
+        if not difference.ok:
             raise LoweringError(
-                f"the ONNX file differs from the simulation by {one} (relative L2); "
+                f"the ONNX file differs from the simulation by {difference} (relative L2); "
                 "nothing was written. This is a bug; please report it with the model"
             )
-    return max(found, key=lambda one: one.found, default=Difference(found=0.0))
+    return max(differences, key=lambda item: item.relative_l2, default=Difference(relative_l2=0.0))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -181,15 +182,15 @@ def _write(path: Path, content: bytes) -> None:
 def _translate(
     gm: fx.GraphModule, image_shape: tuple[int, ...], target: Target
 ) -> tuple[ir.Model, dict[str, int], tuple[TwinForm, ...]]:
-    """The model, the widths of its weights' codes by name, and what twin quantizers became."""
-    own = copy.deepcopy(gm).to("cpu")
-    twins = rewrite_quantizers(own)
-    widths = Legalizer(own, target).run()
+    """The model, the widths of its weights' codes by name, and the forms of twin quantizers."""
+    legalized = copy.deepcopy(gm).to("cpu")
+    twins = rewrite_quantizers(legalized)
+    widths = Legalizer(legalized, target).run()
     images = torch.zeros(2, *image_shape)
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                own,
+                legalized,
                 (images,),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -202,7 +203,7 @@ def _translate(
         text = str(error).strip().splitlines()
         raise LoweringError(
             f"PyTorch's ONNX exporter failed ({type(error).__name__}: {text[0] if text else ''}). "
-            "An operator of the model has no ONNX form; the error it names says which"
+            "An operator of the model has no ONNX form; the exporter's error names the operator"
         ) from error
     assert program is not None
     model = program.model
@@ -213,19 +214,21 @@ def _translate(
 
 
 def _name_outputs(model: ir.Model, gm: fx.GraphModule) -> None:
-    """Names outputs by their keys in a dict, or ``output``, numbered where there are several."""
+    """Names outputs by their keys in a dict, else ``output``, numbered where there are several."""
     (returned,) = gm.graph.output_node().args
     leaves, _ = tree_flatten_with_path(returned)
-    taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
-    places = [place for place, leaf in leaves if leaf is not None]
-    for value, place in zip(model.graph.outputs, places, strict=True):
-        # A step holds one thing: a key of a dict, a place in a list, or the name of an attribute.
-        steps = [astuple(step) for step in place]  # type: ignore[call-overload]
+    used_names = {
+        value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value
+    }
+    paths = [path for path, leaf in leaves if leaf is not None]
+    for value, path in zip(model.graph.outputs, paths, strict=True):
+        # A step has one field: a key of a dict, an index of a list, or the name of an attribute.
+        steps = [astuple(step) for step in path]  # type: ignore[call-overload]
         keys = [str(key) for step in steps for key in step]
-        plain = not (place and isinstance(place[0], MappingKey))
-        name = "_".join(["output", *keys] if plain else keys)
-        while name in taken:
+        unkeyed = not (path and isinstance(path[0], MappingKey))
+        name = "_".join(["output", *keys] if unkeyed else keys)
+        while name in used_names:
             name += "_"
-        taken.add(name)
+        used_names.add(name)
         if not value.is_graph_input():
             value.name = name

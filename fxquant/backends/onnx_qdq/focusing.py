@@ -2,8 +2,9 @@
 
     focusing(x)     uniform(clip(x, b1, b2), scale)
 
-Both ends of the interval are whole steps, so values clipped there are rounded nowhere else, and the
-uniform quantizer's codes are those of the interval plus its start (arXiv 2502.04628, eq. 15).
+Both ends of the interval are whole numbers of steps. The uniform quantizer therefore rounds clipped
+values to these ends, and its codes are the codes of the interval plus the interval's start
+(arXiv 2502.04628, eq. 15).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def rewrite_focusing(
 
     Args:
         gm: a copy of a FROZEN graph whose nodes carry shapes.
-        node: calls the quantizer.
-        quantizer: the module.
+        node: call of the quantizer.
+        quantizer: the quantizer.
     """
     with gm.graph.inserting_before(node):
         ends = quantizer.interval

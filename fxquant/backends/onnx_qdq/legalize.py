@@ -5,10 +5,10 @@
     linear(x, W, b)         addmm over flattened tokens, b as int32 codes: Gemm, fused to QGemm
     patch convolution       the same, on cut-out patches
     c * matmul(a, b)        matmul with c in the output scale of a's dequantize_linear
-    softmax(quantizer(x))   softmax in float, of dequantize_linear(quantize_linear(x)); so norms,
-                            activation functions and additions
+    softmax(quantizer(x))   softmax in float, of dequantize_linear(quantize_linear(x)); likewise
+                            norms, activation functions and additions
 
-The function stays the same to float rounding.
+The rewritten graph computes the same function, up to float rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fxquant.graph.nodes import data_users, operand, rank, submodule
 from fxquant.graph.rewrite import add_constant, emit
 from fxquant.quantizers import UniformQuantizer
 
-_Operand = tuple[Edge, UniformQuantizer]
+_QuantizedEdge = tuple[Edge, UniformQuantizer]
 
 
 class Legalizer:
@@ -71,7 +71,7 @@ class Legalizer:
         return self._write.widths
 
     def _quantizer(self, node: fx.Node, arg: Arg) -> tuple[Edge, UniformQuantizer | None]:
-        """The edge and its quantizer, None where it is float."""
+        """An edge and its quantizer, which is None where the edge is float."""
         edge = self._edges[node, arg]
         module = submodule(self.gm, edge.source)
         return edge, module if isinstance(module, UniformQuantizer) else None
@@ -80,13 +80,13 @@ class Legalizer:
         return emit(self.gm, target, *args, like=like)
 
     def _weighted(self, node: fx.Node, kind: OpKind) -> None:
-        """A linear or convolution."""
+        """Rewrites a linear or convolution."""
         x_edge, x = self._quantizer(node, Arg.INPUT)
         w_edge, w = self._quantizer(node, Arg.WEIGHT)
         if x is not None and x.axis is not None:
             raise LoweringError(
-                f"{x_edge.name}: onnxruntime takes one scale for the input of a product with a "
-                f"weight, this one has {x.scale.numel()}; use granularity tensor for this edge, "
+                f"{x_edge.name}: onnxruntime supports one scale for the input of a product with a "
+                f"weight, got {x.scale.numel()}; use granularity tensor for this edge, "
                 "or keep it float",
                 edge=x_edge.name,
                 got=x.scale.numel(),
@@ -110,7 +110,7 @@ class Legalizer:
             w_edge.replace_source(self._write.weight(w_edge, w, matrix=False))
 
     def _elementwise(self, node: fx.Node) -> None:
-        """A norm, softmax, activation function or addition: in float, on quantized values."""
+        """Rewrites a norm, softmax, activation function or addition: float, on quantized values."""
         for arg in (Arg.INPUT, Arg.LHS, Arg.RHS):
             if (node, arg) not in self._edges:
                 continue
@@ -122,8 +122,8 @@ class Legalizer:
     def _linear(
         self,
         node: fx.Node,
-        x: _Operand,
-        w: _Operand,
+        x: _QuantizedEdge,
+        w: _QuantizedEdge,
         codes: fx.Node,
     ) -> fx.Node:
         lead = self._sizes(codes)[:-1]
@@ -138,11 +138,11 @@ class Legalizer:
     def _gemm(
         self,
         node: fx.Node,
-        x: _Operand,
-        w: _Operand,
+        x: _QuantizedEdge,
+        w: _QuantizedEdge,
         codes: fx.Node,
     ) -> fx.Node:
-        """The product of ``(M, K)`` codes with a weight, plus bias: ``(M, N)``."""
+        """Product of codes ``(M, K)`` with a weight, plus bias, ``(M, N)``."""
         value = self._write.activation(*x, codes)
         weight = self._write.weight(*w, matrix=True)
         bias, coded = self._write.bias(node, x[1], w[1])
@@ -154,14 +154,14 @@ class Legalizer:
     def _patches(
         self,
         node: fx.Node,
-        x: _Operand,
-        w: _Operand,
+        x: _QuantizedEdge,
+        w: _QuantizedEdge,
         codes: fx.Node,
         patch: tuple[int, int],
     ) -> fx.Node:
-        """A convolution whose kernel tiles the image, as a product over its patches.
+        """Rewrites a convolution whose kernel tiles the image as a product over its patches.
 
-        onnxruntime's integer convolution needs a quantized output; the product does not.
+        The integer convolution of onnxruntime needs a quantized output; the product does not.
         """
 
         def call(target: Any, *args: Any) -> fx.Node:
@@ -179,33 +179,33 @@ class Legalizer:
         return call(aten.permute.default, call(aten.reshape.default, out, shape), [0, 3, 1, 2])
 
     def _matmul(self, node: fx.Node) -> None:
-        """A product of two activations; a scalar factor behind it goes into a scale."""
-        sides = [self._quantizer(node, arg) for arg in (Arg.LHS, Arg.RHS)]
-        scaled = _scaling(node)
-        both = all(quantizer is not None for _, quantizer in sides)
-        factor = float(scaled.args[1]) if scaled is not None and both else 1.0  # type: ignore[arg-type]
-        after: Tensor | None = None
-        for edge, quantizer in sides:
+        """Rewrites a product of two activations; a scalar factor behind it joins a scale."""
+        operands = [self._quantizer(node, arg) for arg in (Arg.LHS, Arg.RHS)]
+        scaling = _scaling(node)
+        quantized = all(quantizer is not None for _, quantizer in operands)
+        factor = float(scaling.args[1]) if scaling is not None and quantized else 1.0  # type: ignore[arg-type]
+        head_scales: Tensor | None = None
+        for edge, quantizer in operands:
             if quantizer is None:
                 continue
             codes = self._write.codes(edge, quantizer)
-            share = factor if edge.arg is Arg.LHS else 1.0
-            edge.replace_source(self._write.activation(edge, quantizer, codes, share))
+            edge_factor = factor if edge.arg is Arg.LHS else 1.0
+            edge.replace_source(self._write.activation(edge, quantizer, codes, edge_factor))
             if quantizer.axis is not None:
                 heads = quantizer.scale.view(-1, 1, 1)
-                after = heads if after is None else after * heads
+                head_scales = heads if head_scales is None else head_scales * heads
         out = node
-        if after is not None:
+        if head_scales is not None:
             with self.gm.graph.inserting_after(node):
-                heads_node = add_constant(self.gm, after, f"{node.name}_heads", like=node)
+                heads_node = add_constant(self.gm, head_scales, f"{node.name}_heads", like=node)
             with self.gm.graph.inserting_after(heads_node):
                 out = self._call(aten.mul.Tensor, node, heads_node, like=node)
             node.replace_all_uses_with(out, delete_user_cb=lambda user: user is not out)
-        if factor != 1.0 and scaled is not None:
-            scaled.replace_all_uses_with(out)
+        if factor != 1.0 and scaling is not None:
+            scaling.replace_all_uses_with(out)
 
     def _sizes(self, node: fx.Node) -> list[Any]:
-        """Sizes of a node's tensor: numbers, and nodes where they are symbolic."""
+        """Sizes of a node's tensor: numbers, or nodes where sizes are symbolic."""
         return [
             self._call(aten.sym_size.int, node, axis, like=node) if isinstance(n, SymInt) else n
             for axis, n in enumerate(node.meta["val"].shape)
@@ -217,7 +217,7 @@ class Legalizer:
 
 
 def _scaling(node: fx.Node) -> fx.Node | None:
-    """The positive scalar multiplication that alone uses a product."""
+    """The multiplication by a positive scalar that is a product's only user; None without one."""
     users = data_users(node)
     if len(users) != 1 or users[0].target is not aten.mul.Tensor:
         return None
@@ -231,8 +231,8 @@ def patch_size(node: fx.Node) -> tuple[int, int] | None:
     if node.target is not aten.conv2d.default:
         return None
     defaults: tuple[Any, ...] = (None, [1, 1], [0, 0], [1, 1], 1)
-    given = (*node.args[2:], *defaults[len(node.args) - 2 :])
-    _, stride, padding, dilation, groups = given
+    arguments = (*node.args[2:], *defaults[len(node.args) - 2 :])
+    _, stride, padding, dilation, groups = arguments
     shape = operand(node, 0).meta["val"].shape
     weight = operand(operand(node, 1), 0).meta["val"].shape
     kernel = [int(n) for n in weight[2:]]

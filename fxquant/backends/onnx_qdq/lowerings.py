@@ -1,4 +1,4 @@
-"""The table of lowerings: how each kind of quantizer becomes the uniform one that QDQ has."""
+"""Table of lowerings, which rewrite each kind of quantizer as the uniform quantizers of QDQ."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fxquant.quantizers import (
     UniformQuantizer,
 )
 
-_BACKEND = "ONNX, whose QuantizeLinear is uniform,"
+_BACKEND_IN_ERRORS = "ONNX, whose QuantizeLinear is uniform,"
 
 
-def _stays(gm: fx.GraphModule, node: fx.Node, quantizer: UniformQuantizer) -> None:
+def _keep_uniform(gm: fx.GraphModule, node: fx.Node, quantizer: UniformQuantizer) -> None:
     """Leaves a uniform quantizer to :class:`fxquant.backends.onnx_qdq.legalize.Legalizer`."""
 
 
-# Each rewrites the call of a quantizer in place, and returns what is to be reported of it.
+# Functions that rewrite the call of a quantizer in place and return its form for the report.
 LOWERINGS: dict[type[Quantizer], Callable[[fx.GraphModule, fx.Node, Any], TwinForm | None]] = {
-    UniformQuantizer: _stays,
+    UniformQuantizer: _keep_uniform,
     TwinUniformQuantizer: rewrite_twin,
     DynamicFocusingQuantizer: rewrite_focusing,
 }
@@ -53,7 +53,7 @@ def rewrite_quantizers(gm: fx.GraphModule) -> tuple[TwinForm, ...]:
     for node in list(gm.graph.nodes):
         quantizer = submodule(gm, node)
         if isinstance(quantizer, Quantizer):
-            rewrite = lowering_of(LOWERINGS, quantizer, edges[node], _BACKEND)
+            rewrite = lowering_of(LOWERINGS, quantizer, edges[node], _BACKEND_IN_ERRORS)
             form = rewrite(gm, node, quantizer)
             if form is not None:
                 forms.append(form)

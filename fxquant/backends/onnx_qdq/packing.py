@@ -1,16 +1,16 @@
-"""Stores weight codes of 2 to 7 bits at their width.
+"""Packs weight codes of 2 to 7 bits, so that a file stores them at their width.
 
     before: DequantizeLinear(codes, …)               codes: int8 or uint8, a byte a code
     after:  DequantizeLinear(UnpackInt6(packed), …)  packed: uint8, 6 bytes for 8 codes
 
-``UnpackInt6`` is a function in the file, made of standard operators and one for all weights of that
-type. onnxruntime opens it and computes it when it makes the session, so that the int8 and uint8
-kernels get the same codes as from a file with a byte a code.
+``UnpackInt6`` is a function in the file, made of standard operators and shared by all weights of
+that type. onnxruntime inlines and computes the function when it makes the session, so that the int8
+and uint8 kernels get the same codes as from a file with one byte for each code.
 
-A code is cut in pieces of 4, 2 and 1 bits, as many as its width takes: 6 is 4 and 2. A byte holds
-pieces of one width, and a table says for each byte what its pieces are worth, the sign included; a
-code is the bitwise or of its pieces. onnxruntime keeps what each operator yields until the session
-is made, and a table takes the fewest.
+A code is cut into pieces of 4, 2 and 1 bits, as its width needs: 6 bits are 4 and 2. A byte holds
+pieces of one width, and a table maps each byte to the values of its pieces, the sign included; a
+code is the bitwise or of its pieces. onnxruntime keeps the output of each operator until the
+session is made, and a table needs the fewest operators.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 DOMAIN, DOMAIN_VERSION = "fxquant", 1
-_PREFIX, _FILLED = "Unpack", "Filled"
+# Names of the functions are such as UnpackInt6 and UnpackInt6Filled.
+_FUNCTION_PREFIX, _FILLED_SUFFIX = "Unpack", "Filled"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Bits of a code that are stored together.
+    """Piece of a code: bits that are stored together.
 
     Attributes:
-        width: 4, 2 or 1.
-        offset: position of the lowest in the code.
+        width: number of bits, 4, 2 or 1.
+        offset: position of the lowest of these bits in the code.
     """
 
     width: int
@@ -43,18 +44,18 @@ class _Piece:
 
     @property
     def places(self) -> NDArray[np.uint8]:
-        """Where the pieces of a byte begin; ``(2,)``, ``(2, 2)`` or ``(2, 2, 2)``."""
+        """Lowest bits of the pieces of a byte, ``(2,)``, ``(2, 2)`` or ``(2, 2, 2)``."""
         axes = {4: 1, 2: 2, 1: 3}[self.width]
         return np.arange(0, 8, self.width, dtype=np.uint8).reshape([2] * axes)
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
-        """Shape of the bytes of ``(n, 2, 2, 2)`` codes."""
+        """Shape of the bytes that hold the pieces of ``(n, 2, 2, 2)`` codes."""
         return (-1, *[2] * (3 - self.places.ndim))
 
     @property
     def mask(self) -> np.uint8:
-        """The piece's bits, at the lowest position."""
+        """Mask of the piece's bits, at the lowest position."""
         return np.uint8((1 << self.width) - 1)
 
 
@@ -64,44 +65,44 @@ def _pieces(bits: int) -> list[_Piece]:
 
 
 def pack(codes: NDArray[np.int8 | np.uint8], bits: int) -> NDArray[np.uint8]:
-    """The bytes of codes, as the functions unpack them.
+    """Packs codes into the bytes that the functions of the file unpack.
 
     Args:
-        codes: of any shape, in the range of that width.
-        bits: width, 2 to 7.
+        codes: codes of any shape, in the range of their width.
+        bits: width of the codes, 2 to 7.
 
     Returns:
-        ``(bits, n)``, n being an eighth of the number of codes, rounded up; each piece fills as
-        many rows as it has bits.
+        Bytes ``(bits, n)``, n being an eighth of the number of codes, rounded up; each piece fills
+        as many rows as it has bits.
     """
     n = -(-codes.size // 8)
     flat = np.zeros(8 * n, np.uint8)
     flat[: codes.size] = codes.reshape(-1).view(np.uint8)
     rows = []
     for piece in _pieces(bits):
-        cut = ((flat >> piece.offset) & piece.mask).reshape(-1, 8 // piece.width)
-        placed = cut << piece.places.reshape(-1)
-        rows.append(np.bitwise_or.reduce(placed, axis=1).reshape(piece.width, n))
+        pieces = ((flat >> piece.offset) & piece.mask).reshape(-1, 8 // piece.width)
+        shifted = pieces << piece.places.reshape(-1)
+        rows.append(np.bitwise_or.reduce(shifted, axis=1).reshape(piece.width, n))
     return np.concatenate(rows)
 
 
 def _table(piece: _Piece, bits: int, *, signed: bool) -> NDArray[np.int8 | np.uint8]:
-    """What the pieces of each byte are worth: ``(256, 2, …)``, as the pieces of a byte lie."""
+    """Values of the pieces of each byte, ``(256, 2, …)``, in the order of the pieces in a byte."""
     byte = np.arange(256, dtype=np.uint8).reshape(-1, *[1] * piece.places.ndim)
-    worth = ((byte >> piece.places) & piece.mask).astype(np.int64) << piece.offset
+    values = ((byte >> piece.places) & piece.mask).astype(np.int64) << piece.offset
     if not signed:
-        return worth.astype(np.uint8)
-    negative = worth >> (bits - 1)  # 1 where the piece holds the sign and it is set
-    return (worth - (negative << bits)).astype(np.int8)
+        return values.astype(np.uint8)
+    negative = values >> (bits - 1)  # 1 where the piece holds the sign and it is set
+    return (values - (negative << bits)).astype(np.int8)
 
 
 def pack_weights(model: ir.Model, widths: Mapping[str, int]) -> dict[int, int]:
-    """Packs initializers of codes in place.
+    """Packs the initializers of weight codes in place.
 
     Args:
         model: a QDQ model.
-        widths: bits of the codes by name of their initializer. Where the model has none of that
-            name, it was merged with an equal one.
+        widths: name of an initializer -> bits of its codes. Where the model has no initializer of
+            that name, the exporter has merged it with an equal one.
 
     Returns:
         Bits -> number of codes packed.
@@ -114,7 +115,7 @@ def pack_weights(model: ir.Model, widths: Mapping[str, int]) -> dict[int, int]:
 
 
 def _pack_weight(model: ir.Model, name: str, bits: int) -> int:
-    """Returns the number of codes."""
+    """Packs one initializer and returns the number of its codes."""
     codes = model.graph.initializers.pop(name)
     assert codes.const_value is not None
     values = codes.const_value.numpy()
@@ -137,21 +138,21 @@ def _pack_weight(model: ir.Model, name: str, bits: int) -> int:
 
 
 def packed_type(node: onnx.NodeProto) -> tuple[str, int] | None:
-    """Type and number of the codes that a node unpacks; None for any other node."""
-    if node.domain != DOMAIN or not node.op_type.startswith(_PREFIX):
+    """Type and number of the codes that a node unpacks; None for nodes of other kinds."""
+    if node.domain != DOMAIN or not node.op_type.startswith(_FUNCTION_PREFIX):
         return None
-    kind = node.op_type.removeprefix(_PREFIX).removesuffix(_FILLED).lower()
+    kind = node.op_type.removeprefix(_FUNCTION_PREFIX).removesuffix(_FILLED_SUFFIX).lower()
     (shape,) = (a.ints for a in node.attribute if a.name == "shape")
     return kind, math.prod(shape)
 
 
 def _unpacker(bits: int, *, signed: bool, filled: bool, opset: int) -> ir.Function:
-    """The function from packed bytes to int8 or uint8 codes of the node's ``shape``.
+    """Makes the function that maps packed bytes to int8 or uint8 codes of the node's ``shape``.
 
     Args:
         bits: width of the codes.
-        signed: int8, else uint8.
-        filled: the last bytes hold more codes than there are.
+        signed: whether the codes are int8; otherwise uint8.
+        filled: whether the last bytes are filled up beyond the number of codes.
         opset: version of the standard operators.
     """
     tape = ir.tape.Tape()
@@ -174,8 +175,8 @@ def _unpacker(bits: int, *, signed: bool, filled: bool, opset: int) -> ir.Functi
         numbers = call(
             "Cast", call("Reshape", row, integers(*piece.packed_shape)), to=ir.DataType.INT32
         )
-        worth = call("Gather", table, numbers)
-        codes = worth if codes is None else call("BitwiseOr", codes, worth)
+        piece_codes = call("Gather", table, numbers)
+        codes = piece_codes if codes is None else call("BitwiseOr", codes, piece_codes)
     assert codes is not None
     shape = tape.op(
         "Constant", [], {"value_ints": ir.RefAttr("value_ints", "shape", ir.AttributeType.INTS)}
@@ -187,7 +188,7 @@ def _unpacker(bits: int, *, signed: bool, filled: bool, opset: int) -> ir.Functi
     codes.name = "codes"
     return ir.Function(
         DOMAIN,
-        f"{_PREFIX}{'Int' if signed else 'UInt'}{bits}{_FILLED if filled else ''}",
+        f"{_FUNCTION_PREFIX}{'Int' if signed else 'UInt'}{bits}{_FILLED_SUFFIX if filled else ''}",
         graph=ir.Graph([packed], [codes], nodes=tape.nodes, opset_imports={"": opset}),
         attributes=[ir.Attr("shape", ir.AttributeType.INTS, None)],
     )

@@ -1,8 +1,9 @@
-"""The rules that keep a QDQ model fast and right in onnxruntime, checked on the finished model.
+"""Checks of the rules that keep a finished QDQ model fast and correct in onnxruntime.
 
-onnxruntime fuses some wrong models without a word: a bias whose scale is not ``s_x s_w`` is taken
-for one that is, and a weight scale along the summed axis for one along the output. The legalizer
-never writes these; this check proves it for each file.
+onnxruntime fuses some wrong models without a warning: it treats a bias whose scale is not
+``s_x s_w`` as if its scale were ``s_x s_w``, and a weight scale along the summed axis as if the
+scale ran along the output. The legalizer never writes such models; this check proves it for each
+file.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ def check_rules(model: ir.Model) -> None:
     """Checks every quantized product.
 
     Raises:
-        LoweringError: a rule is broken; that is a bug in this backend.
+        LoweringError: a product breaks a rule, which is a bug in this backend.
     """
     for node in model.graph:
         if node.op_type in ("Gemm", "MatMul", "Conv"):
-            broken = _broken(node)
-            if broken:
-                raise LoweringError(f"{node.name} ({node.op_type}): {broken}. This is a bug")
+            violation = _violation(node)
+            if violation:
+                raise LoweringError(f"{node.name} ({node.op_type}): {violation}. This is a bug")
 
 
-def _broken(node: ir.Node) -> str | None:
+def _violation(node: ir.Node) -> str | None:
+    """A clause that names the rule that a product breaks; None where it breaks no rule."""
     x, w = (dequantizer(value) for value in node.inputs[:2])
     if x is None or w is None:
         return None
     x_scale, w_scale = constant_value(x.inputs[1]), constant_value(w.inputs[1])
     if x_scale is None or w_scale is None:
-        return "a scale is no constant"
+        return "a scale is not a constant"
     if x_scale.size != 1:
         return "an activation has more than one scale, which fails at run time"
     output_axis = 0 if node.op_type == "Conv" else 1
@@ -47,7 +49,7 @@ def _broken(node: ir.Node) -> str | None:
 
 
 def dequantizer(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that a value comes from, None where it is another node's."""
+    """The DequantizeLinear that yields a value; None where another node yields it."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
@@ -58,7 +60,7 @@ def _axis(node: ir.Node) -> int:
 
 
 def constant_value(value: ir.Value | None) -> np.ndarray | None:
-    """The numbers of a constant or of a product of constants, None for any other value."""
+    """Numbers of a constant or of a product of constants; None for any other value."""
     if value is None:
         return None
     node = value.producer()

@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime, and a look at what it made of a model."""
+"""Sessions of onnxruntime, and inspection of the kernels that onnxruntime chose for a model."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Unfused:
     """A product that onnxruntime runs in float.
 
     Attributes:
-        node: its name.
-        op: its operator.
-        reason: a sentence.
+        node: name of the product's node.
+        op: operator of the node.
+        reason: a clause on why it runs in float.
     """
 
     node: str
@@ -56,9 +56,9 @@ def make_session(
 
     Args:
         path: an ONNX file.
-        threads: threads of one operator; None leaves it to onnxruntime.
-        optimize: False turns all graph optimizations off.
-        optimized_to: where to write the optimized graph.
+        threads: number of threads of one operator; None: onnxruntime's choice.
+        optimize: whether to run graph optimizations.
+        optimized_to: path to which the optimized graph is written.
 
     Raises:
         FileFormatError: onnxruntime cannot load the file.
@@ -70,7 +70,8 @@ def make_session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized_to is not None:
-        # Hardware-bound layouts would hide the operators; they do not touch quantized products.
+        # Layouts for particular hardware, which this level omits, would hide the operators; such
+        # layouts do not change quantized products.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized_to)
     # Exact numbers for weight-only nodes: level 4 would quantize their activations too.
@@ -94,7 +95,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     """Reads and checks an ONNX file.
 
     Raises:
-        FileFormatError: it is missing, truncated or no ONNX model.
+        FileFormatError: the file is missing, truncated or not an ONNX model.
     """
     try:
         model = onnx.load(str(path))
@@ -103,7 +104,8 @@ def read_model(path: Path) -> onnx.ModelProto:
         raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's DecodeError and the checker's share no base
         raise FileFormatError(
-            f"{path} is no valid ONNX model ({_first_line(error)}): truncated or of another format"
+            f"{path} is not a valid ONNX model ({_first_line(error)}): truncated or of another "
+            "format"
         ) from error
     if not model.graph.node:
         raise FileFormatError(f"{path} holds an empty graph: truncated or of another format")
@@ -111,10 +113,10 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def inspect(path: Path) -> tuple[dict[str, int], tuple[Unfused, ...]]:
-    """What onnxruntime runs on integer kernels, and what it does not.
+    """Inspects which products onnxruntime runs on integer kernels, and which in float.
 
     Returns:
-        Integer kernel -> count; the products left float, with reasons.
+        Integer kernel -> number of nodes; the products that run in float, with reasons.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -125,14 +127,14 @@ def inspect(path: Path) -> tuple[dict[str, int], tuple[Unfused, ...]]:
 
 
 def _unfused(model: onnx.ModelProto) -> list[Unfused]:
-    makers = {output: node for node in model.graph.node for output in node.output}
+    producers = {output: node for node in model.graph.node for output in node.output}
     types = {t.name: t.data_type for t in model.graph.initializer}
-    found = []
+    unfused = []
     for node in model.graph.node:
         if node.op_type in FLOAT_PRODUCTS:
-            sources = [makers.get(name) for name in node.input[:2]]
-            found.append(Unfused(node.name, node.op_type, _reason(node, sources, types)))
-    return found
+            sources = [producers.get(name) for name in node.input[:2]]
+            unfused.append(Unfused(node.name, node.op_type, _reason(node, sources, types)))
+    return unfused
 
 
 def _reason(
@@ -148,7 +150,7 @@ def _reason(
     if {onnx.TensorProto.INT16, onnx.TensorProto.UINT16} & set(codes):
         return "16-bit codes have no integer kernel"
     if codes[:1] == [onnx.TensorProto.INT8]:
-        return "int8 activations: x86 kernels take uint8 ones"
+        return "int8 activations: x86 kernels need uint8 activations"
     if node.op_type.endswith("Conv"):
         return "an integer convolution needs a quantized output, and this one's is float"
     return "onnxruntime has no integer kernel for this combination of types, axes and consumers"

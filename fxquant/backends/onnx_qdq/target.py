@@ -1,4 +1,4 @@
-"""What differs between the CPUs that a file is made for."""
+"""Targets: CPU families that files are made for, and the storage types of each."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Target:
     """A family of CPUs.
 
     Attributes:
-        name: as given to ``export_onnx``.
-        signed_weights: weights and right operands are int8; else uint8 with the zero_point
-            moved by 128.
-        description: one sentence.
+        name: name of the target, as passed to ``export_onnx``.
+        signed_weights: whether weights and right operands are int8; otherwise they are uint8 with
+            the zero_point moved by 128.
+        description: one sentence about the target.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Target:
     description: str
 
     def storage(self, *, right: bool, bits: int) -> torch.dtype:
-        """Type that codes are stored in.
+        """Storage type of codes.
 
         Args:
-            right: the tensor is a weight or the right operand of a matmul.
+            right: whether the tensor is a weight or the right operand of a matmul.
             bits: bit-width of the codes.
         """
         if right and self.signed_weights:
@@ -42,7 +42,7 @@ class Target:
         return torch.uint8 if bits <= 8 else torch.uint16
 
 
-# VNNI and AMX multiply uint8 by int8 alone; their other combinations are 8 to 45 times slower.
+# VNNI and AMX multiply only uint8 by int8; other combinations of types are 8 to 45 times slower.
 VNNI = Target(
     name="x86-vnni",
     signed_weights=True,
@@ -58,10 +58,10 @@ TARGETS = {target.name: target for target in (VNNI, AVX2)}
 
 
 def resolve_target(name: str) -> Target:
-    """The target of that name; ``auto`` is the one for this machine.
+    """Looks a target up by name; ``auto`` is the target of this machine.
 
     Raises:
-        LoweringError: unknown name.
+        LoweringError: no target has this name.
     """
     if name == "auto":
         return AVX2 if u8s8_saturates() else VNNI
@@ -75,7 +75,7 @@ def resolve_target(name: str) -> Target:
 
 @cache
 def u8s8_saturates() -> bool:
-    """Whether this machine's uint8 x int8 product overflows 16 bits: one small product tells."""
+    """Whether this machine's uint8 x int8 product overflows 16 bits, measured on one product."""
     k, n = 64, 16
     constants = [
         numpy_helper.from_array(np.full((k, n), 127, np.int8), "w"),

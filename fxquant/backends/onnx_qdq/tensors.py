@@ -1,4 +1,4 @@
-"""Writes single quantized tensors in ONNX's terms: activations, weights, biases."""
+"""Writer of single quantized tensors in ONNX's terms: activations, weights, biases."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class TensorWriter:
         self._gm, self._target = gm, target
         # (quantizer call, storage type) -> codes, so that a value is quantized once.
         self._shared: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-        # (quantizer call, storage type, as a matrix) -> codes, scale and zero_point of a weight
-        # that several products read, as those of a twin quantizer's two regions do.
+        # (quantizer call, storage type, as a matrix) -> codes, scale and zero_point of a weight,
+        # which several products may read, such as the products of a twin quantizer's two regions.
         self._weights: dict[tuple[fx.Node, torch.dtype, bool], list[fx.Node]] = {}
         # Name of a weight's codes -> their bit-width.
         self.widths: dict[str, int] = {}
@@ -43,17 +43,17 @@ class TensorWriter:
         return emit(self._gm, target, *args, like=like)
 
     def _shift(self, quantizer: UniformQuantizer, storage: torch.dtype) -> int:
-        """What is added to codes to store them: half the range where signedness differs."""
+        """Offset of stored codes: half the range where code and storage type differ in sign."""
         signed = torch.iinfo(storage).min < 0
         return (int(quantizer.signed) - int(signed)) << (quantizer.bits - 1)
 
     def codes(self, edge: Edge, quantizer: UniformQuantizer) -> fx.Node:
-        """Integer codes of an activation. A scale per head is divided out first."""
+        """Integer codes of an activation, which is divided by a scale per head first."""
         right = edge.arg is Arg.RHS and edge.kind.is_product
         storage = self._target.storage(right=right, bits=quantizer.bits)
         if edge.kind is OpKind.SOFTMAX:
-            # Behind codes of 8 bits onnxruntime takes a softmax of its own, which is not exact: it
-            # moves a code in a hundred.
+            # After codes of 8 bits onnxruntime uses a quantized softmax, which is not exact: it
+            # changes one code in a hundred.
             storage = torch.uint16
         key = (edge.source, storage)
         if key in self._shared:
@@ -76,7 +76,7 @@ class TensorWriter:
         return codes
 
     def _divided(self, edge: Edge, quantizer: UniformQuantizer, x: fx.Node) -> fx.Node:
-        """``x`` in units of its scale per head, moved by the zero_point per head."""
+        """Divides ``x`` by its scale per head and adds the zero_point per head."""
         if quantizer.axis != -3:
             raise LoweringError(
                 f"{edge.name}: a scale per channel of an activation fails in onnxruntime; use "
@@ -87,14 +87,14 @@ class TensorWriter:
         x = self._call(aten.div.Tensor, x, heads, like=edge.node)
         if bool((quantizer.zero_point != 0).any()):
             points = quantizer.zero_point.view(-1, 1, 1)
-            moved = self._constant(points, f"{edge.name}_points", edge.node)
-            x = self._call(aten.add.Tensor, x, moved, like=edge.node)
+            offset = self._constant(points, f"{edge.name}_points", edge.node)
+            x = self._call(aten.add.Tensor, x, offset, like=edge.node)
         return x
 
     def activation(
         self, edge: Edge, quantizer: UniformQuantizer, codes: fx.Node, factor: float = 1.0
     ) -> fx.Node:
-        """Float value of codes times ``factor``; with scales per head, still in units of these."""
+        """Float value of codes times ``factor``, in units of the scales per head, if any."""
         like = edge.node
         per_head = quantizer.axis is not None
         scale = torch.ones(()) if per_head else quantizer.scale
@@ -123,9 +123,11 @@ class TensorWriter:
 
         Args:
             edge: the weight's edge.
-            quantizer: its quantizer.
-            matrix: store as ``(K, N)`` with the scale along axis 1; else in its own shape.
-            right: the weight meets a quantized activation, so the target's type is wanted.
+            quantizer: quantizer of the weight.
+            matrix: whether to store the weight as ``(K, N)`` with the scale along axis 1; otherwise
+                in the weight's shape.
+            right: whether the weight multiplies a quantized activation, for which it has the
+                target's type.
         """
         storage = self._target.storage(right=right, bits=quantizer.bits)
         key = (edge.source, storage, matrix)
@@ -137,7 +139,7 @@ class TensorWriter:
     def _weight_constants(
         self, edge: Edge, quantizer: UniformQuantizer, storage: torch.dtype, *, matrix: bool
     ) -> list[fx.Node]:
-        """Codes, scale and zero_point."""
+        """Adds codes, scale and zero_point of a weight as constants."""
         weight = constant(self._gm, operand(edge.source, 0))
         assert weight is not None
         shift = self._shift(quantizer, storage)
@@ -156,21 +158,21 @@ class TensorWriter:
     def bias(
         self, node: fx.Node, x: UniformQuantizer, w: UniformQuantizer
     ) -> tuple[fx.Node | None, bool]:
-        """Float value of the bias, and whether it is stored as int32 codes.
+        """Float value of a product's bias, and whether the bias is stored as int32 codes.
 
-        onnxruntime takes a bias for one in units of ``s_x s_w`` without looking at its scale, so
+        onnxruntime assumes units of ``s_x s_w`` for int32 biases and ignores their scale, so that
         no other scale may ever be written.
         """
-        given = node.args[2] if len(node.args) > 2 else None
-        bias = constant(self._gm, given)
-        if not isinstance(given, fx.Node):
+        argument = node.args[2] if len(node.args) > 2 else None
+        bias = constant(self._gm, argument)
+        if not isinstance(argument, fx.Node):
             return None, False
         if bias is None:
-            return given, False
+            return argument, False
         unit = accumulator_scale(x, w)
         codes = torch.round(bias.double() / unit.double())
         if bool((codes.abs() >= INT32_MAX).any()):
-            return given, False
+            return argument, False
         unit = unit.expand_as(bias)
         value = self._call(
             DEQUANTIZE,

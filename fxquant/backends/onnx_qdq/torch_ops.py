@@ -1,6 +1,6 @@
 """ONNX's QuantizeLinear and DequantizeLinear as torch operators, and their translations.
 
-A graph that holds these is exported by PyTorch's own exporter, which writes everything else.
+PyTorch's exporter exports a graph with these operators and writes everything else itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
     Args:
         x: float tensor.
-        scale: ``()``.
-        zero_point: ``()`` of the storage type.
+        scale: shape ``()``.
+        zero_point: shape ``()``, in the storage type.
     """
     limits = torch.iinfo(zero_point.dtype)
     codes = torch.round(x / scale) + zero_point.to(x.dtype)
@@ -31,12 +31,12 @@ def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 @torch.library.custom_op("fxquant_onnx::dequantize_linear", mutates_args=())
 def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """Values ``(codes - zero_point) * scale`` as float32.
+    """Values ``(codes - zero_point) * scale``, float32.
 
     Args:
         codes: integer tensor.
         scale: ``()`` or ``(C,)``.
-        zero_point: like scale, in the type of the codes.
+        zero_point: shaped as scale, in the type of the codes.
         axis: axis of the codes that scale runs along.
     """
     shifted = codes.to(torch.float32) - broadcast(zero_point.float(), codes.ndim, axis)
@@ -63,7 +63,7 @@ def _to_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int | None = N
     return opset21.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
 
-# As a graph's nodes name them.
+# The operators as targets of a graph's nodes.
 QUANTIZE = torch.ops.fxquant_onnx.quantize_linear.default
 DEQUANTIZE = torch.ops.fxquant_onnx.dequantize_linear.default
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

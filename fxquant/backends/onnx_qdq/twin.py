@@ -1,4 +1,4 @@
-"""Rewrites twin quantizers as uniform ones, the only ones that QDQ has.
+"""Rewrites twin quantizers as uniform quantizers, the only quantizers that QDQ has.
 
     twin(x)                     where one grid of step D_R1 and 8-bit codes holds all values:
                                 uniform(where(x > t, coarse(x), x), D_R1)
@@ -6,8 +6,9 @@
                                 product(low(x), W, b) + product(high(x), W)
 
 ``coarse`` is a pair of quantize_linear and dequantize_linear of scale ``D_R2 = 2^m D_R1``, so that
-its values are whole steps of ``D_R1`` and the quantizer behind it is exact; ``low`` and ``high``
-are uniform quantizers of the magnitudes in either region (arXiv 2111.12293, section 4.2).
+its values are whole numbers of steps ``D_R1`` and the quantizer behind it is exact; ``low`` and
+``high`` are uniform quantizers of the magnitudes in the fine and in the coarse region (arXiv
+2111.12293, section 4.2).
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ from fxquant.quantizers import Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.quantizers.ops import twin_threshold
 
 # Points of a grid that 8-bit codes can number.
-_BYTE = 256
+_BYTE_CODES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwinForm:
-    """How a twin quantizer is written.
+    """Form in which a twin quantizer is written.
 
     Attributes:
-        edge: the edge it stands on.
-        levels: points of the plain grid of its fine step that holds all its values.
-        products: integer products that each product with it becomes; 0 where it is read in float
-            alone.
-        max_shift: largest ``TensorSpec.max_shift`` that makes it one product; None where none does.
+        edge: name of the quantizer's edge.
+        levels: number of points of the plain grid with the fine step that holds all its values.
+        products: number of integer products that each product with the quantizer becomes; 0 where
+            only float operations read it.
+        max_shift: largest ``TensorSpec.max_shift`` with which it is one product; None where no
+            bound suffices.
     """
 
     edge: str
@@ -51,7 +53,7 @@ class TwinForm:
     max_shift: int | None
 
     def __str__(self) -> str:
-        """One sentence."""
+        """The form as one sentence."""
         if self.products == 1:
             return f"{self.edge}: {self.levels:,} levels: one product"
         text = f"{self.edge}: codes need {self.levels:,} levels: "
@@ -69,32 +71,32 @@ def rewrite_twin(gm: fx.GraphModule, node: fx.Node, quantizer: TwinUniformQuanti
 
     Args:
         gm: a copy of a FROZEN graph whose nodes carry shapes.
-        node: calls the quantizer.
-        quantizer: the module.
+        node: call of the quantizer.
+        quantizer: the quantizer.
     """
-    products = _Twin(gm, node, quantizer).rewrite()
+    products = _TwinRewrite(gm, node, quantizer).rewrite()
     return TwinForm(
-        edge=_leaf(node),
+        edge=_edge_name(node),
         levels=quantizer.grid_size,
         products=products,
         max_shift=_largest_shift(quantizer),
     )
 
 
-class _Twin:
-    """One quantizer call."""
+class _TwinRewrite:
+    """Rewriting of one call of a twin quantizer."""
 
     def __init__(self, gm: fx.GraphModule, node: fx.Node, quantizer: TwinUniformQuantizer) -> None:
         self.gm, self.node, self.quantizer = gm, node, quantizer
         self.x = operand(node, 0)
 
     def rewrite(self) -> int:
-        """Returns the number of integer products that a product becomes."""
+        """Rewrites the call; returns the number of integer products that a product becomes."""
         if self.quantizer.fits_byte:
             self._snap()
             return 1
         products = 0
-        # A product whose operands are one value has two such edges, and so has its copy.
+        # A product whose two operands are one value has two such edges, and its copy has two too.
         while edge := next((e for e in edges(self.gm) if e.source is self.node), None):
             if _multiplies_codes(self.gm, edge):
                 self._split(edge)
@@ -105,16 +107,16 @@ class _Twin:
         return products
 
     def _snap(self) -> None:
-        """Moves values above the threshold to the coarse grid, before a quantizer of the fine."""
+        """Rounds values above the threshold to the coarse grid, then all to the fine grid."""
         with self.gm.graph.inserting_before(self.node):
-            moved = self._call(aten.where.self, self._is_coarse, self._coarse, self._fine)
-        self.node.update_arg(0, moved)
+            snapped = self._call(aten.where.self, self._is_coarse, self._coarse, self._fine)
+        self.node.update_arg(0, snapped)
         zero = self.quantizer.grid_zero_point
         uniform = unsigned(self.quantizer.scale, zero, bits=8)
         self.gm.set_submodule(str(self.node.target), uniform)
 
     def _split(self, edge: Edge) -> None:
-        """Replaces a product by the sum of those with either region; the first keeps the bias."""
+        """Replaces a product by the sum of products with each region; the first has the bias."""
         low, graph = edge.node, self.gm.graph
         args = list(low.args)
         if edge.kind is not OpKind.MATMUL and len(args) > 2:
@@ -133,22 +135,24 @@ class _Twin:
     @cached_property
     def _regions(self) -> tuple[fx.Node, fx.Node]:
         """Uniform quantizers of the magnitudes in the fine and in the coarse region."""
-        twin, parts = self.quantizer, (self.x, self.x)
+        twin, inputs = self.quantizer, (self.x, self.x)
         with self.gm.graph.inserting_before(self.node):
-            if not twin.two_sided:  # otherwise the end at zero of either grid parts them
+            if (
+                not twin.two_sided
+            ):  # in two-sided codes both grids end at zero, which separates them
                 zero = self._constant(torch.zeros(()), "zero")
-                parts = (
+                inputs = (
                     self._call(aten.where.self, self._is_coarse, zero, self.x),
                     self._call(aten.where.self, self._is_coarse, self.x, zero),
                 )
             bits = twin.bits - 1
             low = unsigned(twin.scale, twin.grid_zero_point, bits=bits)
             high = unsigned(twin.coarse_scale, 0, bits=bits)
-            return self._quantizer("low", low, parts[0]), self._quantizer("high", high, parts[1])
+            return self._quantizer("low", low, inputs[0]), self._quantizer("high", high, inputs[1])
 
     @cached_property
     def _value(self) -> fx.Node:
-        """The quantizer's values in float."""
+        """Float values of the quantizer."""
         twin = self.quantizer
         with self.gm.graph.inserting_before(self.node):
             fine = self._rounded(self._fine, twin.scale, twin.grid_zero_point, "fine")
@@ -163,14 +167,14 @@ class _Twin:
 
     @cached_property
     def _coarse(self) -> fx.Node:
-        """Coarse values of all that lies in the coarse region."""
-        # Codes end at 255, which so stands for the largest magnitude.
-        zero = _BYTE - self.quantizer.levels
+        """Values rounded to the coarse grid, which are valid in the coarse region."""
+        # Codes end at 255, which this zero point makes the code of the largest magnitude.
+        zero = _BYTE_CODES - self.quantizer.levels
         return self._rounded(self.x, self.quantizer.coarse_scale, zero, "coarse")
 
     @cached_property
     def _fine(self) -> fx.Node:
-        """``x``, clipped where uint8 codes of the fine region would not end by themselves."""
+        """Input ``x``, clipped at the end of the fine region where uint8 codes extend beyond it."""
         twin = self.quantizer
         if twin.two_sided:
             return self.x
@@ -178,7 +182,7 @@ class _Twin:
         return self._call(aten.minimum.default, self.x, end)
 
     def _rounded(self, x: fx.Node, scale: Tensor, zero: int, name: str) -> fx.Node:
-        """``x`` on a uint8 grid, in float."""
+        """Rounds ``x`` to a uint8 grid, in float."""
         parameters = (
             self._constant(scale, f"{name}_scale"),
             self._constant(torch.tensor(zero, dtype=torch.uint8), f"{name}_zero_point"),
@@ -197,24 +201,24 @@ class _Twin:
         return emit(self.gm, target, *args, like=self.node)
 
     def _constant(self, value: Tensor, name: str) -> fx.Node:
-        return add_constant(self.gm, value, f"{_leaf(self.node)}_{name}", like=self.node)
+        return add_constant(self.gm, value, f"{_edge_name(self.node)}_{name}", like=self.node)
 
 
-def _leaf(node: fx.Node) -> str:
-    """Name of the edge that a quantizer call stands on."""
+def _edge_name(node: fx.Node) -> str:
+    """Name of the edge that a quantizer call belongs to."""
     return str(node.target).rpartition(".")[2]
 
 
 def unsigned(scale: Tensor, zero: int, *, bits: int) -> UniformQuantizer:
-    """A uniform quantizer of unsigned codes, per tensor."""
+    """Makes a per-tensor uniform quantizer with unsigned codes."""
     point = torch.tensor(float(zero))
     return UniformQuantizer(scale, point, bits=bits, signed=False, axis=None)
 
 
 def _multiplies_codes(gm: fx.GraphModule, edge: Edge) -> bool:
-    """Whether the edge's product has an integer kernel, so that it pays to split it in two.
+    """Whether the edge's product has an integer kernel, so that splitting it in two is worthwhile.
 
-    A sum of two convolutions is no quantized output, which an integer convolution needs.
+    An integer convolution needs a quantized output, which a sum of two convolutions is not.
     """
     other = submodule(gm, operand(edge.node, 1 - edge.index))
     patches = edge.kind is not OpKind.CONV or patch_size(edge.node) is not None
@@ -222,6 +226,6 @@ def _multiplies_codes(gm: fx.GraphModule, edge: Edge) -> bool:
 
 
 def _largest_shift(quantizer: TwinUniformQuantizer) -> int | None:
-    """Largest bound of the shift, 1 or more, with which all values fit a grid of 8-bit codes."""
-    room = (_BYTE - 1 - quantizer.grid_zero_point) // (quantizer.levels - 1)
+    """Largest bound of the shift, at least 1, with which 8-bit codes represent all values."""
+    room = (_BYTE_CODES - 1 - quantizer.grid_zero_point) // (quantizer.levels - 1)
     return room.bit_length() - 1 if room >= 2 else None

@@ -118,7 +118,7 @@ def test_auto_is_the_target_that_is_exact_here(tmp_path: Path) -> None:
     model = build(policies.w8a8())
     exported = model.export_onnx(tmp_path / "m.onnx")
     assert exported.target == ("x86-avx2" if u8s8_saturates() else "x86-vnni")
-    assert exported.difference is not None and exported.difference.found < 0.05
+    assert exported.difference is not None and exported.difference.relative_l2 < 0.05
 
 
 def _spec(**options: object) -> TensorSpec:
