@@ -63,22 +63,19 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     """Quantizes a vision transformer after training.
 
     Args:
-        model: a model in eval mode with one float image tensor ``(B, C, H, W)`` as input; not
-            changed.
+        model: a model in eval mode whose input is a float tensor ``(B, C, H, W)``; not changed.
         calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
             DataLoader of these; 32 images are usual. A policy that smooths, reparameterizes,
             compensates or reconstructs reads the images twice: do not pass a generator then.
         policy: preset name, Policy, dict, or path of a YAML file.
-        loss: function of the outputs and labels (None without labels) of up to four images that
-            returns one number, summed over the images; errors are weighted by its gradient instead
-            of the gradient of the search's loss. Smoothing and allocation always measure the
-            divergence from the float outputs.
+        loss: returns one number for the outputs and labels (None without labels) of up to four
+            images, summed over the images; its gradient weights errors instead of that of the
+            search's loss. Smoothing and allocation always measure the divergence from float.
         cache: folder for measured losses and trained blocks; an interrupted run continues where it
             stopped, given the same threads, device, and images in the same order.
         progress: show the progress of long steps on stderr.
-        on_pass: function called with the name of each pass and the graph after the pass, which the
-            function must not change; ``on_pass=lambda name, gm: print(name, gm.graph)`` prints
-            the graph after each pass.
+        on_pass: called with the name of each pass and the graph after it, which must not be changed
+            there; ``on_pass=lambda name, gm: print(name, gm.graph)`` prints every graph.
 
     Raises:
         CaptureError: the model cannot be captured, or holds nothing to quantize.
