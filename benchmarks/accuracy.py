@@ -2,31 +2,32 @@
 
     python benchmarks/accuracy.py --out ablation
 
-From min-max to PTQ4ViT (arXiv 2111.12293): ``base PTQ`` searches scales by cosine distance, one
-round from half the range; ``+ rounds`` takes three and the whole range; ``+ Hessian`` then compares
-by squared error weighted by gradients; ``+ twin`` is the base with twin quantizers, ``+ both`` the
-preset; ``RepQ`` moves channels behind LayerNorms onto one range first; ``row by row`` weighs each
-row by its own gradient, of the arg-max cross-entropy, as the paper does, and ``as published`` has
-the paper's symmetric quantizers and weights per tensor besides. ``+ Hessian, symmetric`` quantizes
-what softmax and GELU give as the paper's uniform baseline does; ``ends at 8 bits`` keeps the first
-and last layers at 8 bits, as ``best`` does, ``best, ends alike`` does not. ``OPT-m`` searches the
-ratio of a twin's regions, ``MPTQ-ViT`` (arXiv 2401.14895) smooths channels as well; ``by columns``
-then rounds weights so that later columns make up for earlier ones, after ``ridge`` has moved them
-to make up for the activations. ``+ both, uniform``, ``focusing`` (arXiv 2502.04628), ``log2`` and
-``AdaLog`` (arXiv 2407.12951) have other quantizers behind softmax. ``mixed`` gives each edge a
-width of its own, of the same mean over weights and activations, ``mixed apart`` of the same mean
-over each (at 4 and 5 bits alone). ``best`` is our own pick, untrained and by effort, of mixed
-widths too, and with weights or activations alone at the width (the other ``at 8 bits``); with
-efforts beyond seconds, ``no ridge`` does not move weights before they are rounded, and ``codes
-stay`` does not train them. ``AIQViT`` (arXiv 2502.04628) has one part after the other. Those that
-train run only where ``--methods`` names them. ``best, minutes`` and ``hours`` are made for
-``--calibration 1024``, the others for the 32 images of the default.
+The methods lead from min-max to PTQ4ViT (arXiv 2111.12293): ``base PTQ`` searches scales by cosine
+distance, one round from half the range; ``+ rounds`` searches three rounds over the whole range;
+``+ Hessian`` then compares by squared error weighted by gradients; ``+ twin`` is the base with twin
+quantizers, ``+ both`` the preset. ``RepQ`` first maps channels after LayerNorms onto one range;
+``row by row`` weights each row by its own gradient, of the arg-max cross-entropy, as the paper
+does, and ``as published`` additionally has the paper's symmetric quantizers and weights per tensor.
+``+ Hessian, symmetric`` quantizes the outputs of softmax and GELU as the paper's uniform baseline
+does; ``ends at 8 bits`` keeps the first and last layers at 8 bits, as ``best`` does and ``best,
+ends alike`` does not. ``OPT-m`` searches the ratio of a twin's regions, ``MPTQ-ViT`` (arXiv
+2401.14895) smooths channels as well; ``by columns`` then rounds weights by GPTQ, later columns
+compensating earlier ones, after ``ridge`` has compensated the errors of the activations. ``+ both,
+uniform``, ``focusing`` (arXiv 2502.04628), ``log2`` and ``AdaLog`` (arXiv 2407.12951) have other
+quantizers after softmax. ``mixed`` chooses a width for each edge, of the same mean over weights and
+activations together, ``mixed apart`` of the same mean over each (only at 4 and 5 bits). ``best`` is
+our own choice: untrained and by effort, also with mixed widths, and with only weights or only
+activations at the width (the other ``at 8 bits``); with efforts beyond seconds, ``no ridge`` does
+not compensate activations before weights are rounded, and ``codes stay`` does not train codes.
+``AIQViT`` (arXiv 2502.04628) adds one part after the other. Methods that train run only where
+``--methods`` names them. ``best, minutes`` and ``hours`` are designed for ``--calibration 1024``,
+the other methods for the 32 images of the default.
 
-Simulated on held-out images; each draw calibrates on other images. Prints two tables a model: top-1
-and, far less noisy, the mean divergence KL(float || quantized) of the outputs. Writes them as CSV
-and, with the machine, as JSON, beside a plot. Each measurement is written to ``draws.csv`` as soon
-as it is there, draw by draw; a run with the same folder goes on where the last one stopped. Delete
-the folder after a change of code.
+The quantized models are simulated on held-out images; each draw calibrates on different images. The
+script prints two tables per model: top-1 and, far less noisy, the mean divergence KL(float ||
+quantized) of the outputs. It writes both as CSV and, with the machine, as JSON, next to a plot.
+Each measurement is written to ``draws.csv`` at once, draw by draw; a run with the same folder
+continues where the last run stopped. Delete the folder after a change of code.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ Scores = dict[tuple[str, int, str], list["Score"]]
 
 
 class Job(NamedTuple):
-    """One measurement: a model, a width, a method, a draw of calibration images."""
+    """A measurement: a model, a width, a method, a draw of calibration images."""
 
     model: str
     bits: int
@@ -81,7 +82,7 @@ def load(split: str, start: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Score(NamedTuple):
-    """Of one job: top-1 in percent, and the mean of KL(float || quantized) over images, in nats."""
+    """Top-1 of a job in percent, and mean KL(float || quantized) over the images, in nats."""
 
     top1: float
     divergence: float
@@ -96,18 +97,18 @@ def outputs(model: nn.Module, images: int) -> Tensor:
 
 @cache
 def float_outputs(name: str, images: int) -> Tensor:
-    """Those of the float model."""
+    """Log-probabilities of the float model, ``(images, classes)``."""
     return outputs(build(name), images)
 
 
 def score(found: Tensor, exact: Tensor, labels: Tensor) -> Score:
-    """Of the log-probabilities of a model, beside those of the float model."""
+    """Scores the log-probabilities of a model against the float model's and the labels."""
     right = 100 * float((found.argmax(1) == labels).float().mean())
     return Score(right, float(kl_div(found, exact, log_target=True, reduction="batchmean")))
 
 
 def measure(job: Job, sensitivities: Path) -> Score:
-    """Runs one job; what mixed precision measures is kept in a folder."""
+    """Runs a job; the sensitivities that mixed precision measures are cached in a folder."""
     exact = found = float_outputs(job.model, job.images)
     if job.method != FLOAT:
         images, _ = load("calib", job.draw * job.calibration, job.calibration)
@@ -118,7 +119,7 @@ def measure(job: Job, sensitivities: Path) -> Score:
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """All measurements."""
+    """Yields the measurements of all models, widths, methods and draws."""
     sizes = (options.calibration, options.images)
     yield from (Job(model, 32, FLOAT, 0, *sizes) for model in options.models)
     for draw, model, bits in itertools.product(
@@ -131,7 +132,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def run(work: list[Job], path: Path, processes: int) -> dict[Job, Score]:
-    """The figures of all jobs: those in the file, and the others, which are added to it."""
+    """The scores of all jobs: read from the file where it has them, else measured and added."""
     done: dict[Job, Score] = {}
     if path.exists():
         for row in csv.reader(path.open(encoding="utf-8")):
@@ -154,12 +155,12 @@ def run(work: list[Job], path: Path, processes: int) -> dict[Job, Score]:
 
 
 def table(scores: Scores, model: str, field: int) -> Table:
-    """Mean over the draws and, in brackets, largest less smallest; a column a width.
+    """Table of means over the draws and, in brackets, largest minus smallest; a column per width.
 
     Args:
-        scores: of all jobs.
-        model: whose.
-        field: of ``Score``.
+        scores: scores of all jobs.
+        model: name of the model.
+        field: index of the field of ``Score``.
     """
     own = {key[1:]: found for key, found in scores.items() if key[0] == model}
     ((exact, _),) = own.pop((32, FLOAT))
@@ -187,7 +188,7 @@ def _spread(found: list[Score], field: int) -> float:
 
 
 def write_csv(scores: Scores, path: Path) -> None:
-    """A row a model, width and method: means, spreads (largest less smallest), points lost."""
+    """Writes a row per model, width and method: means, spreads (largest minus smallest), losses."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = ("top-1 %", "spread", "lost", "KL", "spread of KL")
@@ -200,7 +201,7 @@ def write_csv(scores: Scores, path: Path) -> None:
 
 
 def plot(scores: Scores, path: Path) -> None:
-    """Top-1 over the width, a line a method, a panel a model."""
+    """Plots top-1 over the width, with a line per method and a panel per model."""
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(model for model, _, _ in scores))
@@ -226,7 +227,7 @@ def plot(scores: Scores, path: Path) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
+    """A whole number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -234,7 +235,7 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    """Prints two tables a model; writes ``accuracy`` as CSV, JSON and PNG."""
+    """Prints two tables per model; writes ``accuracy`` as CSV, JSON and PNG."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--methods", nargs="+", choices=list(methods(8) | methods(4)))

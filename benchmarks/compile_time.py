@@ -1,10 +1,10 @@
-"""Time and peak memory of ``fxquant.compile``, and how they grow.
+"""Time and peak memory of ``fxquant.compile``, and their growth with the size of the model.
 
     python benchmarks/compile_time.py --policy ptq4vit --bits 6 --out results.json
 
-Each row is a process of its own, so that peak memory is that of this compilation. Weights are
-random: the time does not depend on them. For a policy that searches scales, two more processes
-take one and two blocks of the model by brute force: every candidate in every round on all tokens
+Each row runs in its own process, so that peak memory is that of one compilation. Weights are
+random: the time does not depend on weights. For a policy that searches scales, two more processes
+search one and two blocks of the model by brute force: every candidate in every round on all tokens
 of all images (in attention on 64 queries of each image).
 """
 
@@ -29,19 +29,19 @@ from rich.table import Table
 import fxquant
 from fxquant import Allocation, Budget, Policy, policies
 
-# Rows that no product has: the sample is everything.
-_ALL = 1 << 40
+# More rows than any product has: every row is sampled.
+_ALL_ROWS = 1 << 40
 
 
 def recipe(options: argparse.Namespace) -> Policy:
-    """The policy asked for."""
+    """The policy of the options."""
     widths = {"weight_bits": options.bits, "act_bits": options.bits} if options.bits else {}
     policy = policies.preset(options.policy, **widths)
     if options.mean_bits and not options.brute_force:
         budget = Budget(mean_bits=options.mean_bits)
         policy = replace(policy, allocation=Allocation(budget=budget))
     if options.brute_force and policy.search is not None:
-        whole = replace(policy.search, stride=1, rows=_ALL, memory_bytes=1 << 60)
+        whole = replace(policy.search, stride=1, rows=_ALL_ROWS, memory_bytes=1 << 60)
         return replace(policy, search=whole)
     return policy
 
@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """The figures of a process with some options changed."""
+    """Measures in a new process, with some options changed."""
     command = [sys.executable, __file__, "--one"]
     for name, value in {**vars(options), **changes, "out": None}.items():
         if value is True:
@@ -79,10 +79,10 @@ def run(options: argparse.Namespace, **changes: Any) -> dict[str, Any]:
 
 
 def compare_brute_force(options: argparse.Namespace, seconds: float, blocks: int) -> None:
-    """Prints how much faster the whole compilation is than brute-force search alone.
+    """Prints the speed of the whole compilation relative to brute-force search alone.
 
-    What a block takes is the difference between two blocks and one; the rest is the first and the
-    last layer.
+    The time of a block is the difference between two blocks and one; the rest is the time of the
+    first and the last layer.
     """
     one, two = (run(options, depth=depth, brute_force=True)["phases"]["search"] for depth in (1, 2))
     whole = one + (blocks - 1) * (two - one)
@@ -94,7 +94,7 @@ def compare_brute_force(options: argparse.Namespace, seconds: float, blocks: int
 
 
 def main() -> None:
-    """Prints a table: the model as asked, then with half the depth, half the width, more images."""
+    """Prints a table: the model, then with half the depth, half the width, and twice the images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm ViT")
     parser.add_argument("--images", type=int, default=32)

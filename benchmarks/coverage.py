@@ -1,8 +1,8 @@
-"""What is quantized in each model family, and what onnxruntime makes of it, as a table.
+"""Table of the quantized edges of each model family, and of their kernels in onnxruntime.
 
     python benchmarks/coverage.py
 
-Small configurations with random weights, those of the coverage test.
+The models are the small configurations of the coverage test, with random weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.helpers.zoo import FAMILIES
 
 
 def main() -> None:
-    """Prints the table as Markdown, a row at a time."""
+    """Prints the table as Markdown, row by row."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     print("| model | products | edges quantized | integer kernels | float, and why |")
     print("|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""Compares what two checkouts make of the same models, bit by bit.
+"""Compares the compiled models of two checkouts bit by bit.
 
     python benchmarks/digests.py run --checkout ../before --out before.json
     python benchmarks/digests.py run --checkout . --out after.json
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Prints every figure that differs, and exits with 1 where one does."""
+    """Prints every figure that differs, and exits with 1 where a figure differs."""
     old, new = (json.loads(p.read_text(encoding="utf-8")) for p in (options.before, options.after))
     differences = 0
     for name in sorted({*old, *new}):

@@ -1,9 +1,9 @@
-"""Seconds that importing takes: ``import fxquant``, its names, the command line's help.
+"""Import times in seconds: ``import fxquant``, its names, and the command line's help.
 
     python benchmarks/import_time.py --out benchmarks/results/import_time.json
 
-Each figure is the median of several new interpreters, run in turn so that noise meets all alike;
-``python -c pass`` is the least that any of them can take.
+Each figure is the median of several new interpreters, run in turn: noise affects all figures
+equally. ``python -c pass`` is the lower limit of every figure.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CODES = {
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """Median seconds of each line of ``CODES``; one round before warms the disk's cache up.
+    """Median seconds of each line of ``CODES``, after a round that fills the disk's cache.
 
     Args:
-        rounds: interpreters started for each.
+        rounds: number of interpreters started for each line.
     """
     seconds: dict[str, list[float]] = {name: [] for name in CODES}
     for turn in range(rounds + 1):
@@ -46,7 +46,7 @@ def measure(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a table, and writes its figures where ``--out`` says so."""
+    """Prints a table, and writes its figures to the file of ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="interpreters for each line")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")

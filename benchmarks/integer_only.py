@@ -2,11 +2,12 @@
 
     python benchmarks/integer_only.py
 
-Each draw calibrates on other images. ``products`` is ``policies.w8a8()``, whose norms, softmax,
+Each draw calibrates on different images. ``products`` is ``policies.w8a8()``, whose norms, softmax,
 activation functions and additions stay float; ``full`` is ``policies.w8a8(full=True)``, simulated;
-``executor`` is the latter lowered to integers alone; ``agreement`` is how often both choose alike.
-Each draw checks on one image that no float is computed between the first and the last code, and on
-some that products in integers and the faster ones carried by floats, used for all, give the same.
+``executor`` is ``full`` lowered to integers only; ``agreement`` is the share of images for which
+``full`` and ``executor`` choose the same class. Each draw checks on one image that no float is
+computed between the first and the last code, and on some images that products in integers equal
+the faster products carried by floats, which all other images use.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def percent(hits: Tensor) -> float:
-    """How many of ``hits`` ``(N,)`` are true, in percent."""
+    """Share of ``hits`` ``(N,)`` that are true, in percent."""
     return 100 * float(hits.float().mean())
 
 
@@ -63,7 +64,7 @@ def measure(name: str, draw: int, options: argparse.Namespace) -> list[float]:
 
 
 def main() -> None:
-    """Prints a row a model and draw, and the mean of each model."""
+    """Prints a row per model and draw, and the mean of each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--images", type=positive, default=950, help="test images")

@@ -2,10 +2,11 @@
 
     python benchmarks/latency.py --batches 1 8 --out benchmarks/results/latency.json
 
-All are timed in turn, round by round, so that a noisy machine slows all alike; compare the ratios.
-Weights are random: latency does not depend on them. `x86-vnni` and `quantize_static` have int8
-weights, which CPUs without VNNI multiply wrongly (the line above the table says whether this one
-does); `x86-avx2` and `quantize_static uint8` have uint8 weights, which are exact everywhere.
+All sessions are timed in turn, round by round: a noisy machine slows all sessions equally. Compare
+the ratios. Weights are random: latency does not depend on weights. `x86-vnni` and `quantize_static`
+have int8 weights, which CPUs without VNNI multiply wrongly (the line above the table shows whether
+this CPU does); `x86-avx2` and `quantize_static uint8` have uint8 weights, which are exact on every
+CPU.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def export_float(model: torch.nn.Module, images: torch.Tensor, path: Path) -> No
 def quantize_with_onnxruntime(
     float_path: Path, images: np.ndarray, path: Path, weight_type: QuantType
 ) -> None:
-    """The QDQ file of onnxruntime itself: uint8 activations, weights per channel."""
-    logging.getLogger().setLevel(logging.ERROR)  # it warns of each LayerNorm weight's rank
+    """Writes onnxruntime's own QDQ file: uint8 activations, weights per channel."""
+    logging.getLogger().setLevel(logging.ERROR)  # hides warnings of each LayerNorm weight's rank
     prepared = path.with_suffix(".prepared.onnx")
     quant_pre_process(str(float_path), str(prepared), skip_symbolic_shape=True)
     quantize_static(
@@ -89,7 +90,7 @@ def quantize_with_onnxruntime(
 def time_sessions(
     sessions: dict[str, ort.InferenceSession], images: np.ndarray, rounds: int
 ) -> dict[str, float]:
-    """Median milliseconds a run of each session, timed in turn."""
+    """Median milliseconds per run of each session, timed in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in sessions}
     for i in range(rounds + 2):
         for name, session in sessions.items():
@@ -101,7 +102,7 @@ def time_sessions(
 
 
 def main() -> None:
-    """Runs the comparison and prints one table."""
+    """Runs the comparison and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm model")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])

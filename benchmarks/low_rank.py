@@ -1,12 +1,12 @@
-"""Low-rank branches on the shipped models: what they gain and what they cost.
+"""Gain and cost of low-rank branches on the shipped models.
 
     python benchmarks/low_rank.py --images 475
 
-Base is ``policies.ptq4vit``; to each model it makes, branches are attached that ``Policy.low_rank``
-would have it make (``LowRank(rank=r)``, or ``share=``). ``KL`` is the mean divergence KL(float ||
-quantized) of the outputs, in nats; ``kB`` what all parameters take, ``+ kB`` how much of it the
-branches; ``+ MAC`` their multiplications, as a share of those of the linears; ``layers`` how many
-linears have a branch.
+The base is ``policies.ptq4vit``; each of its models gets the branches that ``Policy.low_rank``
+(``LowRank(rank=r)``, or ``share=``) would add. ``KL`` is the mean divergence KL(float || quantized)
+of the outputs, in nats; ``kB`` the size of all parameters, ``+ kB`` that of the branches; ``+ MAC``
+the multiplications of the branches, as a share of those of the linears; ``layers`` the number of
+linears with a branch.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def row_sampler(name: str, images: Tensor, policy: Policy) -> dict[str, ProductS
 
 
 def multiplications(gm: fx.GraphModule) -> int:
-    """Of all linears, for one image."""
+    """Multiplications of all linears, for one image."""
     work = MacCounter(gm)
     return sum(work.macs(node) for node in gm.graph.nodes if op_kind(node) is OpKind.LINEAR)
 
 
 def variants(options: argparse.Namespace) -> Iterator[tuple[str, LowRank | None]]:
-    """The branches that are compared, by name."""
+    """The compared branches by name."""
     yield "none", None
     yield from ((f"rank {rank}", LowRank(rank=rank)) for rank in options.ranks)
     yield from ((f"share {share}", LowRank(share=share)) for share in options.shares)
 
 
 def measure(name: str, policy: Policy, draw: int, options: argparse.Namespace) -> list[list[float]]:
-    """A row a variant: the columns of the table, from top-1 on."""
+    """Measures a row per variant: the columns of the table, from top-1 on."""
     images, _ = load("calib", draw * options.calibration, options.calibration)
     labels = load("test", 0, options.images)[1]
     base = fxquant.compile(build(name), images.split(16), policy).graph_module
@@ -79,7 +79,7 @@ def measure(name: str, policy: Policy, draw: int, options: argparse.Namespace) -
 
 
 def main() -> None:
-    """Prints a table a model; figures are means over the draws."""
+    """Prints a table per model; figures are means over the draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--widths", nargs="+", default=list(WIDTHS), help="as 4,8: W4A8")

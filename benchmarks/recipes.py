@@ -21,10 +21,10 @@ from fxquant.config.spec import Scheme
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.policies import Effort
 
-# At these the same mean of mixed widths is measured as well.
+# Widths at which mixed widths of the same mean are measured as well.
 MIXED_WIDTHS = (5, 4)
-# Far fewer steps than the paper's 6,000 and 2,000, the same for all rows of AIQViT.
-_SHORT = {"iterations": 150, "rank_iterations": 50, "batch": 16}
+# Far fewer steps than the paper's 6,000 and 2,000; all rows of AIQViT have the same number.
+_SHORT_TRAINING = {"iterations": 150, "rank_iterations": 50, "batch": 16}
 
 
 def methods(bits: int) -> dict[str, Policy]:
@@ -63,7 +63,7 @@ def methods(bits: int) -> dict[str, Policy]:
 
 
 def as_published(whole: Policy, symmetric: TensorSpec) -> Policy:
-    """PTQ4ViT with the paper's quantizers: all but the image and twins symmetric, per tensor."""
+    """PTQ4ViT with the paper's quantizers: symmetric per tensor, except for the image and twins."""
     twins = [r for r in whole.rules if r.spec and r.spec.scheme is Scheme.TWIN_UNIFORM]
     image = [r for r in whole.rules if r.fed_by == "image"]
     by_head = [r for r in whole.rules if r.op is OpKind.MATMUL]
@@ -72,7 +72,7 @@ def as_published(whole: Policy, symmetric: TensorSpec) -> Policy:
 
 
 def attention(base: Policy, bits: int) -> dict[str, Policy]:
-    """Other quantizers than twins behind softmax, all else as it is."""
+    """The base with other quantizers than twins after softmax."""
     schemes = {
         "uniform": Scheme.UNIFORM,
         "focusing": Scheme.DYNAMIC_FOCUSING,
@@ -88,7 +88,7 @@ def attention(base: Policy, bits: int) -> dict[str, Policy]:
 
 
 def compensated(bits: int) -> dict[str, Policy]:
-    """Weights rounded column by column, and moved by the ridge before."""
+    """Policies that round weights column by column, some after the ridge solution."""
     plain, whole = (
         policies.ptq4vit(bits, bits, search=ScaleSearch(search_region_ratio=m))
         for m in (False, True)
@@ -103,7 +103,7 @@ def compensated(bits: int) -> dict[str, Policy]:
 
 
 def mixed(bits: int) -> dict[str, Policy]:
-    """Widths of 3 to 8 bits of that mean, over all weights and activations, or over each alone."""
+    """Policies of 3 to 8 bits with a given mean, over all edges or over each kind of operand."""
     budget, apart = Budget(mean_bits=bits), Budget(mean_weight_bits=bits, mean_act_bits=bits)
     uniform, whole = policies.ptq4vit(twin=False), policies.ptq4vit()
     exact, greedy = (Allocation(budget=budget, method=method) for method in Method)
@@ -121,7 +121,7 @@ def mixed(bits: int) -> dict[str, Policy]:
 
 
 def tiers(bits: int) -> dict[str, Policy]:
-    """Our own pick: without training, with ends as narrow as the rest, by effort, and apart."""
+    """Variants of ``best``: untrained, with narrow ends, by effort, with an operand at 8 bits."""
     found = {
         "best, untrained": replace(policies.best(bits, bits), reconstruction=None),
         "best, ends alike": policies.best(bits, bits, end_bits=2),
@@ -141,10 +141,10 @@ def tiers(bits: int) -> dict[str, Policy]:
 
 
 def aiqvit(bits: int) -> dict[str, Policy]:
-    """AIQViT (arXiv 2502.04628), part after part."""
+    """AIQViT (arXiv 2502.04628), with its parts added one after the other."""
     whole = policies.aiqvit(bits, bits).reconstruction
     assert whole is not None
-    make = partial(policies.aiqvit, bits, bits, reconstruction=replace(whole, **_SHORT))
+    make = partial(policies.aiqvit, bits, bits, reconstruction=replace(whole, **_SHORT_TRAINING))
     return {
         "AIQViT, vanilla": make(low_rank=False, focusing=False, curriculum=False),
         "AIQViT, low rank": make(focusing=False, curriculum=False),

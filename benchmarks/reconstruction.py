@@ -1,11 +1,12 @@
-"""What a training step costs beside the float block's forward and backward pass.
+"""Cost of a training step relative to the float block's forward and backward pass.
 
     python benchmarks/reconstruction.py --model deit_small_patch16_224
 
-Of the block in the middle of the network, 4-bit weights and activations, squared error: the median
-over the rounds of the time of one step (draw, forward, backward, update) over that of the float
-block's forward and backward pass for as many images, each with gradients for inputs and weights.
-Both are timed in turns in the same run; weights are random, but for the shipped models.
+The block is the one in the middle of the network, with 4-bit weights and activations and squared
+error. The cost is the median over the rounds of the time of one step (draw, forward, backward,
+update) over the time of the float block's forward and backward pass for equally many images, each
+with gradients for inputs and weights. Both are timed in turns in the same run; weights are random,
+except for the shipped models.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fxquant.reconstruction.losses import Measured, criterion
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import train_block
 
-_BYTES = 1 << 30
+_MEMORY_BYTES = 1 << 30
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -58,7 +59,7 @@ def float_pass(context: BlockContext, index: Tensor) -> None:
 
 
 def steps(gm: fx.GraphModule, context: BlockContext, options: Reconstruction) -> None:
-    """Trains the block, and forgets what it became."""
+    """Trains the block, and discards the result."""
     block = TrainedBlock(gm, context, options, torch.Generator().manual_seed(0))
     every = torch.arange(context.count)
     loss = criterion(options, Measured({}, None), context)
@@ -66,9 +67,9 @@ def steps(gm: fx.GraphModule, context: BlockContext, options: Reconstruction) ->
 
 
 def middle(gm: fx.GraphModule, runner: BlockwiseRunner) -> Iterator[BlockContext]:
-    """The block in the middle."""
+    """Yields the block in the middle of the network."""
     blocks = find_blocks(gm)
-    for number, context in enumerate(runner.walk(gm, blocks, "walk", _BYTES)):
+    for number, context in enumerate(runner.walk(gm, blocks, "walk", _MEMORY_BYTES)):
         if number == len(blocks) // 2:
             yield context
             return
@@ -77,19 +78,19 @@ def middle(gm: fx.GraphModule, runner: BlockwiseRunner) -> Iterator[BlockContext
 def ratios(
     gm: fx.GraphModule, context: BlockContext, options: Reconstruction, rounds: int
 ) -> list[float]:
-    """Of each round: a step over a float pass."""
+    """Ratio of the time of a step to that of a float pass, for each round."""
     index, count, found = torch.arange(options.batch), options.iterations, []
     more = replace(options, iterations=3 * count)
     for _ in range(rounds):
         one = seconds(lambda: [float_pass(context, index) for _ in range(2 * count)])
-        # What is done once for a block is in both.
+        # The work that is done once per block is in both trainings, and cancels.
         few, many = (seconds(partial(steps, gm, context, o)) for o in (options, more))
         found.append((many - few) / one)
     return found
 
 
 def main() -> None:
-    """Prints a row for each thing that can be trained."""
+    """Prints a row for each kind of weight training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="glyph_vit")
     parser.add_argument("--batch", type=positive, default=32)

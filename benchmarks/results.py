@@ -13,20 +13,20 @@ from typing import Any
 from fxquant._version import __version__
 
 FORMAT = 1
-# Instructions that decide how fast and how exact integer kernels are.
+# Instruction sets that the speed and the exactness of integer kernels depend on.
 _FLAGS = ("avx2", "avx512_vnni", "amx_int8")
 _PACKAGES = ("torch", "onnxruntime", "onnx", "timm", "numpy")
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """What a figure depends on, as plain JSON values.
+    """The machine and the versions that a figure depends on, as plain JSON values.
 
     Args:
-        threads: that the benchmark used; None where it does not set them.
+        threads: number of threads of the benchmark; None where the benchmark does not set it.
 
     Returns:
         ``cpu`` (its name), ``flags`` (whether the CPU has each of avx2, avx512_vnni, amx_int8),
-        ``cores``, ``threads``, ``python`` and ``versions`` of packages that are installed.
+        ``cores``, ``threads``, ``python`` and ``versions`` of installed packages.
     """
     name, flags = _cpu()
     versions = {package: found for package in _PACKAGES if (found := _version(package))}
@@ -49,14 +49,14 @@ def write_results(
     rows: Sequence[Mapping[str, Any]],
     threads: int | None = None,
 ) -> None:
-    """Writes the rows of a table and the machine they were measured on.
+    """Writes the rows of a table, and the machine that they were measured on.
 
     Args:
-        path: the JSON file; its folder is made.
+        path: the JSON file; its folder is created.
         benchmark: name of the script.
-        options: it was run with; paths are written as text.
-        rows: of the table, one dict each.
-        threads: see :func:`machine`.
+        options: options of the script; paths are written as text.
+        rows: rows of the table, one dict per row.
+        threads: number of threads, as in :func:`machine`.
     """
     values = {
         "format": FORMAT,
@@ -70,7 +70,7 @@ def write_results(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What :func:`write_results` wrote.
+    """Reads a file that :func:`write_results` wrote.
 
     Raises:
         ValueError: the file is not of this format.
@@ -82,7 +82,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Name and flags of the CPU, as far as the system tells them."""
+    """Name and flags of the CPU; without flags where the system does not list them."""
     file = Path("/proc/cpuinfo")
     if not file.exists():
         return platform.processor() or platform.machine(), set()

@@ -1,9 +1,9 @@
-"""What it takes to open an ONNX file in onnxruntime: seconds, and megabytes at most and after.
+"""Cost of opening an ONNX file in onnxruntime: seconds, peak megabytes, and megabytes after.
 
     python benchmarks/session.py model.onnx
 
-One number a column. Memory is that of the process above what it held before; "after" is measured
-once the C library has given back what is free.
+The script prints one number per column. Memory is that of the process minus its memory before; the
+memory "after" is measured once the C library has returned free memory to the system.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import onnxruntime as ort
 
 
 def memory(kind: str) -> float:
-    """Megabytes of this process: ``VmRSS`` now, ``VmHWM`` at most."""
+    """Megabytes of this process: ``VmRSS`` at present, ``VmHWM`` at its peak."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(kind))
     return int(line.split()[1]) / 1e3
 
 
 def main() -> None:
-    """Opens the file that is named first."""
+    """Opens the file of the command line, and prints the cost."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="ONNX file")
     file = parser.parse_args().file

@@ -1,9 +1,9 @@
-"""How large exported files are beside their plan, and what opening them takes, as a table.
+"""Table of the sizes of exported files relative to their plan, and of the cost of opening them.
 
     python benchmarks/sizes.py --widths 8 4 2 --out benchmarks/results/sizes.json
 
-A plan's bytes are weights at their width, all other parameters and the scales in 32 bits. timm's
-models have random weights, and biases too, since a file holds equal ones once.
+The bytes of a plan are weights at their width, and all other parameters and the scales in 32 bits.
+timm's models have random weights and random biases, since a file stores equal biases only once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SESSION = Path(__file__).parent / "session.py"
 
 
 def load(name: str) -> tuple[nn.Module, Tensor]:
-    """The model of that name, trained if it is one of the demo's, and four images."""
+    """The model of a name, trained if it is one of the demo's, and four images."""
     if name in models.NAMES:
         data = GlyphDataset("calib", 4)
         return models.build(name), torch.stack([data[i][0] for i in range(4)])
@@ -41,7 +41,7 @@ def load(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def main() -> None:
-    """Prints the table as Markdown, a row at a time."""
+    """Prints the table as Markdown, row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
     names = [*models.NAMES, "deit_small_patch16_224"]
     parser.add_argument("--models", nargs="+", default=names, help="demo or timm models")

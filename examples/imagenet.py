@@ -1,10 +1,11 @@
-"""Top-1 on ImageNet, beside the figures that the PTQ4ViT paper gives (arXiv 2111.12293, table 1).
+"""Top-1 on ImageNet, next to the figures of the PTQ4ViT paper (arXiv 2111.12293, table 1).
 
     python examples/imagenet.py --data imagenet --models ViT-S/16 DeiT-S
 
-``imagenet`` holds ``train`` and ``val``, each with one folder a class (sorted by WordNet id).
-Weights are timm's, by tag; they are downloaded. 32 training images calibrate. The paper's float
-figures are of the checkpoints of its time: compare what is lost, not the figures alone.
+The folder ``imagenet`` holds ``train`` and ``val``, each with one folder per class (sorted by
+WordNet id). timm's weights are downloaded by their tag. 32 training images are used for
+calibration. The paper's float figures are of the checkpoints of its time: compare the loss of
+accuracy, not only the figures.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ METHODS = {
 
 
 def loader(folder: Path, model: nn.Module, options: argparse.Namespace, count: int) -> DataLoader:
-    """Images of a folder as the model takes them; ``count`` drawn at random, 0 for all in order."""
+    """A loader of images in the model's form; ``count`` drawn at random, 0 for all in order."""
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     data = ImageFolder(str(folder), transform)
     if count:
@@ -74,7 +75,7 @@ def top1(model: nn.Module, data: DataLoader, device: str, label: str) -> float:
 
 
 def main() -> None:
-    """Prints one table."""
+    """Prints a table of all models, methods and widths."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train and val")
     parser.add_argument(

@@ -1,12 +1,12 @@
 r"""Train the demo transformers on glyph images, on a CPU, in under an hour each.
 
-Training straight on hard images stays on a plateau for a long time, so everything here is about
-getting off it cheaply:
+Training that starts on hard images stays on a plateau for a long time. The following measures leave
+the plateau cheaply:
 
 * The difficulty rises smoothly, from centred white glyphs to the full augmentation.
 * The 950 fine-grained logits start as a sum of 50 glyph logits and 19 font logits. The softmax of
-  such a sum is a product, so the two small heads train on every image of a glyph or of a font. Near
-  the end the sum is written out as a full 950-class head, which is then trained as it is.
+  such a sum is a product: the two small heads train on every image of a glyph or of a font. Near
+  the end the sum is written out as a full 950-class head, which is then trained itself.
 * The ViT sees only the half of its patches that hold the ink until near the end.
 * Matrices inside the blocks are trained with Muon (orthogonalised momentum), the rest with AdamW.
 
@@ -45,23 +45,23 @@ TEST_IMAGES = 4750  # five of each class
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one training goes; the shares are of the whole time.
+    """Settings of a training; the shares are of the whole time.
 
     Attributes:
         minutes: wall-clock time of the training.
-        seed: of the initial weights and of the training images.
+        seed: seed of the initial weights and of the training images.
         batch: images per step.
         part: images per piece of a batch that one thread works on.
         easy_until: share after which the images begin to get harder.
-        hard_from: share from which on they are as hard as the held-out ones.
-        fine_from: share from which on the 950-class head replaces the two small ones.
+        hard_from: share from which on the images are as hard as the held-out images.
+        fine_from: share from which on the 950-class head replaces the two small heads.
         all_patches_from: share from which on the ViT sees all of its patches.
-        kept_patches: patches per image that the ViT sees before that.
+        kept_patches: patches per image that the ViT sees before ``all_patches_from``.
         decay_from: share from which on the learning rates fall, linearly to almost zero.
         warm_up: share in which the learning rates rise from zero.
         adam_rate: learning rate of AdamW.
         muon_rate: learning rate of Muon, in spectral norm per step.
-        weight_decay: decoupled, for matrices.
+        weight_decay: decoupled weight decay of matrices.
     """
 
     minutes: float
@@ -84,7 +84,7 @@ class Plan:
         return min(max((share - self.easy_until) / (self.hard_from - self.easy_until), 0.0), 1.0)
 
     def rate_factor(self, share: float) -> float:
-        """Return what to multiply the learning rates by after a share of the time."""
+        """Return the factor of the learning rates after a share of the time."""
         rise = share / self.warm_up
         fall = (1.0 - share) / (1.0 - self.decay_from)
         return max(min(rise, fall, 1.0), 0.005)
@@ -127,16 +127,16 @@ def _orthogonalised(matrices: Tensor) -> Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        # A quintic that is steep at 0, so that five rounds lift small singular values near 1.
+        # A quintic that is steep at 0: five rounds lift small singular values to about 1.
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.mT if tall else x
 
 
 class SmallHeads(nn.Module):
-    """A glyph head and a font head, whose sum stands for the 950-class head."""
+    """A glyph head and a font head, whose sum replaces the 950-class head."""
 
     def __init__(self, features: int) -> None:
-        """Start both heads small."""
+        """Initialise both heads with small weights."""
         super().__init__()
         self.glyph = nn.Linear(features, len(GLYPHS))
         self.font = nn.Linear(features, len(FONTS))
@@ -145,7 +145,7 @@ class SmallHeads(nn.Module):
             nn.init.zeros_(head.bias)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the 950-class cross-entropy, which is the sum of the two small ones."""
+        """Return the 950-class cross-entropy, the sum of the cross-entropies of both heads."""
         glyphs = functional.cross_entropy(self.glyph(features), labels // len(FONTS))
         return glyphs + functional.cross_entropy(self.font(features), labels % len(FONTS))
 
@@ -158,7 +158,7 @@ class SmallHeads(nn.Module):
 
 
 def pooled_features(model: Model, images: Tensor, kept_patches: int | None) -> Tensor:
-    """Return what goes into the classifier, shape (n, features).
+    """Return the input of the classifier, shape (n, features).
 
     Args:
         model: the ViT or the Swin.
@@ -200,7 +200,7 @@ def training_indices(plan: Plan) -> Iterator[tuple[float, list[int]]]:
         share = (time.monotonic() - start) / (60 * plan.minutes)
         if share >= 1:
             return
-        # A random offset, as consecutive indices would show the classes in a fixed order.
+        # Random offsets, since consecutive indices would show the classes in a fixed order.
         offsets = torch.randint(950, (plan.batch,), generator=order)
         yield share, (first * 950 + offsets).tolist()
 
@@ -208,7 +208,7 @@ def training_indices(plan: Plan) -> Iterator[tuple[float, list[int]]]:
 def add_gradients(
     model: Model, heads: SmallHeads, plan: Plan, share: float, indices: Sequence[int]
 ) -> float:
-    """Add a part of a batch to the gradients, and return the part of the batch's mean loss."""
+    """Add the gradients of a piece of a batch; return its share of the batch's mean loss."""
     level = Augmentation().scaled(plan.strength(share))
     images, labels = render("train", indices, seed=plan.seed, level=level)
     kept = plan.kept_patches if share < plan.all_patches_from else None
@@ -226,9 +226,8 @@ def add_gradients(
 def train(name: str, plan: Plan, threads: int, console: Console) -> Model:
     """Train a model from random weights and return it.
 
-    The batch is cut into small parts that single-threaded workers fetch when they are free. On a
-    machine that others use too, this is much faster than threads that wait for each other inside
-    every operation.
+    The batch is cut into small pieces that single-threaded workers fetch when they are free. On a
+    shared machine this is much faster than threads that wait for each other inside every operation.
     """
     torch.manual_seed(plan.seed)
     model = build_untrained(name)
@@ -262,9 +261,9 @@ def train(name: str, plan: Plan, threads: int, console: Console) -> Model:
 
 
 def set_up_thread() -> None:
-    """Make the operations of this thread run in it alone, and quickly."""
+    """Run the operations of this thread single-threaded and without denormal numbers."""
     torch.set_num_threads(1)
-    # Denormal numbers, which sharp softmaxes are full of, slow some CPUs down tenfold.
+    # Denormal numbers, of which sharp softmaxes have many, slow some CPUs down tenfold.
     torch.set_flush_denormal(True)
 
 

@@ -1,4 +1,4 @@
-"""``compile()``: the pipeline in order, nothing else."""
+"""``compile()``: the steps of the pipeline in order."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from fxquant.utils.files import check_writable
 _REPORT_IMAGES = 8
 
 
-@torch.inference_mode(mode=False)  # its tensors have no gradients, which a search may need
+@torch.inference_mode(mode=False)  # inference tensors have no gradients, which a search may need
 def compile(  # noqa: C901 (a list of optional steps, each on its line)
     model: nn.Module,
     calib_loader: Iterable[Any],
@@ -63,26 +63,26 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     """Quantizes a vision transformer after training.
 
     Args:
-        model: in eval mode, taking one float image tensor ``(B, C, H, W)``; not changed.
+        model: a model in eval mode whose input is a float tensor ``(B, C, H, W)``; not changed.
         calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
-            DataLoader of these; 32 images are usual. No generator for a policy that smooths,
-            reparameterizes, compensates or reconstructs, which reads them twice.
+            DataLoader of these; 32 images are usual. A policy that smooths, reparameterizes,
+            compensates or reconstructs reads the images twice: do not pass a generator then.
         policy: preset name, Policy, dict, or path of a YAML file.
-        loss: of the outputs and labels (None where there are none) of up to four images, one
-            number, summed over them; its gradient weights errors in place of that of the search's
-            loss. Smoothing and allocation measure the divergence from the float outputs anyway.
-        cache: folder for measured losses and trained blocks; an interrupted run goes on where it
+        loss: returns one number for the outputs and labels (None without labels) of up to four
+            images, summed over the images; its gradient weights errors instead of that of the
+            search's loss. Smoothing and allocation always measure the divergence from float.
+        cache: folder for measured losses and trained blocks; an interrupted run continues where it
             stopped, given the same threads, device, and images in the same order.
         progress: show the progress of long steps on stderr.
-        on_pass: called with the name of each pass and the graph after it, which it must not change;
-            ``on_pass=lambda name, gm: print(name, gm.graph)`` prints the graph after each pass.
+        on_pass: called with the name of each pass and the graph after it, which must not be changed
+            there; ``on_pass=lambda name, gm: print(name, gm.graph)`` prints every graph.
 
     Raises:
         CaptureError: the model cannot be captured, or holds nothing to quantize.
         PolicyError: the policy is malformed or does not fit the model.
         CalibrationError: calibration data or loss cannot be used, or the model gives NaN.
         OutputError: the cache is not a path, or cannot be written.
-        PassError: a pass fails; the message names those that have run.
+        PassError: a pass fails; the message names the passes that have run.
     """
     recipe = resolve(policy)
     _check_arguments(model, recipe, loss, cache)
@@ -141,8 +141,8 @@ def _check_arguments(model: nn.Module, recipe: Policy, loss: Loss | None, cache:
         check_callable(loss)
     if loss is not None and (samples is None or samples.metric not in GRADIENT_METRICS):
         raise PolicyError(
-            f"loss was given, and policy {recipe.name!r} takes no gradient: give it a search whose "
-            f"metric is {' or '.join(GRADIENT_METRICS)}, or leave loss out"
+            f"policy {recipe.name!r} uses no gradient of the given loss: give the policy a search "
+            f"whose metric is {' or '.join(GRADIENT_METRICS)}, or do not pass a loss"
         )
     check_model(model)
 
@@ -154,7 +154,7 @@ def _report(
     images: int,
     allocation: AllocationResult | None,
 ) -> Report:
-    """The record of a compilation, with the noise that it made."""
+    """The record of a compilation, with the measured quantization noise."""
     with run.phase("report"):
         plan = make_plan(run.gm, run.notes)
         sqnr, output_sqnr = measure_sqnr(run.gm, float_model.images, float_model.outputs)

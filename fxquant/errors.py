@@ -1,7 +1,7 @@
-"""Every error fxquant raises on purpose.
+"""Errors that fxquant raises.
 
-All derive from :class:`FxQuantError`. A message says what went wrong, where (edge or module
-path), what was found and expected, and what to do about it.
+All errors derive from :class:`FxQuantError`. A message names the problem, its place (edge or module
+path), the actual and the expected value, and a remedy.
 """
 
 
@@ -51,7 +51,7 @@ class PolicyError(FxQuantError):
 
 
 class UnknownPresetError(PolicyError):
-    """No preset or policy file of that name."""
+    """A preset or policy file does not exist."""
 
 
 class UnknownKeyError(PolicyError):
@@ -59,19 +59,19 @@ class UnknownKeyError(PolicyError):
 
 
 class BitWidthError(PolicyError):
-    """A bit-width outside 2..16."""
+    """A bit-width is outside 2..16."""
 
 
 class UnusedRuleError(PolicyError):
-    """A rule that matched no edge of the model."""
+    """A rule matched no edge of the model."""
 
 
 class CalibrationError(FxQuantError):
-    """The calibration data or what it produced cannot be used."""
+    """Calibration data, or the activations or gradients that it causes, cannot be used."""
 
 
 class EmptyLoaderError(CalibrationError):
-    """The calibration loader gave no batch."""
+    """The calibration loader yielded no batch."""
 
 
 class BatchError(CalibrationError):
@@ -79,7 +79,7 @@ class BatchError(CalibrationError):
 
 
 class NonFiniteError(CalibrationError):
-    """NaN or infinity in an image, a weight or an activation."""
+    """An image, a weight or an activation holds NaN or infinity."""
 
 
 class PassError(FxQuantError):
@@ -95,7 +95,7 @@ class LoweringError(FxQuantError):
 
 
 class OutputError(FxQuantError):
-    """A file or folder could not be written; nothing half-written is left."""
+    """A file or folder could not be written; no incomplete file remains."""
 
 
 class FileFormatError(FxQuantError):

@@ -1,7 +1,7 @@
-"""Toy modules and graph assertions that the tests of passes and backends share.
+"""Toy modules and graph assertions for tests of passes and backends.
 
-The modules are the forms in which vision transformers write their products, cut down to the
-smallest sizes at which the form still shows: ``(B, N, C)`` tokens of width ``DIM``.
+The modules write products in the forms that vision transformers use, in the smallest sizes that
+preserve the form: ``(B, N, C)`` tokens of width ``DIM``.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ DIM, HEADS, TOKENS = 8, 2, 5
 
 
 def tokens(batch: int = 2) -> Tensor:
-    """Random tokens ``(batch, TOKENS, DIM)``, the same ones for the same batch size."""
+    """Random tokens ``(batch, TOKENS, DIM)``, equal for equal batch sizes."""
     return torch.randn(batch, TOKENS, DIM, generator=torch.Generator().manual_seed(batch))
 
 
 def images(batch: int = 2, size: int = 8) -> Tensor:
-    """Random images ``(batch, 3, size, size)``, the same ones for the same arguments."""
+    """Random images ``(batch, 3, size, size)``, equal for equal arguments."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
 
 
 def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
-    """``module`` in eval mode, its parameters and running statistics drawn from ``seed``.
+    """Draws the parameters and running statistics of ``module``, and sets it to eval mode.
 
-    Variances and gains are positive, so that every batch norm and layer norm does something.
+    Running variances are positive; every batch norm and layer norm changes its input.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,8 +50,8 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
 def op_names(gm: fx.GraphModule) -> list[str]:
     """Operations of a graph in order: ``["linear", "reshape", …]``.
 
-    Operators go by their name without namespace and overload, Python functions by theirs, modules
-    by their class. Parameters, the placeholder and size arithmetic are left out.
+    Operators are listed by their name without namespace and overload, Python functions by their
+    name, modules by their class. Parameters, the placeholder and size arithmetic are left out.
     """
     names = []
     for node in gm.graph.nodes:
@@ -92,16 +92,16 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def assert_same_function(gm: nn.Module, model: nn.Module, x: Tensor, tol: float = 1e-5) -> None:
-    """Checks that two models give the same outputs.
+    """Checks that two models compute the same outputs.
 
     Args:
         gm: the rewritten model.
         model: the reference.
-        x: input of both; also halved and repeated along the batch.
+        x: input of both models; also negated, halved, and concatenated along the batch.
         tol: largest difference allowed, relative to the largest output.
 
     Raises:
-        AssertionError: they differ.
+        AssertionError: the outputs differ.
     """
     with torch.no_grad():
         for batch in (x, x[:1], torch.cat([x, -x, 0.5 * x])):
@@ -118,24 +118,24 @@ def assert_pass(
     changed: int,
     tol: float = 1e-5,
 ) -> tuple[fx.GraphModule, PassResult]:
-    """Runs a FLOAT pass on a captured model and checks what every such pass owes.
+    """Runs a FLOAT pass on a captured model and checks the duties of every such pass.
 
-    It changes as many sites as stated, keeps the function, and has nothing to change when it is
-    run again.
+    The pass changes the stated number of sites, preserves the function, and changes nothing when it
+    is run again.
 
     Args:
-        model: in eval mode.
-        x: its input.
+        model: a model in eval mode.
+        x: input of the model.
         item: the pass.
         before: passes to run first.
-        changed: number of sites it must change.
+        changed: number of sites that the pass must change.
         tol: as in :func:`assert_same_function`.
 
     Returns:
         The rewritten graph, and the result of the first run.
 
     Raises:
-        AssertionError: one of the duties is not met.
+        AssertionError: the pass violates one of the duties.
     """
     gm = capture(model, x)
     run_passes(gm, before)
@@ -151,7 +151,7 @@ def assert_pass(
 
 
 class PackedAttention(nn.Module):
-    """Self-attention as timm's ViT writes it: one ``qkv`` linear, axes (3, heads, channel)."""
+    """Self-attention in the form of timm's ViT: one ``qkv`` linear, axes (3, heads, channel)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class PackedAttention(nn.Module):
 
 
 class PerHeadAttention(nn.Module):
-    """LeViT's packing: each head's key, query and value side by side, of unequal widths."""
+    """LeViT's packing: each head's query, key and value next to each other, of unequal widths."""
 
     def __init__(self, key: int = 2, value: int = 4) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class PerHeadAttention(nn.Module):
 
 
 class KvAttention(nn.Module):
-    """PVT's packing: queries apart, keys and values in one linear."""
+    """PVT's packing: queries in one linear, keys and values in a second linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,12 +219,12 @@ class TorchAttention(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """One call of ``scaled_dot_product_attention`` with any of its options.
+    """A call of ``scaled_dot_product_attention`` with any of its options.
 
     Args:
-        mask: added to the scores, or where boolean, false hides; ``(N, N)``.
+        mask: ``(N, N)``: floats that are added to the scores, or booleans, where False masks.
         options: ``is_causal``, ``scale``, ``enable_gqa``.
-        kv_heads: heads of keys and values; fewer than ``HEADS`` need ``enable_gqa``.
+        kv_heads: number of heads of keys and values; fewer than ``HEADS`` need ``enable_gqa``.
     """
 
     mask: Tensor | None

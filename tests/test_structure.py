@@ -14,6 +14,9 @@ from fxquant.graph.meta import KEYS
 PACKAGE = Path(fxquant.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 HERE = Path(__file__).parent
+SCRIPTS = sorted(
+    path for name in ("benchmarks", "examples") for path in HERE.parent.glob(f"{name}/*.py")
+)
 TESTS = sorted(path for path in HERE.rglob("*.py") if path.name != "__init__.py")
 # Folders of tests that mirror no room of the package.
 CROSS_CUTTING = ("end_to_end", "helpers")
@@ -42,6 +45,12 @@ NEVER = {
     "reconstruction": ("backends",),
     "passes": ("backends",),
 }
+# Words that begin no docstring: a docstring begins with a noun or a verb.
+OPENERS = """
+Of Those That So What As Like Whose Which Where It They These This There No None Some
+In On By At From For With Not If How Why Who See Its Their Also
+"""
+FORBIDDEN_OPENERS = frozenset(OPENERS.split())
 ONNX = {"onnx", "onnxruntime", "onnxscript", "onnx_ir"}
 MODEL_ZOOS = {"timm", "torchvision"}
 
@@ -83,7 +92,9 @@ def used_rooms(path: Path, *, on_import_only: bool = False) -> set[str]:
 
 
 def ids(path: Path) -> str:
-    return str(path.relative_to(PACKAGE.parent if path.is_relative_to(PACKAGE) else HERE))
+    if path.is_relative_to(PACKAGE):
+        return str(path.relative_to(PACKAGE.parent))
+    return str(path.relative_to(HERE if path.is_relative_to(HERE) else HERE.parent))
 
 
 def test_every_room_has_a_floor() -> None:
@@ -216,6 +227,43 @@ def test_every_public_name_is_documented(path: Path) -> None:
         for node in holder.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+def badly_opened_docstrings(tree: ast.AST) -> Iterator[str]:
+    """Docstrings, by name of their owner, that begin with one of ``FORBIDDEN_OPENERS``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node) or ""
+            words = docstring.split(maxsplit=1)
+            if words and words[0].strip("`'\"*([.,:;)]").capitalize() in FORBIDDEN_OPENERS:
+                yield f"{getattr(node, 'name', 'module')}: {docstring.splitlines()[0]}"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=ids)
+def test_docstrings_begin_with_a_noun_or_a_verb(path: Path) -> None:
+    bad = list(badly_opened_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
+    assert not bad, "a docstring begins with a noun or a verb: " + "; ".join(bad)
+
+
+@pytest.mark.parametrize(
+    ("source", "owners"),
+    [
+        ('"""What is wrong."""', ["module"]),
+        (
+            'class Site:\n    """Of a product."""\n    def run(self):\n        """so it runs."""',
+            ["Site", "run"],
+        ),
+        ('async def load():\n    """``None`` where nothing is."""', ["load"]),
+        (
+            'def load():\n    """Widths of what is loaded."""\n    # Of a comment\n    text = "Of"',
+            [],
+        ),
+        ("def load():\n    return 1", []),
+    ],
+)
+def test_docstrings_that_begin_badly_are_seen(source: str, owners: list[str]) -> None:
+    found = [line.partition(":")[0] for line in badly_opened_docstrings(ast.parse(source))]
+    assert found == owners
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=ids)

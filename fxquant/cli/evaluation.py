@@ -52,7 +52,7 @@ class Score:
     predictions: Tensor
 
     def __str__(self) -> str:
-        """One line."""
+        """A line with the number of images, the accuracy and the speed."""
         images = len(self.predictions)
         top5 = f", top-5 {self.top5:.2%}" if self.classes > _TOP else ""
         return (

@@ -1,1 +1,1 @@
-"""The compiled model: what it runs, reports, saves and lowers to."""
+"""The compiled model: runs, reports, saves, and lowers to backends."""

@@ -1,4 +1,4 @@
-"""What a compiled model says of images that it cannot take."""
+"""Checks of a compiled model's input images, and the errors for images that it cannot use."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fxquant.errors import BatchError, NonFiniteError
 
 
 def check_images(images: Any) -> Tensor:
-    """The images, if they are float numbers.
+    """Returns the images, after a check that they are a float tensor.
 
     Raises:
-        BatchError: they are not.
+        BatchError: the images are not a float tensor.
     """
     if not isinstance(images, Tensor):
         raise BatchError(f"the model takes a tensor of images, got {type(images).__name__}")
     if not images.is_floating_point():
         raise BatchError(
-            f"the model takes float images, got {images.dtype}: convert and normalise them as "
-            "those that it was calibrated with"
+            f"the model takes float images, got {images.dtype}: convert and normalise them in the "
+            "same way as the calibration images"
         )
     return images
 
@@ -31,19 +31,19 @@ def check_images(images: Any) -> Tensor:
 def input_error(
     images: Tensor, image_shape: tuple[int, ...], why: object = ""
 ) -> BatchError | None:
-    """What is wrong with the shape or type of images; None if nothing is.
+    """The error for images of a wrong shape or type; None for images that fit the model.
 
     Args:
-        images: float numbers.
-        image_shape: of one image that the model was compiled for.
-        why: what was raised for them, if anything was.
+        images: a float tensor.
+        image_shape: shape of one image that the model was compiled for.
+        why: the exception that the images caused, if any.
     """
     cause = f" ({why})" if why else ""
     if images.ndim == 0 or images.shape[1:] != image_shape or not len(images):
         expected = ", ".join(map(str, image_shape))
-        found = tuple(images.shape) if images.numel() else f"{tuple(images.shape)}, no image"
+        actual = tuple(images.shape) if images.numel() else f"{tuple(images.shape)}, no image"
         return BatchError(
-            f"the model was compiled for images of shape (B, {expected}), got {found}: resize "
+            f"the model was compiled for images of shape (B, {expected}), got {actual}: resize "
             f"them, or compile for that size{cause}"
         )
     if images.dtype is not torch.float32:
@@ -56,26 +56,26 @@ def input_error(
 
 @dataclass(frozen=True)
 class InputCheck:
-    """A forward pre-hook, with keywords, of lowered models, which would take any numbers.
+    """A forward pre-hook, with keywords, of lowered models, which do not check their input.
 
     Attributes:
-        image_shape: of one image, which the widths of the kernels' sums were chosen for.
+        image_shape: shape of one image, which the widths of the kernels' sums were chosen for.
     """
 
     image_shape: tuple[int, ...]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Looks at the first argument.
+        """Checks the first argument.
 
         Raises:
-            BatchError: it is no float tensor ``(B, *image_shape)`` with an image.
-            NonFiniteError: it holds NaN or infinity, for which there are no integer codes.
+            BatchError: the argument is not a float tensor ``(B, *image_shape)`` with an image.
+            NonFiniteError: the argument holds NaN or infinity, which have no integer codes.
         """
         images = check_images(next(iter((*args, *named.values())), None))
         error = input_error(images, self.image_shape)
         if error is not None:
             raise error
-        # A graph that is traced is to hold the network alone.
+        # A traced graph shall contain only the network.
         if not torch.compiler.is_compiling() and not bool(images.isfinite().all()):
             raise NonFiniteError(
                 "the images hold NaN or infinity, which have no integer codes; look for a division "

@@ -1,6 +1,6 @@
-"""What must hold of a saved model beyond that its files can be read.
+"""Integrity checks of a saved model whose files can be read.
 
-A wrong number in them would be loaded in silence and give wrong outputs.
+Without these checks a wrong number in a file would be loaded silently and cause wrong outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fxquant.quantizers import Quantizer
 
 _ADVICE = "the file is damaged or was changed: compile and save the model again"
 _CONFIG_KEY = "config_sha256"
-# Of the configuration; known only once the tensors are written, so not part of its own digest.
+# Key of the configuration; known only once the tensors are written, and not part of its own digest.
 TENSORS_KEY = "tensors_sha256"
 
 
@@ -31,44 +31,44 @@ def digest(path: Path) -> str:
 
 
 def metadata(config: Mapping[str, Any]) -> dict[str, str]:
-    """What the file of tensors says of the configuration that it is saved with."""
-    own = {key: value for key, value in config.items() if key != TENSORS_KEY}
-    text = json.dumps(own, sort_keys=True)
+    """Metadata of the file of tensors: the digest of the configuration saved with it."""
+    digested = {key: value for key, value in config.items() if key != TENSORS_KEY}
+    text = json.dumps(digested, sort_keys=True)
     return {_CONFIG_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check_tensors(path: Path, config: Mapping[str, Any]) -> None:
-    """Checks that a file of tensors is the one that a configuration was saved with.
+    """Checks that a file of tensors is the file that a configuration was saved with.
 
     Raises:
-        FileFormatError: it is another.
+        FileFormatError: it is a different file.
     """
-    found, expected = digest(path), config[TENSORS_KEY]
-    if found != expected:
+    actual, expected = digest(path), config[TENSORS_KEY]
+    if actual != expected:
         raise FileFormatError(
-            f"{path} is not the file that the configuration beside it was saved with (SHA-256 "
-            f"{found}, expected {expected!s:.64}): two saves are mixed or one file was changed; "
-            "take both files from one save"
+            f"{path} is not the file that the configuration next to it was saved with (SHA-256 "
+            f"{actual}, expected {expected!s:.64}): two saves are mixed or one file was changed; "
+            "use both files of one save"
         )
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Checks that a configuration is as it was saved with a file of tensors.
+    """Checks that a configuration was not changed since it was saved with a file of tensors.
 
     Raises:
-        FileFormatError: it was changed.
+        FileFormatError: the configuration was changed.
     """
     with safe_open(path, framework="pt") as file:
-        own = file.metadata() or {}
-    if own != metadata(config):
+        saved_metadata = file.metadata() or {}
+    if saved_metadata != metadata(config):
         raise FileFormatError(f"the configuration is not what {path} was saved with; {_ADVICE}")
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
-    """Checks that no tensor holds NaN; infinity may stand in attention masks.
+    """Checks that no tensor holds NaN; infinity is allowed, since attention masks hold it.
 
     Raises:
-        FileFormatError: one does.
+        FileFormatError: a tensor holds NaN.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
@@ -79,7 +79,7 @@ def check_quantizer(name: str, quantizer: Quantizer) -> None:
     """Checks the loaded numbers of a quantizer.
 
     Raises:
-        FileFormatError: a scale is not positive and finite, or a zero point is no code.
+        FileFormatError: a scale is not positive and finite, or a zero point is not a code.
     """
     fault = quantizer.fault()
     if fault is not None:
@@ -90,11 +90,11 @@ def check_codes(name: str, codes: Tensor, bits: int) -> None:
     """Checks the codes of a weight, which are stored signed.
 
     Raises:
-        FileFormatError: they are no integers, or wider than ``bits``.
+        FileFormatError: the codes are not integers, or exceed ``bits`` bits.
     """
     half = 1 << (bits - 1)
     if codes.dtype not in (torch.int8, torch.int16):
-        raise FileFormatError(f"the codes of {name} are {codes.dtype}, no integers; {_ADVICE}")
+        raise FileFormatError(f"the codes of {name} are {codes.dtype}, not integers; {_ADVICE}")
     low, high = (int(value) for value in codes.aminmax())
     if low < -half or high >= half:
         raise FileFormatError(
@@ -104,11 +104,11 @@ def check_codes(name: str, codes: Tensor, bits: int) -> None:
 
 
 def check_all_read(names: Iterable[str], graph: fx.Graph) -> None:
-    """Checks that a graph reads all tensors that are no quantizer's.
+    """Checks that a graph reads all tensors that do not belong to a quantizer.
 
     Raises:
-        FileFormatError: one is read by nothing.
+        FileFormatError: no node reads a tensor.
     """
     extra = sorted(set(names) - {str(n.target) for n in graph.nodes if n.op == "get_attr"})
     if extra:
-        raise FileFormatError(f"tensor {extra[0]} belongs to nothing in the graph; {_ADVICE}")
+        raise FileFormatError(f"no node of the graph reads tensor {extra[0]}; {_ADVICE}")

@@ -1,4 +1,4 @@
-"""The result of a compilation: runs, explains itself, saves, and lowers to backends."""
+"""The result of a compilation: a module that runs, reports, saves, and lowers to backends."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 class CompiledModel(nn.Module):
     """A quantized model.
 
-    Calling it simulates quantization in float arithmetic; it takes and gives what the captured
-    model did.
+    A call simulates quantization in float arithmetic; inputs and outputs are those of the captured
+    model.
 
     Args:
         gm: graph in stage FROZEN.
-        report: what was decided.
+        report: the record of the compilation.
         policy: the recipe, as plain values.
         image_shape: shape of one input image, ``(C, H, W)``.
     """
@@ -48,26 +48,26 @@ class CompiledModel(nn.Module):
         self.eval()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CompiledModel:
-        """Moves to another device; scales and grids hold in float32 alone.
+        """Moves the model to another device; scales and grids are valid only in float32.
 
         Raises:
-            LoweringError: the numbers would be of another type.
+            LoweringError: the parameters would get another type.
         """
-        wanted = fn(torch.zeros(())).dtype
-        if wanted is not torch.float32:
+        dtype = fn(torch.zeros(())).dtype
+        if dtype is not torch.float32:
             raise LoweringError(
-                f"the model was quantized in float32, got a cast to {wanted}: its codes would "
-                "become others; export_onnx() and lower() give what is small and fast"
+                f"the model was quantized in float32, got a cast to {dtype}, which would change "
+                "its codes; export_onnx() and lower() make small and fast models"
             )
-        moved: CompiledModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return moved
+        model: CompiledModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         gm = copy.deepcopy(self.graph_module, memo)
         return CompiledModel(gm, self.report, self.policy, self.image_shape)
 
     def __reduce__(self) -> tuple[Callable[..., CompiledModel], tuple[Any, ...]]:
-        """Pickled as the files of :meth:`save`, on the CPU: torch keeps no specs of graphs."""
+        """Pickles the files of :meth:`save`, on the CPU: torch does not pickle specs of graphs."""
         with tempfile.TemporaryDirectory() as name:
             self.save(name)
             files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
@@ -82,8 +82,8 @@ class CompiledModel(nn.Module):
         """Outputs of the quantized model, for images ``(B, C, H, W)``.
 
         Raises:
-            BatchError: the images are no float numbers; or are not in float32, or of another shape
-                than those that the model was compiled for, and it does not run on them.
+            BatchError: the images are not a float tensor; or the model fails on them, and they are
+                not in float32 or differ in shape from the images that it was compiled for.
         """
         check_images(images)
         try:
@@ -95,21 +95,22 @@ class CompiledModel(nn.Module):
             raise explanation from error
 
     def lower(self, backend: str, **flags: Any) -> nn.Module:
-        """This model for a backend that runs in this process.
+        """Lowers the model to a backend that runs in this process.
 
         Args:
             backend: ``integer`` (reference kernels on integer codes;
                 :func:`fxquant.backends.integer.lower_to_integer`) or ``inductor``
                 (``torch.compile`` of the integer form).
-            **flags: of the backend. ``integer`` takes ``integer_only`` (compute nothing in float
-                between the first and the last code; by default where the policy quantizes
+            **flags: flags of the backend. ``integer`` takes ``integer_only`` (compute nothing in
+                float between the first and the last code; by default where the policy quantizes
                 everything in between and all of the graph has an integer form) and
                 ``float_products`` (multiply whole numbers held as floats, with the same results,
                 faster).
 
         Returns:
-            A module that takes images as this model does, of the shape that it was compiled for
-            alone; it raises BatchError for others, and NonFiniteError for NaN and infinity.
+            A module with the same inputs, for images of exactly the shape that the model was
+            compiled for; it raises BatchError for other shapes, and NonFiniteError for NaN and
+            infinity.
 
         Raises:
             LoweringError: the backend or a flag is unknown, or the backend cannot express the
@@ -125,12 +126,12 @@ class CompiledModel(nn.Module):
         """Writes an ONNX QDQ file for onnxruntime (opset 21, IR 10, dynamic batch).
 
         Args:
-            path: the file; written beside and renamed.
+            path: the file; written under a temporary name and renamed.
             target: CPUs that the file is for: ``x86-vnni``, ``x86-avx2``, or ``auto`` for the
-                one of this machine.
+                CPU of this machine.
 
         Returns:
-            File size, and which nodes onnxruntime runs on integer kernels.
+            File size, and the nodes that onnxruntime runs on integer kernels.
 
         Raises:
             LoweringError: ONNX cannot express the graph, or onnxruntime's result is wrong.
@@ -150,11 +151,11 @@ class CompiledModel(nn.Module):
 
 
 def load(folder: str | Path) -> CompiledModel:
-    """Reads what :meth:`CompiledModel.save` wrote.
+    """Reads a folder that :meth:`CompiledModel.save` wrote.
 
     Raises:
-        FileFormatError: a file is missing, truncated, or not fxquant's; the two are not of one
-            save, or were changed since; or a number in them cannot be.
+        FileFormatError: a file is missing, truncated, or not fxquant's; the two files are not of
+            one save, or were changed since; or they hold an impossible number.
     """
     stored = read(Path(folder))
     return CompiledModel(stored.gm, stored.report, stored.policy, stored.image_shape)

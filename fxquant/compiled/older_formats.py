@@ -1,6 +1,6 @@
-"""Saved configurations of older versions, brought to today's format.
+"""Conversion of saved configurations of older versions to the current format.
 
-Format 4 (version 0.1): specs of edges stood in the plan of the report alone; notes were
+Format 4 (version 0.1): specs of edges were only in the plan of the report; notes were
 ``[pass, site, reason]``, comparisons ``[pass, site, choice, measure, ratio]`` under ``gains``.
 """
 
@@ -14,10 +14,10 @@ READABLE = (4, 5)
 
 
 def to_current_format(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of any readable format in that of today.
+    """Converts a configuration of any readable format to the current format.
 
     Args:
-        config: as read; not changed, since digests are taken of it.
+        config: the configuration as read; not changed, since its digest is checked.
     """
     if config["format"] != 4:
         return config
@@ -37,7 +37,7 @@ def to_current_format(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(step: str, site: str, reason: str) -> NoteKind:
-    """The kind of a note of format 4, which had none: by its pass and its words."""
+    """The kind of a note of format 4, which had no kinds: decided by its pass and its words."""
     if step == "capture":
         return NoteKind.MODEL
     if step == "OpenEinsum":

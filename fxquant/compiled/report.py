@@ -1,4 +1,4 @@
-"""What was decided for each edge, and what it cost."""
+"""Report of a compilation: the decision for each edge, and the noise of its quantizer."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class PlanEntry:
     Attributes:
         edge: unique name of the edge.
         path: module path of the consuming operation.
-        op: its kind.
-        arg: the role of the edge.
-        fed_by: what computed the values.
-        spec: how it is quantized; None if it stays float.
-        quantizer: name of the quantizer module; edges that share a value share it.
-        reason: why it stays float or differs from its rule; empty otherwise.
+        op: kind of the operation.
+        arg: role of the edge in the operation.
+        fed_by: producer of the edge's values.
+        spec: the spec of the edge; None if the edge stays float.
+        quantizer: name of the quantizer module; edges that share a value share the quantizer.
+        reason: the reason why the edge stays float or differs from its rule; empty otherwise.
     """
 
     edge: str
@@ -53,8 +53,8 @@ def make_plan(gm: fx.GraphModule, notes: Iterable[Note]) -> tuple[PlanEntry, ...
 
     Args:
         gm: the graph.
-        notes: of the passes; their reasons why an edge is float or not quantized as asked are
-            those of the plan.
+        notes: notes of the passes; the plan shows their reasons why an edge is float or is not
+            quantized as asked.
     """
     kinds = (NoteKind.FLOAT, NoteKind.ADJUSTED)
     reasons = {note.site: note.reason for note in notes if note.kind in kinds}
@@ -80,16 +80,16 @@ def make_plan(gm: fx.GraphModule, notes: Iterable[Note]) -> tuple[PlanEntry, ...
 def measure_sqnr(
     gm: fx.GraphModule, images: Tensor, reference: list[Tensor]
 ) -> tuple[dict[str, float], float]:
-    """Signal to quantization noise of every quantizer on one batch, the network quantized.
+    """Measures the signal to quantization noise of every quantizer in the quantized network.
 
     Args:
-        gm: in stage FROZEN.
+        gm: a graph in stage FROZEN.
         images: ``(B, …)`` on the graph's device.
-        reference: the float model's outputs for them.
+        reference: the float model's outputs for the images.
 
     Returns:
         Quantizer name -> decibels, infinite where the quantizer changes nothing; and the decibels
-        of the outputs, all together, those that are infinite in the float model left out.
+        of all outputs together, without values that are infinite in the float model.
     """
     measured: dict[str, float] = {}
 
@@ -110,18 +110,18 @@ def measure_sqnr(
         for handle in handles:
             handle.remove()
     finite = [value.isfinite() for value in reference]
-    ours = [value[where] for value, where in zip(outputs, finite, strict=True)]
-    theirs = [value[where] for value, where in zip(reference, finite, strict=True)]
-    return measured, _decibels(theirs, ours)
+    quantized = [value[mask] for value, mask in zip(outputs, finite, strict=True)]
+    exact = [value[mask] for value, mask in zip(reference, finite, strict=True)]
+    return measured, _decibels(exact, quantized)
 
 
-def _decibels(signals: list[Tensor], found: list[Tensor]) -> float:
-    pairs = list(zip(signals, found, strict=True))
-    signal = sum(float(one.double().square().sum()) for one, _ in pairs)
-    noise = sum(float((two - one).double().square().sum()) for one, two in pairs)
-    if not noise:
+def _decibels(signals: list[Tensor], quantized: list[Tensor]) -> float:
+    pairs = list(zip(signals, quantized, strict=True))
+    signal_energy = sum(float(signal.double().square().sum()) for signal, _ in pairs)
+    noise_energy = sum(float((value - signal).double().square().sum()) for signal, value in pairs)
+    if not noise_energy:
         return math.inf
-    ratio = signal / noise
+    ratio = signal_energy / noise_energy
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
@@ -133,15 +133,15 @@ class Report:
         policy: name of the policy.
         plan: the decision for each edge.
         sqnr: quantizer name -> signal to noise on the first calibration images, dB.
-        output_sqnr: that of the model's outputs, against the float model's.
-        images: number of calibration images seen.
-        float_bytes: size of the parameters before.
-        quantized_bytes: size after, weights at their bit-width, and the scales.
+        output_sqnr: signal to noise of the model's outputs against the float model's, dB.
+        images: number of calibration images.
+        float_bytes: size of the float parameters.
+        quantized_bytes: size of the quantized parameters, weights at their bit-width, and scales.
         seconds: phase -> wall time.
         changes: pass -> number of sites changed.
-        notes: sites that stay as they are, with reasons, and other remarks of the passes.
-        comparisons: errors with the choices of passes over errors without.
-        allocation: how widths were chosen; None where the policy's rules have them.
+        notes: sites that were not changed, with reasons, and other remarks of the passes.
+        comparisons: errors with the choices of passes over errors without them.
+        allocation: the chosen widths; None where the policy's rules set all widths.
     """
 
     policy: str
@@ -159,7 +159,7 @@ class Report:
 
     @property
     def left_float(self) -> tuple[PlanEntry, ...]:
-        """The edges that could be quantized and were not; each has its reason."""
+        """The edges that could be quantized but were not, each with a reason."""
         return tuple(entry for entry in self.plan if entry.spec is None)
 
     @property
@@ -178,20 +178,20 @@ class Report:
         )
 
     def summary(self) -> str:
-        """One line."""
+        """A line with the numbers of edges and images, the noise, the sizes and the time."""
         quantized = len(self.plan) - len(self.left_float)
-        others = {site for site, _ in self.unsupported}
-        have = "product has" if len(others) == 1 else "products have"
-        besides = f" ({len(others)} {have} no quantized form)" if others else ""
+        unsupported = {site for site, _ in self.unsupported}
+        have = "product has" if len(unsupported) == 1 else "products have"
+        remark = f" ({len(unsupported)} {have} no quantized form)" if unsupported else ""
         return (
-            f"{self.policy}: {quantized} of {len(self.plan)} edges quantized{besides}, "
+            f"{self.policy}: {quantized} of {len(self.plan)} edges quantized{remark}, "
             f"outputs at {self.output_sqnr:.1f} dB, {self.images} calibration images, "
             f"parameters {self.float_bytes / 1e6:.2f} -> "
             f"{self.quantized_bytes / 1e6:.2f} MB, {sum(self.seconds.values()):.1f} s"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; decibels that are no finite number become texts."""
+        """Plain JSON values; decibels that are not finite become texts."""
         values = asdict(self)
         values["sqnr"] = {name: _to_json(value) for name, value in self.sqnr.items()}
         values["output_sqnr"] = _to_json(self.output_sqnr)
@@ -199,7 +199,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Report:
-        """The inverse of :meth:`to_dict`."""
+        """Restores a report from the values of :meth:`to_dict`."""
         plan = tuple(
             PlanEntry(**{**e, "spec": None if e["spec"] is None else spec_from_dict(e["spec"])})
             for e in values["plan"]
@@ -222,7 +222,7 @@ class Report:
         )
 
     def __str__(self) -> str:
-        """The table of edges, what stayed float and why, and the summary."""
+        """The table of edges, the edges that stayed float with reasons, and the summary."""
         table = Table("edge", "fed by", "bits", "granularity", "observer", "SQNR dB")
         for entry in self.plan:
             spec = entry.spec
@@ -257,7 +257,7 @@ def _to_json(decibels: float) -> float | str:
 
 
 def spec_from_dict(values: dict[str, Any]) -> TensorSpec:
-    """A TensorSpec from plain values, as ``dataclasses.asdict`` gives them."""
+    """Builds a TensorSpec from plain values, the result of ``dataclasses.asdict``."""
     return TensorSpec(
         **{
             **values,

@@ -1,8 +1,8 @@
 """A compiled model on disk: ``quant_config.json`` and ``model.safetensors``.
 
 Quantized weights are stored as integer codes. The graph is rebuilt from ``graph``, ``quantizers``,
-``coded_weights`` and ``specs`` (edge name -> spec) of the configuration; its ``report`` is for
-people.
+``coded_weights`` and ``specs`` (edge name -> spec) of the configuration; its ``report`` is only
+read by people.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from fxquant.utils.files import write_together, write_utf8
 
 CONFIG_FILE, WEIGHTS_FILE = "quant_config.json", "model.safetensors"
 FORMAT = READABLE[-1]
-_CODES = "codes."
+_CODES_PREFIX = "codes."
 
 
 @dataclass(frozen=True)
 class Stored:
-    """All that a compiled model is.
+    """The stored data of a compiled model.
 
     Attributes:
         gm: graph in stage FROZEN.
-        report: what was decided.
+        report: the record of the compilation.
         policy: the recipe, as plain values.
         image_shape: shape of one input image, ``(C, H, W)``.
     """
@@ -56,7 +56,7 @@ class Stored:
 
 
 def write(folder: Path, stored: Stored) -> None:
-    """Writes the two files, both or none.
+    """Writes both files; a failure leaves neither.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -84,7 +84,7 @@ def write(folder: Path, stored: Stored) -> None:
         save_file(tensors, temporary, saved_checks.metadata(config))
         config[saved_checks.TENSORS_KEY] = saved_checks.digest(temporary)
 
-    write_together(  # in this order, since the one has the digest of the other
+    write_together(  # in this order: the configuration holds the digest of the tensors' file
         {
             folder / WEIGHTS_FILE: write_tensors,
             folder / CONFIG_FILE: lambda path: write_utf8(path, json.dumps(config, indent=1)),
@@ -93,11 +93,11 @@ def write(folder: Path, stored: Stored) -> None:
 
 
 def read(folder: Path) -> Stored:
-    """Reads what :func:`write` wrote.
+    """Reads the files that :func:`write` wrote.
 
     Raises:
-        FileFormatError: a file is missing, truncated, or not fxquant's; the two are not of one
-            save, or were changed since; or a number in them cannot be.
+        FileFormatError: a file is missing, truncated, or not fxquant's; the two files are not of
+            one save, or were changed since; or they hold an impossible number.
     """
     config, tensors = _read_config(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
     try:
@@ -107,7 +107,7 @@ def read(folder: Path) -> Stored:
         gm = _rebuild(current, tensors)
         report = Report.from_dict(current["report"])
         shape = tuple(int(n) for n in config["image_shape"])
-        # Last, since what else is wrong can be named more closely.
+        # The last check, since the checks before it have more precise messages.
         saved_checks.check_config(folder / WEIGHTS_FILE, config)
         return Stored(gm, report, config["policy"], shape)
     except FileFormatError:
@@ -142,7 +142,7 @@ def _pack(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
             codes = quantizer.quantize(get_parameter(gm, node)).cpu()
             # Unsigned codes are stored shifted to the signed type of their width.
             codes = codes - _code_shift(quantizer)
-            tensors[_CODES + name] = codes.to(dtype).contiguous()
+            tensors[_CODES_PREFIX + name] = codes.to(dtype).contiguous()
             coded[name] = next(iter(users))
         else:
             tensors[name] = value.contiguous().clone()
@@ -154,7 +154,7 @@ def _pack(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _code_shift(quantizer: Quantizer) -> int:
-    """Difference between a code and the form it is stored in, which is signed."""
+    """Difference between a code and its stored form, which is signed."""
     return quantizer.code_range[0] + (1 << (quantizer.bits - 1))
 
 
@@ -171,16 +171,18 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
             root.add_module(parent, nn.Module())
         root.get_submodule(parent).add_module(last, quantizer)
     for name, codes in tensors.items():
-        plain, value = name.removeprefix(_CODES), codes
-        if plain != name:
-            coder = root.get_submodule(config["coded_weights"][plain])
-            if not isinstance(coder, Quantizer):
-                raise FileFormatError(f"{plain} is stored as codes of {coder}, no quantizer")
-            saved_checks.check_codes(plain, codes, coder.bits)
-            value = coder.dequantize(codes.float() + _code_shift(coder))
-        set_tensor(root, plain, value)
+        weight_name, value = name.removeprefix(_CODES_PREFIX), codes
+        if weight_name != name:
+            module = root.get_submodule(config["coded_weights"][weight_name])
+            if not isinstance(module, Quantizer):
+                raise FileFormatError(
+                    f"{weight_name} is stored as codes of {module}, which is not a quantizer"
+                )
+            saved_checks.check_codes(weight_name, codes, module.bits)
+            value = module.dequantize(codes.float() + _code_shift(module))
+        set_tensor(root, weight_name, value)
     graph = graph_from_json(config["graph"])
-    saved_checks.check_all_read((name.removeprefix(_CODES) for name in tensors), graph)
+    saved_checks.check_all_read((name.removeprefix(_CODES_PREFIX) for name in tensors), graph)
     gm = fx.GraphModule(root, graph)
     STAGE.set(gm, Stage.FROZEN)
     propagate_shapes(gm, tuple(config["image_shape"]))
@@ -201,13 +203,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"cannot read {path}: {error.strerror}; {advice}") from error
     except (ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} is no JSON ({error}): truncated or foreign; {advice}"
+            f"{path} is not JSON ({error}): truncated or not fxquant's; {advice}"
         ) from error
     if not isinstance(config, dict) or config.get("format") not in READABLE:
-        found = config.get("format") if isinstance(config, dict) else None
+        file_format = config.get("format") if isinstance(config, dict) else None
         raise FileFormatError(
-            f"{path} is not of format {FORMAT} or {READABLE[0]} (found {found!r}); {advice}, with "
-            "this version or the one before"
+            f"{path} is not of format {FORMAT} or {READABLE[0]} (found {file_format!r}); {advice}, "
+            "with this version or the version before"
         )
     return config
 
@@ -217,5 +219,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise FileFormatError(
-            f"cannot read {path}: {error}; it is missing, truncated or no safetensors file"
+            f"cannot read {path}: {error}; it is missing, truncated or not a safetensors file"
         ) from error

@@ -122,13 +122,13 @@ class TensorSpec:
     max_shift: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Refuses values that no quantizer can have.
 
         Raises:
             BitWidthError: bits is not an integer in 2..16.
             UnknownKeyError: scheme, granularity or observer is unknown.
-            PolicyError: percentile is no number in (50, 100], or given to another observer,
-                symmetric no boolean, or the scheme does not go with the other values.
+            PolicyError: percentile is not a number in (50, 100], or another observer has one;
+                symmetric is not a boolean; or the scheme does not allow the other values.
         """
         parse_field(self, "scheme", Scheme)
         parse_field(self, "granularity", Granularity)

@@ -57,7 +57,7 @@ def find_blocks(gm: fx.GraphModule) -> tuple[Block, ...]:
 
 
 def whole_network(gm: fx.GraphModule) -> Block:
-    """All blocks of a graph as one."""
+    """The blocks of a graph, merged into a single block."""
     blocks = find_blocks(gm)
     nodes = tuple(node for block in blocks for node in block.nodes)
     return Block("network", nodes, blocks[0].inputs, blocks[-1].outputs)

@@ -86,9 +86,10 @@ class Edge:
 
 
 def possible_edges(gm: fx.GraphModule) -> Iterator[Edge]:
-    """All edges that a rule can quantize, in graph order.
+    """Yields the edges that a rule can quantize, in graph order.
 
-    These are all edges of products, and edges of elementwise operations that read a float tensor.
+    The result has all edges of products, and edges of elementwise operations that read a float
+    tensor.
     """
     for node in list(gm.graph.nodes):
         kind = op_kind(node) or elementwise_kind(node)
@@ -100,7 +101,7 @@ def possible_edges(gm: fx.GraphModule) -> Iterator[Edge]:
 
 
 def edges(gm: fx.GraphModule) -> Iterator[Edge]:
-    """All edges of products and the annotated ones of elementwise operations, in graph order."""
+    """The edges of products and annotated edges of elementwise operations, in graph order."""
     return (edge for edge in possible_edges(gm) if edge.kind.is_product or edge.spec is not None)
 
 

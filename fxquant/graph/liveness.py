@@ -1,4 +1,4 @@
-"""Which node reads each value last, so that the value can be dropped behind that node."""
+"""Liveness of values: the last node that reads a value, after which the value can be dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where values may be minus infinity, as attention masks make them; integer codes cannot be."""
+"""Finds values that may be minus infinity, as in attention masks, which no integer code means."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def is_first_or_last_product(node: fx.Node, end: End) -> bool:
 
 
 def _reachable(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node] | None:
-    """All nodes that steps lead to from a node; None where one of them is a product."""
+    """The nodes that steps lead to from a node; None where they include a product."""
     reached: set[fx.Node] = set()
     pending = list(step(start))
     while pending:

@@ -200,7 +200,7 @@ def _quantized_weight(consumer: ConsumerSample) -> Tensor:
 def _input_quantizer(
     linears: list[ConsumerSample], weights: list[Tensor], metric: Metric
 ) -> tuple[Quantizer, float]:
-    """One quantizer for the input that all linears share, and their output error with it."""
+    """The quantizer of the input that all linears share, and their output error with it."""
     ends = [consumer.sample.lhs.aminmax() for consumer in linears]
     lo, hi = torch.stack([e.min for e in ends]).min(), torch.stack([e.max for e in ends]).max()
     spec = linears[0].spec

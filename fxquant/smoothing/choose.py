@@ -146,7 +146,7 @@ def _comparable_sites(
 
 
 def _nodes(site: Site) -> tuple[fx.Node, ...]:
-    """All linears of a site, and the attention products whose values are quantized."""
+    """The linears of a site, and the attention products whose values are quantized."""
     values = [node for node in site.products if Edge(node, Arg.RHS).spec is not None]
     return (*site.linears, *values)
 

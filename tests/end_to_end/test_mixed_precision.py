@@ -209,7 +209,10 @@ def test_other_images_are_not_mixed_in(vit: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (Budget(mean_bits=2), "mean_bits is at least 3.*Raise it, or allow narrower widths"),
+        (
+            Budget(mean_bits=2),
+            "mean_bits is at least 3.*Raise the budget, or allow narrower widths",
+        ),
         (Budget(weight_bytes=100), "weight_bytes is at least"),
         (Budget(bitops=1000, mean_bits=8), "bitops is at least"),
     ],

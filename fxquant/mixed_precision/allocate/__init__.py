@@ -1,5 +1,5 @@
-"""Bit allocation in plain numbers: which groups of edges get which width, within a budget.
+"""Bit allocation in plain numbers: chooses the width of each group of edges within a budget.
 
-Nothing here depends on graphs or tensors; ``fxquant.mixed_precision.choose`` makes the problem from
-a graph.
+These modules do not depend on graphs or tensors; ``fxquant.mixed_precision.choose`` builds the
+problem from a graph.
 """

@@ -1,9 +1,9 @@
 """Exact allocation: a multiple-choice knapsack as an integer program (HiGHS, by scipy).
 
-One binary variable a group and width, one of them 1 in each group. Where a bound holds products
-of two widths (BitOPs), one variable more for each pair of widths of each pair of groups that are
-multiplied: ``y_ij >= 0`` with ``sum_j y_ij = x_i`` and ``sum_i y_ij = x_j``, whence ``y_ij = x_i
-x_j`` wherever x is whole.
+The program has one binary variable per group and width; exactly one variable of each group is 1.
+Where a bound contains products of two widths (BitOPs), it has one more variable for each pair of
+widths of each pair of groups that are multiplied: ``y_ij >= 0`` with ``sum_j y_ij = x_i`` and
+``sum_i y_ij = x_j``, from which ``y_ij = x_i x_j`` follows where x is whole.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from scipy.sparse import coo_array, csr_array, vstack
 from fxquant.mixed_precision.allocate.greedy import greedy
 from fxquant.mixed_precision.allocate.problem import CostFunction, Floats, Ints, Problem, within
 
-# The solver may exceed a bound by its tolerance; the bound is then lowered by the excess.
-_ATTEMPTS = 20
+# Largest number of solver runs. A solution may exceed a bound by the solver's tolerance; the bound
+# is then lowered by the excess for the next run.
+_MAX_SOLVES = 20
 
 
 def exact(problem: Problem, bounds: list[tuple[CostFunction, int]]) -> tuple[int, ...]:
-    """The widths of least predicted loss within the bounds, one a group.
+    """The widths of least predicted loss within the bounds, one per group.
 
     Args:
-        problem: with at least one solution.
+        problem: a problem with at least one solution.
         bounds: cost functions, each with the largest total that it allows.
     """
-    plain = greedy(problem, bounds)
-    program = _Program(problem, [cost_function for cost_function, _ in bounds], plain)
+    greedy_bits = greedy(problem, bounds)
+    program = _Program(problem, [cost_function for cost_function, _ in bounds], greedy_bits)
     limits = [allowed for _, allowed in bounds]
-    for _ in range(_ATTEMPTS):
+    for _ in range(_MAX_SOLVES):
         bits = program.solve(limits)
         if bits is None:
-            return plain
+            return greedy_bits
         if within(bounds, bits):
-            # Within the solver's tolerance of the least loss, the better of the two.
-            return min(tuple(bits.tolist()), plain, key=problem.loss)
+            # The solver's loss is least up to its tolerance: the greedy widths may be better.
+            return min(tuple(bits.tolist()), greedy_bits, key=problem.loss)
         for i, (cost_function, allowed) in enumerate(bounds):
             limits[i] -= max(0, cost_function.total(bits) - allowed)
-    return plain
+    return greedy_bits
 
 
 class _Program:
@@ -46,10 +47,10 @@ class _Program:
 
     Args:
         problem: the problem.
-        cost_functions: those of the bounds.
-        known: widths within the bounds, whose loss is the unit. A single loss above that of this
-            known plan is cut at twice the unit: it would hide all others below the solver's
-            tolerances.
+        cost_functions: the cost functions of the bounds.
+        known: widths within the bounds, whose loss is the unit. A single loss above the loss of
+            these widths is clipped to twice the unit: otherwise all other losses would be below
+            the solver's tolerances.
     """
 
     def __init__(
@@ -66,15 +67,15 @@ class _Program:
             if i != j
         }
         self._pairs = sorted(pairs)
-        least = problem.losses.min(axis=1, keepdims=True)  # each group adds that at any width
+        least = problem.losses.min(axis=1, keepdims=True)  # each group adds it at any width
         unit = max(problem.loss(known) - float(least.sum()), 1e-300)
         self._objective: Floats = np.minimum((problem.losses - least) / unit, 2.0)
         self._size = self._groups * self._choices + len(self._pairs) * self._choices**2
         self._rows = vstack([self._one_each(), *self._marginals()], format="csr")
 
-    def _row(self, places: Ints, values: Floats) -> csr_array:
-        zeros = np.zeros(len(places), dtype=np.int64)
-        return coo_array((values, (zeros, places)), shape=(1, self._size)).tocsr()
+    def _row(self, columns: Ints, values: Floats) -> csr_array:
+        zeros = np.zeros(len(columns), dtype=np.int64)
+        return coo_array((values, (zeros, columns)), shape=(1, self._size)).tocsr()
 
     def _one_each(self) -> csr_array:
         count = self._groups * self._choices
@@ -89,14 +90,14 @@ class _Program:
         return block
 
     def _marginals(self) -> list[csr_array]:
-        """``sum_j y_ij - x_i = 0`` and ``sum_i y_ij - x_j = 0``, a row each."""
+        """Rows of ``sum_j y_ij - x_i = 0`` and of ``sum_i y_ij - x_j = 0``."""
         rows = []
-        for number, (one, two) in enumerate(self._pairs):
+        for number, (first, second) in enumerate(self._pairs):
             block = self._block(number)
-            for group, side in ((one, block), (two, block.T)):
+            for group, side in ((first, block), (second, block.T)):
                 for choice, variables in enumerate(side):
-                    places = np.append(variables, group * self._choices + choice)
-                    rows.append(self._row(places, np.append(np.ones(self._choices), -1.0)))
+                    columns = np.append(variables, group * self._choices + choice)
+                    rows.append(self._row(columns, np.append(np.ones(self._choices), -1.0)))
         return rows
 
     def _cost(self, cost_function: CostFunction) -> csr_array:
@@ -107,9 +108,9 @@ class _Program:
         values = np.zeros(self._size)
         values[: linear.size] = linear.ravel()
         squares = np.outer(self._widths, self._widths)
-        for number, (one, two) in enumerate(self._pairs):
+        for number, (first, second) in enumerate(self._pairs):
             if cost_function.pairs is not None:
-                values[self._block(number)] = cost_function.pairs[one, two] * squares
+                values[self._block(number)] = cost_function.pairs[first, second] * squares
         return csr_array(values[None, :])
 
     def solve(self, limits: list[int]) -> Ints | None:
@@ -121,13 +122,13 @@ class _Program:
         constraints = [LinearConstraint(self._rows, target, target)]
         for cost_function, limit in zip(self._cost_functions, limits, strict=True):
             cost = self._cost(cost_function)
-            # Totals near 1000 lie well within what the solver's tolerances are made for.
-            size = max(float(cost.sum()), 1.0) / 1000
-            most = (limit - cost_function.constant) / size
-            constraints.append(LinearConstraint(cost / size, -np.inf, most))
+            # The solver's tolerances are meant for totals of about 1000.
+            unit = max(float(cost.sum()), 1.0) / 1000
+            upper_bound = (limit - cost_function.constant) / unit
+            constraints.append(LinearConstraint(cost / unit, -np.inf, upper_bound))
         result: OptimizeResult = milp(
             objective,
-            integrality=np.ones(self._size),  # also of y, which branching then finds to be whole
+            integrality=np.ones(self._size),  # also of y, for branching, although y is whole anyway
             bounds=Bounds(0, 1),
             constraints=constraints,
             options={"mip_rel_gap": 1e-6},

@@ -1,10 +1,10 @@
-"""Greedy allocation: from the widest, lower the width that costs least loss for what it saves.
+"""Greedy allocation: starts at the widest width and lowers widths at the least loss per saving.
 
-State: every group at the widest. While the budget is exceeded, the move to any lower width of any
-group with the smallest ``(rise of the loss) / (cost saved)`` is made; cost saved is counted in
-shares of each bound's excess, at most 1 each, summed over the bounds exceeded. In the end, widths
-are raised again within the budget where the loss falls most. (MPTQ-ViT, arXiv 2401.14895, names a
-greedy mixed precision; the algorithm is ours.)
+Every group starts at the widest width. While the budget is exceeded, the algorithm makes the move
+of any group to any lower width with the smallest ``(rise of the loss) / (cost saved)``; the cost
+saved is a share of each bound's excess, at most 1 each, summed over the exceeded bounds. In the
+end, widths are raised again within the budget where the loss falls most. (MPTQ-ViT, arXiv
+2401.14895, names a greedy mixed precision; the algorithm is ours.)
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 
 from fxquant.mixed_precision.allocate.problem import CostFunction, Floats, Ints, Problem, within
 
-# Widths, one a group, to the loss of the network at them.
+# A function of widths, one per group, that returns the loss of the network at these widths.
 MeasureLoss: TypeAlias = Callable[[tuple[int, ...]], float]
 # A move that is predicted to add less than this share of the whole plan's loss is not measured.
-_NEGLIGIBLE = 1e-2
-# One measurement changes what is predicted of a group by this factor at most.
-_TRUSTED = 2.0
+_NEGLIGIBLE_SHARE = 1e-2
+# Largest factor by which a measurement changes the predictions of a group.
+_MAX_CORRECTION = 2.0
 
 
 def greedy(
@@ -30,22 +30,22 @@ def greedy(
     measure: MeasureLoss | None = None,
     recheck: int = 0,
 ) -> tuple[int, ...]:
-    """Widths within the bounds, one a group.
+    """Chooses widths within the bounds, one per group.
 
     Args:
-        problem: with at least one solution.
+        problem: a problem with at least one solution.
         bounds: cost functions, each with the largest total that it allows.
-        measure: gives the loss of a whole plan, to measure moves in context.
+        measure: measures the loss of a whole plan, for moves in the context of all widths.
         recheck: number of best moves that are measured at each step.
     """
     if measure is None or not recheck:
         return _Descent(problem, bounds).run()
-    negligible = _NEGLIGIBLE * problem.loss(_Descent(problem, bounds).run())
+    negligible = _NEGLIGIBLE_SHARE * problem.loss(_Descent(problem, bounds).run())
     return _Measured(problem, bounds, measure, recheck, negligible).run()
 
 
 class _Descent:
-    """One run of the algorithm."""
+    """A run of the algorithm on predicted losses."""
 
     def __init__(self, problem: Problem, bounds: list[tuple[CostFunction, int]]) -> None:
         self._problem, self._bounds = problem, bounds
@@ -63,8 +63,8 @@ class _Descent:
     def _rises(self) -> Floats:
         """Predicted rise of the loss by each move, ``(G, W)``."""
         losses = self._problem.losses
-        place = np.searchsorted(self._widths, self._bits)
-        rises: Floats = losses - losses[self._rows, place][:, None]
+        columns = np.searchsorted(self._widths, self._bits)
+        rises: Floats = losses - losses[self._rows, columns][:, None]
         return rises
 
     def _savings(self) -> Floats:
@@ -82,11 +82,11 @@ class _Descent:
         self._bits[group] = self._widths[width]
 
     def _choose(self, rises: Floats, savings: Floats) -> tuple[int, int]:
-        """The move to make: its group and width."""
+        """Chooses the next move: its group and width."""
         return _lowest_rate(rises, savings)
 
     def _raise(self) -> bool:
-        """Makes the move to a wider width that lowers the loss most; whether there was one."""
+        """Makes the move to a wider width that lowers the loss most; False without such a move."""
         rises = self._rises()
         allowed = self._widths[None, :] > self._bits[:, None]
         for cost_function, limit in self._bounds:
@@ -128,17 +128,17 @@ class _Measured(_Descent):
         self._factors = np.ones(len(problem.groups))
 
     def _choose(self, rises: Floats, savings: Floats) -> tuple[int, int]:
-        known: set[tuple[int, int]] = set()
+        measured: set[tuple[int, int]] = set()
         while True:
             group, width = best = _lowest_rate(rises * self._factors[:, None], savings)
             rise = rises[best]
-            if rise <= self._negligible or best in known or len(known) == self._recheck:
+            if rise <= self._negligible or best in measured or len(measured) == self._recheck:
                 return best
-            known.add(best)
+            measured.add(best)
             candidate = self._bits.copy()
             candidate[group] = self._widths[width]
             added = self._loss(candidate) - self._loss(self._bits)
-            self._factors[group] = min(max(added / rise, 1 / _TRUSTED), _TRUSTED)
+            self._factors[group] = min(max(added / rise, 1 / _MAX_CORRECTION), _MAX_CORRECTION)
 
     def _loss(self, bits: Ints) -> float:
         return self._measure(tuple(bits.tolist()))

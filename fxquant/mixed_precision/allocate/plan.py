@@ -1,4 +1,4 @@
-"""One interface to both ways of choosing widths, and the sweep over budgets."""
+"""Common interface of exact and greedy allocation, and the sweep over budgets."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def allocate(
         problem: groups with their losses.
         budget: upper bounds of costs.
         method: exact or greedy.
-        measure: measures the loss of a whole plan; greedy checks its best moves by it.
-        recheck: number of moves measured at each step; 0 for none.
+        measure: measures the loss of a whole plan, by which greedy checks its best moves.
+        recheck: number of moves measured at each step; 0 measures no moves.
 
     Raises:
-        PolicyError: the budget cannot be met; the message has the least budget that can.
+        PolicyError: the budget cannot be met; the message names the least feasible budget.
     """
     bounds = problem.bounds(budget)
     if not problem.groups:
@@ -78,10 +78,10 @@ class SweepPoint:
 
 
 def sweep(problem: Problem, cost: Cost, count: int = 25) -> list[SweepPoint]:
-    """Plans from the cheapest to the dearest, all from one set of sensitivities.
+    """Plans from the lowest to the highest cost, all from one set of sensitivities.
 
-    Uniform ones at every width; greedy and exact ones at the cost of each of these and at
-    ``count`` costs evenly spaced from the least to the most.
+    The sweep has a uniform plan at every width, and greedy and exact plans at the cost of each
+    uniform plan and at ``count`` costs evenly spaced from the lowest to the highest.
 
     Args:
         problem: groups with their losses.

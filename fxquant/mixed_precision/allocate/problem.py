@@ -1,4 +1,4 @@
-"""The problem of bit allocation in plain numbers: groups, products, and what widths cost."""
+"""The problem of bit allocation in plain numbers: groups, products, and the costs of widths."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Group:
     """Edges that must share a width.
 
     Attributes:
-        name: unique; the name of its first edge.
-        edges: names of its edges.
-        is_weight: weights, else activations.
-        values: numbers stored, of an activation those of one image.
+        name: unique name: the name of the first edge.
+        edges: names of the edges.
+        is_weight: whether the edges are weights, else activations.
+        values: number of stored values, of an activation for one image.
         losses: rise of the loss with only this group quantized, one for each of the problem's
             widths.
     """
@@ -40,13 +40,13 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedWidth:
-    """A quantizer whose width is not to be chosen.
+    """A quantizer whose width is fixed.
 
     Attributes:
-        name: of its first edge.
-        is_weight: a weight, else an activation.
-        values: numbers stored, of an activation those of one image.
-        bits: its width.
+        name: name of its first edge.
+        is_weight: whether it quantizes a weight, else an activation.
+        values: number of stored values, of an activation for one image.
+        bits: the fixed width.
     """
 
     name: str
@@ -72,12 +72,13 @@ class Product:
 
 @dataclass(frozen=True)
 class CostFunction:
-    """One cost as ``constant + linear @ bits + bits @ pairs @ bits``, in whole numbers.
+    """A cost ``constant + linear @ bits + bits @ pairs @ bits`` of widths, in whole numbers.
 
     Attributes:
         constant: cost of the quantizers whose width is fixed.
         linear: coefficients of the widths, ``(G,)``.
-        pairs: ``(G, G)``, nothing below the diagonal; None where no cost is a product.
+        pairs: coefficients of products of widths, ``(G, G)``, zero below the diagonal; None for a
+            linear cost.
         unit: divisor of a total for display.
     """
 
@@ -92,9 +93,9 @@ class CostFunction:
         return total if self.pairs is None else total + int(bits @ self.pairs @ bits)
 
     def allowed(self, limit: float) -> int:
-        """The largest total that is within a limit as shown."""
+        """The largest total whose displayed value is within a limit."""
         total = math.floor(limit * self.unit)
-        # The product is rounded; what a total is shown as decides.
+        # The product is rounded: the displayed value of a total decides.
         return next(t for t in (total + 1, total, total - 1) if t / self.unit <= limit)
 
     def changes(self, bits: Ints, widths: Ints) -> Ints:
@@ -138,12 +139,12 @@ class Problem:
 
     @cached_property
     def losses(self) -> Floats:
-        """``(G, W)``."""
+        """Losses of all groups at all widths, ``(G, W)``."""
         return np.array([group.losses for group in self.groups], dtype=np.float64)
 
     @cached_property
     def cost_functions(self) -> dict[Cost, CostFunction]:
-        """The function that counts each cost; a mean over no values is left out."""
+        """The cost function of each cost; a mean over no values is left out."""
         size = len(self.groups)
         functions = {Cost.BITOPS: self._bitops()}
         kinds = {
@@ -164,7 +165,7 @@ class Problem:
         return functions
 
     def _bitops(self) -> CostFunction:
-        place = {group.name: i for i, group in enumerate(self.groups)}
+        index = {group.name: i for i, group in enumerate(self.groups)}
         constant, size = 0, len(self.groups)
         linear = np.zeros(size, dtype=np.int64)
         pairs = np.zeros((size, size), dtype=np.int64)
@@ -173,29 +174,29 @@ class Problem:
             if isinstance(left, int) and isinstance(right, int):
                 constant += product.macs * left * right
             elif isinstance(left, int):
-                linear[place[str(right)]] += product.macs * left
+                linear[index[str(right)]] += product.macs * left
             elif isinstance(right, int):
-                linear[place[left]] += product.macs * right
+                linear[index[left]] += product.macs * right
             else:
-                one, two = sorted((place[left], place[right]))
-                pairs[one, two] += product.macs
+                first, second = sorted((index[left], index[right]))
+                pairs[first, second] += product.macs
         return CostFunction(constant, linear, pairs, 1)
 
     def costs(self, bits: Sequence[int] | Ints) -> dict[Cost, float]:
-        """Each cost of widths, one for each group."""
-        chosen = np.asarray(bits, dtype=np.int64)
+        """The value of each cost at widths, one width per group."""
+        widths = np.asarray(bits, dtype=np.int64)
         return {
-            cost: cost_function.total(chosen) / cost_function.unit
+            cost: cost_function.total(widths) / cost_function.unit
             for cost, cost_function in self.cost_functions.items()
         }
 
     def loss(self, bits: Sequence[int] | Ints) -> float:
-        """Predicted loss of widths, one for each group: the sum of the losses of single groups."""
-        place = np.searchsorted(self.widths, bits)
-        return math.fsum(self.losses[np.arange(len(place)), place])
+        """Predicted loss of widths, one per group: the sum of the losses of single groups."""
+        columns = np.searchsorted(self.widths, bits)
+        return math.fsum(self.losses[np.arange(len(columns)), columns])
 
     def cost_function(self, cost: Cost) -> CostFunction:
-        """The function that counts a cost.
+        """The cost function of a cost.
 
         Raises:
             PolicyError: the cost is a mean over no values.
@@ -208,8 +209,8 @@ class Problem:
         """The cost functions of a budget, each with the largest total that it allows.
 
         Raises:
-            PolicyError: a bound is below the least cost that the widths can have, which the
-                message names, or bounds a mean over no values.
+            PolicyError: a bound is below the least cost of any widths, which the message names, or
+                a bound is on a mean over no values.
         """
         narrow = np.full(len(self.groups), self.widths[0], dtype=np.int64)
         bounds = []
@@ -217,12 +218,12 @@ class Problem:
             cost_function = self.cost_function(cost)
             allowed, least = cost_function.allowed(limit), cost_function.total(narrow)
             if least > allowed:
-                pinned = f" and {len(self.fixed)} pinned ones at theirs" if self.fixed else ""
+                pinned = f" and {len(self.fixed)} pinned at their widths" if self.fixed else ""
                 raise PolicyError(
                     f"the budget cannot be met: {cost} is at least "
                     f"{least / cost_function.unit:,.6g}, with every group at {self.widths[0]} "
-                    f"bits{pinned}; the budget allows {limit:,.6g}. Raise it, or allow narrower "
-                    "widths"
+                    f"bits{pinned}; the budget allows {limit:,.6g}. Raise the budget, or allow "
+                    "narrower widths"
                 )
             bounds.append((cost_function, allowed))
         return bounds
@@ -233,7 +234,7 @@ class Problem:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Problem:
-        """The inverse of :meth:`to_dict`, also after a round trip through JSON."""
+        """Restores a problem from the values of :meth:`to_dict`, also after a trip through JSON."""
         groups = [
             Group(**{**g, "edges": tuple(g["edges"]), "losses": tuple(g["losses"])})
             for g in values["groups"]
@@ -247,5 +248,5 @@ class Problem:
 
 
 def within(bounds: Sequence[tuple[CostFunction, int]], bits: Ints) -> bool:
-    """Whether widths keep all bounds."""
+    """Whether widths satisfy all bounds."""
     return all(cost_function.total(bits) <= allowed for cost_function, allowed in bounds)

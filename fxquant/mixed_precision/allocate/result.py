@@ -14,11 +14,11 @@ from fxquant.mixed_precision.allocate.problem import Floats, Problem
 
 
 def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Spearman's rank correlation: Pearson's of the ranks, tied values sharing their mean rank.
+    """Spearman's rank correlation: Pearson's of the ranks, where tied values have their mean rank.
 
     Args:
         one: numbers.
-        two: as many numbers.
+        two: equally many numbers.
 
     Returns:
         A number in -1..1; None where either sequence does not vary.
@@ -30,7 +30,7 @@ def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float | None
 
 
 def _ranks(values: Sequence[float]) -> Floats:
-    """Ranks from 1, tied values sharing the mean of theirs."""
+    """Ranks from 1; tied values have the mean of their ranks."""
     _, distinct, counts = np.unique(values, return_inverse=True, return_counts=True)
     means: Floats = np.cumsum(counts) - (counts - 1) / 2
     return means[distinct]
@@ -38,20 +38,20 @@ def _ranks(values: Sequence[float]) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationResult:
-    """The widths chosen and why.
+    """The chosen widths, with the problem and the losses that they follow from.
 
     Attributes:
         method: ``exact`` or ``greedy``.
         sensitivity: ``measured`` or ``estimated`` losses.
-        images: number of images that losses were measured on; 0 if none were.
-        budget: the bounds asked for, by name.
-        problem: groups with their losses, and costs; a sweep over budgets starts from it.
-        bits: the widths, one for each group of the problem.
+        images: number of images that losses were measured on; 0 without measurements.
+        budget: the bounds of the policy, by name.
+        problem: groups with their losses, and costs; a sweep over budgets solves this problem.
+        bits: the widths, one per group of the problem.
         loss: predicted rise of the loss, the sum over single groups; a mean over images.
         measured_loss: loss with all groups quantized by trial quantizers; None if not measured.
         costs: each cost of the widths.
-        rank_correlation: Spearman's, of measured and estimated losses over all groups and widths;
-            None where one of them is missing.
+        rank_correlation: Spearman's rank correlation of measured and estimated losses over all
+            groups and widths; None without either losses.
     """
 
     method: str
@@ -67,7 +67,7 @@ class AllocationResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AllocationResult:
-        """The inverse of ``dataclasses.asdict``, also after a round trip through JSON."""
+        """Restores a result of ``dataclasses.asdict``, also after a trip through JSON."""
         problem = Problem.from_dict(values["problem"])
         return cls(**{**values, "problem": problem, "bits": tuple(values["bits"])})
 
@@ -88,7 +88,7 @@ class AllocationResult:
         return table
 
     def summary(self) -> str:
-        """Two lines: budget and costs, and how good the prediction of the loss is."""
+        """Two lines: the budget with the costs, and the predicted and the measured loss."""
         reached = ", ".join(
             f"{name} {self.costs[name]:,.6g} of at most {limit:,.6g}"
             for name, limit in self.budget.items()

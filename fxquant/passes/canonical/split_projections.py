@@ -42,7 +42,7 @@ _SELECTS = {
 
 @dataclass(frozen=True)
 class _Branch:
-    """One projection of a packed projection.
+    """A single projection of a packed projection.
 
     Attributes:
         node: the node that yields its values.
@@ -72,7 +72,7 @@ def _leaves(linear: fx.Node) -> list[fx.Node]:
 
 
 def _varies(index: Tensor) -> tuple[bool, ...]:
-    """For each axis, whether values change along the axis."""
+    """Tells for each axis whether values change along the axis."""
     return tuple(
         index.shape[axis] > 1 and not torch.equal(index, index.narrow(axis, 0, 1).expand_as(index))
         for axis in range(index.ndim)
