@@ -97,8 +97,9 @@ class RowSampler(ABC):
         joined = torch.cat([self._priorities, priorities])
         order = joined.argsort(descending=True, stable=True)
         included, excluded = order[: self._limit], order[self._limit :]
-        positions = _split_positions(included, len(self._priorities))
-        old, new = (group.sort().values for group in positions)
+        earlier = len(self._priorities)  # the first positions are those of earlier batches
+        old = included[included < earlier].sort().values
+        new = included[included >= earlier].sort().values - earlier
         index = new.to(lhs.device)
         for name, rows in self._select(lhs, rhs, gradient, index).items():
             if self._gradient or name != "gradient":
@@ -150,11 +151,6 @@ class RowSampler(ABC):
         if counts is None:
             return gradient
         return gradient * counts.sqrt().view(-1, *[1] * (gradient.ndim - 1))
-
-
-def _split_positions(index: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Splits positions in two concatenated tensors, the first of length ``first``, by tensor."""
-    return index[index < first], index[index >= first] - first
 
 
 class LinearRowSampler(RowSampler):

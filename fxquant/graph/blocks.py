@@ -139,7 +139,7 @@ def _is_complete(stretch: _Stretch) -> bool:
     """
     nodes = stretch.nodes
     softmax = next(i for i, node in enumerate(nodes) if _is_softmax(node))
-    sums = (i for i in range(softmax, len(nodes)) if _is_add(nodes[i]))
+    sums = (i for i in range(softmax, len(nodes)) if nodes[i].target is torch.ops.aten.add.Tensor)
     end = next(sums, len(nodes))
     return any(op_kind(node) is not None for node in nodes[end:])
 
@@ -175,10 +175,6 @@ def _leading_size(node: fx.Node) -> str | None:
 
 def _is_softmax(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.softmax.int
-
-
-def _is_add(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.add.Tensor
 
 
 def _block(nodes: tuple[fx.Node, ...], data: list[fx.Node], names: dict[str, int]) -> Block:

@@ -100,9 +100,8 @@ def choose_widths(
         least_squares=policy.search is not None,
         allow_uniform=policy.search is not None and policy.search.search_region_ratio,
     )
-    estimates = _estimate(
-        width_groups, Estimates(gm, trials, seen.samples, search.metric, seen.images), options
-    )
+    estimator = Estimates(gm, trials, seen.samples, search.metric, seen.images)
+    estimates = {group: estimator.losses(group, options.widths) for group in width_groups.groups}
     if options.sensitivity is Sensitivity.ESTIMATED:
         problem = _problem(width_groups, options, _needed(width_groups, estimates))
         plan = allocate(problem, options.budget, options.method)
@@ -200,12 +199,6 @@ def _problem(
         fixed=width_groups.fixed,
         products=width_groups.products,
     )
-
-
-def _estimate(
-    width_groups: WidthGroups, estimates: Estimates, options: Allocation
-) -> dict[EdgeGroup, list[float] | None]:
-    return {group: estimates.losses(group, options.widths) for group in width_groups.groups}
 
 
 def _needed(

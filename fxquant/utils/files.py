@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from fxquant.errors import OutputError
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes to a temporary file next to ``path`` and renames it, so that no half is ever visible.
 
     Args:
@@ -26,7 +26,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     write_together({path: write})
 
 
-def write_together(files: Mapping[Path, Callable[[Path], None]]) -> None:
+def write_together(files: Mapping[Path, Callable[[Path], object]]) -> None:
     """Writes several files: all of them, or none.
 
     Args:

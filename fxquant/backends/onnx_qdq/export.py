@@ -131,7 +131,7 @@ def export_onnx(
                 "this with the model"
             )
         content = draft.read_bytes()
-    write_whole(path, lambda temporary: _write(temporary, content))
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
     return OnnxExport(
         path=path,
         file_bytes=len(content),
@@ -173,10 +173,6 @@ def _compare(gm: fx.GraphModule, path: Path, image_shape: tuple[int, ...]) -> Di
                 "nothing was written. This is a bug; please report it with the model"
             )
     return max(differences, key=lambda item: item.relative_l2, default=Difference(relative_l2=0.0))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _translate(
