@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -41,6 +43,15 @@ class Note:
     site: str
     reason: str
     step: str = ""
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields step, site and reason, the tuple that a note was in version 0.1."""
+        warnings.warn(
+            "a note is an object and no longer a tuple: read note.step, note.site and note.reason",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return iter((self.step, self.site, self.reason))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fxquant.compiled.report import measure_sqnr
 from fxquant.config.vocabulary import Arg
 from fxquant.quantizers import Quantizer
 from fxquant.testing import DIM, images, seeded, tokens
-from fxquant.utils.notes import Comparison
+from fxquant.utils.notes import Comparison, Note, NoteKind
 
 X = images(4, 16)
 
@@ -166,3 +166,11 @@ def test_the_old_form_of_comparisons_still_works(quantized: fxquant.CompiledMode
         gains = report.gains
     assert gains == (("Compensate", "fc1", "bias", "output error", 0.5),)
     assert "Compensate: fc1: bias: output error x 0.50" in str(report)
+
+
+def test_notes_unpack_as_the_tuples_that_they_were(quantized: fxquant.CompiledModel) -> None:
+    note = Note(NoteKind.SKIPPED, "fc1", "it is a toy", step="Compensate")
+    report = replace(quantized.report, notes=(note,))
+    with pytest.warns(DeprecationWarning, match=r"read note\.step, note\.site and note\.reason"):
+        ((step, site, reason),) = report.notes
+    assert (step, site, reason) == ("Compensate", "fc1", "it is a toy")
