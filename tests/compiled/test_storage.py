@@ -245,8 +245,8 @@ def first(folder: Path, end: str) -> tuple[str, Tensor]:
         (".scale", lambda x: x + torch.inf, "its scale is inf, not positive"),
         (".scale", lambda x: x + torch.nan, r"tensor \S+scale holds NaN"),
         (".scale", lambda x: torch.ones(7, 7), "do not fit together"),
-        (".zero_point", lambda x: x + 0.5, "a zero point is no whole number in"),
-        (".zero_point", lambda x: x + 1000, "a zero point is no whole number in"),
+        (".zero_point", lambda x: x + 0.5, r"a zero.point is not a whole number in"),
+        (".zero_point", lambda x: x + 1000, r"a zero.point is not a whole number in"),
         ("bias", lambda x: x + torch.nan, r"tensor \S+bias holds NaN"),
         (
             "codes.",
