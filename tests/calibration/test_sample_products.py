@@ -258,7 +258,7 @@ def test_too_small_a_budget_raises_and_tells_the_least(swin: nn.Module) -> None:
 
     with pytest.raises(CalibrationError, match="memory_bytes is 1,000, and 16 rows") as error:
         run(1000)
-    (least,) = re.findall(r"take ([\d,]+):", str(error.value))
+    (least,) = re.findall(r"need ([\d,]+):", str(error.value))
     assert run(int(least.replace(",", "")))
     with pytest.raises(CalibrationError):
         run(int(least.replace(",", "")) - 1)

@@ -115,7 +115,9 @@ def test_a_loss_that_cannot_be_called_is_found_before_anything_runs(loss: Any) -
 
 @pytest.mark.parametrize("policy", [policies.ptq4vit(4, 4), policies.mptq_vit(4, 4)])
 def test_compile_tells_of_it_too(vit: nn.Module, policy: fxquant.Policy) -> None:
-    with pytest.raises(CalibrationError, match="labels None, since the batch had none"):
+    with pytest.raises(
+        CalibrationError, match="labels None, since the batch had no numbers as labels"
+    ):
         fxquant.compile(vit, [images(4, 16)], policy, loss=needs_labels)
 
 

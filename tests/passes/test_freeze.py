@@ -109,7 +109,7 @@ def test_freeze_without_data_raises_and_names_the_edge() -> None:
 
 def test_calibrate_takes_an_observed_graph() -> None:
     gm, _ = annotated(Rule(spec=EIGHT))
-    with pytest.raises(PassError, match="takes stage OBSERVED, got ANNOTATED"):
+    with pytest.raises(PassError, match="requires stage OBSERVED, got ANNOTATED"):
         observe(gm, [(tokens(), None)])
 
 
@@ -242,7 +242,8 @@ def test_the_wrong_stage_raises(make: Callable[[], Pass]) -> None:
     item = make()
     gm = capture(seeded(nn.Linear(DIM, DIM)), tokens())
     gm.meta["stage"] = next(s for s in Stage if s is not item.requires)
-    with pytest.raises(PassError, match=f"{type(item).__name__} takes .*{item.requires.name}, got"):
+    stage = item.requires.name
+    with pytest.raises(PassError, match=f"{type(item).__name__} requires .*{stage}, got"):
         run_passes(gm, [item])
     assert op_names(gm) == ["linear"]
 
