@@ -112,7 +112,7 @@ def test_values_too_large_to_square_are_left(tmp_path: Path) -> None:
     gm = frozen(Large())
     result = run_passes(gm, [Compensate(BlockwiseRunner(gm, BATCH), Compensation())])["Compensate"]
     assert [skip.site for skip in result.notes] == ["two"]
-    assert "beyond float32" in result.notes[0].reason
+    assert "overflow float32" in result.notes[0].reason
     assert result.changed == 1
 
 

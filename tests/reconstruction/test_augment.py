@@ -73,27 +73,27 @@ def test_most_is_left_of_an_image(seed: int) -> None:
 def test_all_channels_are_moved_alike_and_some_images_not_at_all(seed: int) -> None:
     torch.manual_seed(seed)
     x = torch.randn(64, 1, 6, 9).expand(-1, 3, -1, -1)
-    moved = augment._moved(x)
+    moved = augment._warped(x)
     assert torch.equal(moved[:, :1].expand_as(moved), moved)
     stayed = (moved == x).flatten(1).all(1).float().mean()
     assert 0.02 < stayed < 0.6
     flat = torch.ones(8, 1, 6, 9) * torch.arange(8.0).view(-1, 1, 1, 1)
-    torch.testing.assert_close(augment._moved(flat), flat)
+    torch.testing.assert_close(augment._warped(flat), flat)
 
 
 def test_a_turn_is_one_on_images_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disc stays a disc; a turn of shares of width and height would shear it."""
-    monkeypatch.setattr(augment, "_TURN", 0.5)
+    monkeypatch.setattr(augment, "_MAX_ROTATION", 0.5)
     for name in ("_MAX_ZOOM", "_MAX_STRETCH", "_WARPED_SHARE"):
         monkeypatch.setattr(augment, name, 1.0)
-    monkeypatch.setattr(augment, "_SHIFT", 0.0)
+    monkeypatch.setattr(augment, "_MAX_SHIFT", 0.0)
     across, down = torch.meshgrid(torch.arange(60.0), torch.arange(20.0), indexing="xy")
     across, down = across - 29.5, down - 9.5
     disc = (-(across**2 + down**2) / 20).exp().expand(16, 1, -1, -1)
     ellipse = (-(across**2 + 4 * down**2) / 40).exp().expand(16, 1, -1, -1)
     torch.manual_seed(0)
-    assert (augment._moved(disc) - disc).abs().max() < 0.1
-    assert (augment._moved(ellipse) - ellipse).abs().amax((1, 2, 3)).max() > 0.2
+    assert (augment._warped(disc) - disc).abs().max() < 0.1
+    assert (augment._warped(ellipse) - ellipse).abs().amax((1, 2, 3)).max() > 0.2
 
 
 @given(st.integers(2, 9), st.integers(0, 99))
