@@ -205,7 +205,7 @@ class HistogramObserver(Observer):
         return mse_range(self.counts, self.limit, lo, hi, spec)
 
     def _fit(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> Quantizer:
-        """Fits the candidate of least squared error, or the range alone where the spec says so."""
+        """Fits the candidate of least squared error, or the range for specs of other fits."""
         candidates = FAMILIES[spec.scheme].candidates
         if candidates is None or spec.observer is not ObserverKind.MSE:
             return super()._fit(lo, hi, spec)

@@ -12,8 +12,8 @@ from fxquant.backends.integer.modules import QuantizedOperand
 from fxquant.quantizers import AffineQuantizer
 from fxquant.quantizers.ops import broadcast
 
-# Bits of a multiplier beyond those of the codes, with which its rounding error is at most 2^-13 of
-# a step.
+# Bits of a multiplier in addition to the bits of the codes, with which the rounding error of the
+# multiplier is at most 2^-13 of a step.
 _SPARE_BITS = 12
 # Fraction bits of an activation function's values where no quantizer reads them.
 FUNCTION_BITS = 24

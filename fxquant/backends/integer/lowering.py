@@ -63,7 +63,7 @@ def lower_to_integer(
     if current is not Stage.FROZEN:
         stage_name = "none" if current is None else current.name
         raise LoweringError(
-            f"lower_to_integer takes a graph in stage FROZEN, got {stage_name}; give it the "
+            f"lower_to_integer needs a graph in stage FROZEN, got {stage_name}; give it the "
             "graph_module of what fxquant.compile() returned, or call its lower()"
         )
     verify(gm)

@@ -83,7 +83,7 @@ def mean_module(node: fx.Node, sums: Accumulator) -> tuple[IntMean, int]:
     sizes = [shape[axis] for axis in axes]
     if not sizes or not all(isinstance(n, int) for n in sizes) or sums.axis is not None:
         raise LoweringError(
-            f"{node.name} takes a mean that is not over whole axes of fixed size, or of values "
+            f"{node.name} is a mean that is not over whole axes of fixed size, or of values "
             "with a scale for each channel"
         )
     return IntMean(tuple(axes), keepdim=keepdim), torch.Size(sizes).numel()

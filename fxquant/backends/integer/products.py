@@ -85,7 +85,7 @@ def _activation_operand(gm: fx.GraphModule, edge: Edge, *, summed: int) -> AnyOp
     assert isinstance(quantizer, Quantizer)
     axis = quantizer.scale_axis
     if axis == summed:
-        raise _axis_error(edge, axis, "the sum runs over it, so no scale factors out")
+        raise _axis_error(edge, axis, "the sum runs over it, so that no scale factors out")
     if axis is not None and axis >= 0:
         raise _axis_error(edge, axis, "axes of activations are counted from the last")
     return lowering_of(LOWERINGS, quantizer, edge, "the integer backend").operand(quantizer, axis)

@@ -32,7 +32,7 @@ def int_softmax(codes: Tensor, table: Tensor, axis: int) -> Tensor:
         axis: axis of ``n`` values along which shares sum to one.
 
     Returns:
-        Shares of the shape of ``codes``, within ``(n + 1) 2^-31 + 2^-25`` of the exact ones.
+        Shares of the shape of ``codes``, within ``(n + 1) 2^-31 + 2^-25`` of the exact shares.
     """
     distance = (codes.amax(axis, keepdim=True).to(torch.int64)) - codes
     shares = table[distance]

@@ -111,7 +111,7 @@ def export_onnx(
         OutputError: the file cannot be written.
     """
     if stage(gm) is not Stage.FROZEN:
-        raise LoweringError(f"export takes a graph in stage FROZEN, got {stage(gm).name}")
+        raise LoweringError(f"export needs a graph in stage FROZEN, got {stage(gm).name}")
     chosen = resolve_target(target)
     model, widths, twins = _translate(gm, image_shape, chosen)
     packed = pack_weights(model, widths)

@@ -37,7 +37,7 @@ LOWERINGS: dict[type[Quantizer], Callable[[fx.GraphModule, fx.Node, Any], TwinFo
 
 @torch.no_grad()
 def rewrite_quantizers(gm: fx.GraphModule) -> tuple[TwinForm, ...]:
-    """Rewrites every quantizer as uniform ones, in place.
+    """Rewrites every quantizer as uniform quantizers, in place.
 
     Args:
         gm: a copy of a FROZEN graph whose nodes carry shapes.

@@ -94,7 +94,7 @@ def test_an_image_that_joins_its_own_features_is_refused() -> None:
 def test_a_pool_to_several_places_is_refused() -> None:
     qm = compiled(policies.w8a8(full=True), Ends(lambda x: functional.adaptive_avg_pool2d(x, 16)))
     reason = qm.lower("integer").meta["float_because"]
-    assert "takes a mean that is not over whole axes of fixed size" in reason
+    assert "is a mean that is not over whole axes of fixed size" in reason
 
 
 def test_scales_along_two_axes_are_refused() -> None:
