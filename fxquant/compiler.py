@@ -15,7 +15,7 @@ from fxquant.calibration.user_loss import Loss, check_callable
 from fxquant.compiled.model import CompiledModel
 from fxquant.compiled.report import Report, make_plan, measure_sqnr
 from fxquant.config.scale_search import GRADIENT_METRICS
-from fxquant.errors import OutputError, PolicyError
+from fxquant.errors import OutputError, PassError, PolicyError
 from fxquant.graph.capture import check_model
 from fxquant.graph.parameter_bytes import quantized_bytes
 from fxquant.mixed_precision.allocate.result import AllocationResult
@@ -85,7 +85,7 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
         PassError: a pass fails; the message names the passes that have run.
     """
     recipe = resolve(policy)
-    _check_arguments(model, recipe, loss, cache)
+    _check_arguments(model, recipe, loss, cache, on_pass)
     images = CalibrationImages(calib_loader, twice=recipe.reads_images_twice)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
@@ -131,7 +131,14 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     return CompiledModel(run.gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
 
-def _check_arguments(model: nn.Module, recipe: Policy, loss: Loss | None, cache: Any) -> None:
+def _check_arguments(
+    model: nn.Module, recipe: Policy, loss: Loss | None, cache: Any, on_pass: Any
+) -> None:
+    if on_pass is not None and not callable(on_pass):
+        raise PassError(
+            "on_pass must be a function that is called with the name of a pass and the graph, got "
+            f"{on_pass!r:.80}"
+        )
     if cache is not None and not isinstance(cache, str | Path):
         raise OutputError(f"cache must be the path of a folder, or None, got {cache!r:.80}")
     if cache is not None and (recipe.allocation or recipe.reconstruction):

@@ -15,8 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, fx
 
+from fxquant.config.spec import TensorSpec
 from fxquant.errors import FileFormatError
-from fxquant.quantizers import Quantizer
+from fxquant.graph.edges import possible_edges
+from fxquant.graph.nodes import submodule
+from fxquant.quantizers import FAMILIES, Quantizer
 
 _ADVICE = "the file is damaged or was changed: compile and save the model again"
 _CONFIG_KEY = "config_sha256"
@@ -101,6 +104,35 @@ def check_codes(name: str, codes: Tensor, bits: int) -> None:
             f"the codes of {name} reach from {low} to {high}, and {bits} bits hold {-half} to "
             f"{half - 1}; {_ADVICE}"
         )
+
+
+def check_specs(gm: fx.GraphModule, specs: Mapping[str, TensorSpec]) -> None:
+    """Checks that each edge that reads a quantizer has the spec of that quantizer, and no other.
+
+    Args:
+        gm: the rebuilt graph.
+        specs: edge name -> spec, as saved.
+
+    Raises:
+        FileFormatError: a spec is missing, belongs to no quantizer, or is that of another one.
+    """
+    sources = {edge.name: submodule(gm, edge.source) for edge in possible_edges(gm)}
+    quantizers = {name: q for name, q in sources.items() if isinstance(q, Quantizer)}
+    if quantizers.keys() != specs.keys():
+        name = min(quantizers.keys() ^ specs.keys())
+        missing = "spec" if name in quantizers else "quantizer"
+        raise FileFormatError(f"edge {name} has no {missing}; {_ADVICE}", edge=name)
+    for name, quantizer in quantizers.items():
+        spec = specs[name]
+        kind = FAMILIES[spec.scheme].quantizer
+        if quantizer.bits != spec.bits or type(quantizer) is not kind:
+            raise FileFormatError(
+                f"edge {name} has the spec of {spec.bits} bits, scheme {spec.scheme}, and a "
+                f"{type(quantizer).__name__} of {quantizer.bits} bits; {_ADVICE}",
+                edge=name,
+                got=quantizer.bits,
+                expected=spec.bits,
+            )
 
 
 def check_all_read(names: Iterable[str], graph: fx.Graph) -> None:

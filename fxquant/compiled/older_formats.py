@@ -1,16 +1,27 @@
 """Conversion of saved configurations of older versions to the current format.
 
 Format 4 (version 0.1): specs of edges were only in the plan of the report; notes were
-``[pass, site, reason]``, comparisons ``[pass, site, choice, measure, ratio]`` under ``gains``.
+``[pass, site, reason]``, comparisons ``[pass, site, choice, measure, ratio]`` under ``gains``; the
+policy has options under their old names.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from fxquant.config.allocation import Allocation
+from fxquant.config.recovery import Compensation, Reconstruction
+from fxquant.config.renamed import new_names_of
+from fxquant.config.scale_search import ScaleSearch
 from fxquant.utils.notes import NoteKind
 
 READABLE = (4, 5)
+_SECTIONS: dict[str, type] = {
+    "search": ScaleSearch,
+    "allocation": Allocation,
+    "compensation": Compensation,
+    "reconstruction": Reconstruction,
+}
 
 
 def to_current_format(config: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +44,12 @@ def to_current_format(config: dict[str, Any]) -> dict[str, Any]:
     ]
     report.setdefault("allocation", None)
     specs = {entry["edge"]: entry["spec"] for entry in plan if entry["spec"] is not None}
-    return {**config, "format": READABLE[-1], "specs": specs, "report": report}
+    policy = dict(config["policy"])
+    for section in _SECTIONS.keys() & policy.keys():
+        new_names = new_names_of(_SECTIONS[section])
+        policy[section] = {new_names.get(k, k): v for k, v in policy[section].items()}
+    current = {"format": READABLE[-1], "specs": specs, "report": report, "policy": policy}
+    return {**config, **current}
 
 
 def _kind(step: str, site: str, reason: str) -> NoteKind:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxquant import quantizers
-from fxquant.compiled import integrity as saved_checks
+from fxquant.compiled import integrity
 from fxquant.compiled.older_formats import READABLE, to_current_format
 from fxquant.compiled.report import Report, spec_from_dict
 from fxquant.config.vocabulary import Stage
@@ -81,8 +81,8 @@ def write(folder: Path, stored: Stored) -> None:
     }
 
     def write_tensors(temporary: Path) -> None:
-        save_file(tensors, temporary, saved_checks.metadata(config))
-        config[saved_checks.TENSORS_KEY] = saved_checks.digest(temporary)
+        save_file(tensors, temporary, integrity.metadata(config))
+        config[integrity.TENSORS_KEY] = integrity.digest(temporary)
 
     write_together(  # in this order: the configuration holds the digest of the tensors' file
         {
@@ -101,15 +101,15 @@ def read(folder: Path) -> Stored:
     """
     config, tensors = _read_config(folder / CONFIG_FILE), _read_tensors(folder / WEIGHTS_FILE)
     try:
-        saved_checks.check_tensors(folder / WEIGHTS_FILE, config)
-        policy_from_dict(config["policy"])
+        integrity.check_tensors(folder / WEIGHTS_FILE, config)
         current = to_current_format(config)
+        policy_from_dict(current["policy"])
         gm = _rebuild(current, tensors)
         report = Report.from_dict(current["report"])
         shape = tuple(int(n) for n in config["image_shape"])
         # The last check, since the checks before it have more precise messages.
-        saved_checks.check_config(folder / WEIGHTS_FILE, config)
-        return Stored(gm, report, config["policy"], shape)
+        integrity.check_config(folder / WEIGHTS_FILE, config)
+        return Stored(gm, report, current["policy"], shape)
     except FileFormatError:
         raise
     except (
@@ -160,12 +160,12 @@ def _code_shift(quantizer: Quantizer) -> int:
 
 def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
     root = nn.Module()
-    saved_checks.check_numbers(tensors)
+    integrity.check_numbers(tensors)
     for name, settings in config["quantizers"].items():
         quantizer = quantizers.from_config(settings)
         state = {key: tensors.pop(f"{name}.{key}") for key, _ in quantizer.named_buffers()}
         quantizer.load_state_dict(state)
-        saved_checks.check_quantizer(name, quantizer)
+        integrity.check_quantizer(name, quantizer)
         parent, _, last = name.rpartition(".")
         if not hasattr(root, parent):
             root.add_module(parent, nn.Module())
@@ -178,11 +178,11 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
                 raise FileFormatError(
                     f"{weight_name} is stored as codes of {module}, which is not a quantizer"
                 )
-            saved_checks.check_codes(weight_name, codes, module.bits)
+            integrity.check_codes(weight_name, codes, module.bits)
             value = module.dequantize(codes.float() + _code_shift(module))
         set_tensor(root, weight_name, value)
     graph = graph_from_json(config["graph"])
-    saved_checks.check_all_read((name.removeprefix(_CODES_PREFIX) for name in tensors), graph)
+    integrity.check_all_read((name.removeprefix(_CODES_PREFIX) for name in tensors), graph)
     gm = fx.GraphModule(root, graph)
     STAGE.set(gm, Stage.FROZEN)
     propagate_shapes(gm, tuple(config["image_shape"]))
@@ -190,6 +190,7 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
     for edge in list(possible_edges(gm)):
         if edge.name in specs:
             edge.annotate(specs[edge.name])
+    integrity.check_specs(gm, specs)
     gm.graph.lint()
     verify(gm)
     return gm

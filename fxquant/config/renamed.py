@@ -7,7 +7,7 @@
     class ScaleSearch: ...
 
 accepts ``ScaleSearch(opt_m=True)``, ``dataclasses.replace(search, opt_m=True)`` and
-``search.opt_m``. Pickles made under the old name load without a warning.
+``search.opt_m``. In ``dataclasses.replace``, which passes every field, the old name wins.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def renamed(new_names: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
     def decorate(cls: type[T]) -> type[T]:
         setattr(cls, _TABLE, dict(new_names))
         _accept_old_keywords(cls, new_names)
-        _load_old_pickles(cls, new_names)
         for old, new in new_names.items():
             setattr(cls, old, _old_attribute(cls, old, new))
         return cls
@@ -109,10 +108,3 @@ def _old_attribute(cls: type, old: str, new: str) -> property:
         return getattr(self, new)
 
     return property(read, doc=f"The old name of ``{new}``.")
-
-
-def _load_old_pickles(cls: type, new_names: Mapping[str, str]) -> None:
-    def set_state(self: Any, state: dict[str, Any]) -> None:
-        self.__dict__.update({new_names.get(key, key): value for key, value in state.items()})
-
-    cls.__setstate__ = set_state  # type: ignore[attr-defined]

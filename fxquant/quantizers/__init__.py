@@ -7,7 +7,6 @@ from fxquant.quantizers.families import (
     FAMILIES,
     Family,
     entry_for,
-    family_of,
     from_config,
     uniform_class,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "accumulator_scale",
     "covering_shift",
     "entry_for",
-    "family_of",
     "from_config",
     "largest_start",
     "uniform_class",

@@ -108,11 +108,6 @@ FAMILIES: dict[Scheme, Family] = {
 }
 
 
-def family_of(quantizer: Quantizer) -> Family:
-    """The family of a quantizer, by its class; the first where several families share the class."""
-    return next(f for f in FAMILIES.values() if f.quantizer is type(quantizer))
-
-
 def entry_for(table: Mapping[type[Quantizer], Entry], quantizer: Quantizer) -> Entry | None:
     """A table's entry for the class of a quantizer, or for its nearest base class."""
     return next((table[kind] for kind in type(quantizer).__mro__ if kind in table), None)

@@ -43,7 +43,8 @@ class PowerOfTwoQuantizer(UniformQuantizer):
     def least_scale(scale: Tensor) -> Tensor:
         """The least power of two at or above ``scale``."""
         mantissa, exponent = torch.frexp(scale)
-        return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        least = exponent - (mantissa == 0.5).to(exponent.dtype)
+        return torch.ldexp(torch.ones_like(scale), least.clamp(max=127))  # float32 has no 2^128
 
     @staticmethod
     def trained_scale(scale: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from fxquant.graph.edges import Edge, quantized_edges
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand, submodule
 from fxquant.graph.products import Product
-from fxquant.quantizers import Quantizer, UniformQuantizer, family_of
+from fxquant.quantizers import FAMILIES, Quantizer, UniformQuantizer
 from fxquant.quantizers.trained import TrainedQuantizer
 from fxquant.reconstruction.blockwise import BlockContext, Values, tensors_of
 from fxquant.reconstruction.rank_search import PREFERENCE, RankSearch, candidate_ranks
@@ -127,8 +127,8 @@ class TrainedBlock(nn.Module):
             if trained_weight is not None:
                 self.weights[key] = trained_weight
             return
-        assert isinstance(quantizer, Quantizer)
-        form = family_of(quantizer).trained
+        assert isinstance(quantizer, Quantizer) and edge.spec is not None
+        form = FAMILIES[edge.spec.scheme].trained
         if form is not None and key not in self.quantizers:
             trained_quantizer = form(quantizer, options.drop)
             if not options.scales:  # otherwise the form decides: some train no zero point
@@ -212,8 +212,8 @@ def refusal(gm: fx.GraphModule, edge: Edge, options: Reconstruction) -> str | No
         shared = len(edge.source.users) > 1 and options.weights is not WeightTraining.NONE
         return "weight not trained: several products share it" if shared else None
     quantizer = submodule(gm, edge.source)
-    assert isinstance(quantizer, Quantizer)
-    if options.scales and family_of(quantizer).trained is None:
+    assert isinstance(quantizer, Quantizer) and edge.spec is not None
+    if options.scales and FAMILIES[edge.spec.scheme].trained is None:
         return f"scale of {edge.arg} not trained: {type(quantizer).__name__} has no trained form"
     return None
 

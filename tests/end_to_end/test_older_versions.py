@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fxquant
+from fxquant.compiled.integrity import check_specs
+from fxquant.compiled.older_formats import to_current_format
+from fxquant.compiled.report import spec_from_dict
 from fxquant.config.renamed import RenamedOptionWarning
+from fxquant.errors import FileFormatError, LoweringError
+from fxquant.graph.edges import quantized_edges
 from fxquant.policies.policy_file import policy_to_dict, read_policy, to_yaml
+from fxquant.testing import relative_error
 from fxquant.utils.notes import NoteKind
 
 DATA = Path(__file__).parents[1] / "data"
@@ -51,6 +59,71 @@ def test_a_folder_of_format_4_is_saved_again_with_the_same_codes(tmp_path: Path)
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert_computes_what_it_did(fxquant.load(tmp_path))
+
+
+def test_a_folder_of_format_4_leaves_by_every_way(tmp_path: Path) -> None:
+    model = fxquant.load(DATA / "format_4")
+    images = load_file(DATA / "format_4_outputs.safetensors")["images"]
+    specs = {entry.edge: entry.spec for entry in model.plan if entry.spec is not None}
+    assert {edge.name: edge.spec for edge in quantized_edges(model.graph_module)} == specs
+    lowered = model.lower("integer")(images)
+    assert relative_error(lowered, model(images)) < 0.05
+    with pytest.raises(LoweringError, match="has no form of LogQuantizer"):
+        model.export_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("step", "site", "reason", "kind"),
+    [
+        ("capture", "model", "its hooks are not in the compiled model", NoteKind.MODEL),
+        ("OpenEinsum", "einsum", "left float: it sums over nothing", NoteKind.UNSUPPORTED),
+        ("AssignSpecs", "lstm", "left float: lstm has no quantized form yet", NoteKind.UNSUPPORTED),
+        ("AssignSpecs", "rule 2", "decides nothing: rule 1 matched all", NoteKind.RULE),
+        ("AssignSpecs", "head__input", "left float: rule 5 says so", NoteKind.FLOAT),
+        ("AssignSpecs", "fc__input", "per tensor: it has no heads", NoteKind.ADJUSTED),
+        ("QuantizeBias", "head", "the bias stays float", NoteKind.SKIPPED),
+    ],
+)
+def test_notes_of_format_4_get_their_kind(
+    step: str, site: str, reason: str, kind: NoteKind
+) -> None:
+    report = {"plan": [], "notes": [[step, site, reason]]}  # no gains, no allocation: older still
+    config = {"format": 4, "report": report, "policy": {"rules": []}}
+    current = to_current_format(config)
+    assert current["report"]["notes"][0]["kind"] is kind
+    assert current["report"]["comparisons"] == [] and current["report"]["allocation"] is None
+    assert config == {"format": 4, "report": report, "policy": {"rules": []}}
+
+
+def test_policies_of_format_4_get_the_new_names_without_a_warning() -> None:
+    options = {"search": {"opt_m": True, "rows": 7}, "reconstruction": {"work": 1e9}}
+    options |= {"allocation": {"work": 2.0}, "compensation": {"by_columns": False}}
+    config = {"format": 4, "report": {"plan": [], "notes": []}, "policy": options}
+    assert to_current_format(config)["policy"] == {
+        "search": {"search_region_ratio": True, "rows": 7},
+        "reconstruction": {"max_macs": 1e9},
+        "allocation": {"max_macs": 2.0},
+        "compensation": {"gptq": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda specs: specs.clear(), "has no spec"),
+        (lambda specs: specs.update(stray__input=next(iter(specs.values()))), "has no quantizer"),
+        (lambda specs: next(iter(specs.values())).update(bits=3), "and a .* of"),
+        (lambda specs: next(iter(specs.values())).update(scheme="power_of_two"), "power_of_two"),
+    ],
+)
+def test_specs_that_do_not_fit_the_quantizers_are_refused(change: Any, message: str) -> None:
+    model = fxquant.load(DATA / "format_4")
+    specs = {e.edge: asdict(e.spec) for e in model.plan if e.spec is not None}
+    change(specs)
+    with pytest.raises(FileFormatError, match=message):
+        check_specs(
+            model.graph_module, {name: spec_from_dict(spec) for name, spec in specs.items()}
+        )
 
 
 def test_a_pickled_model_loads() -> None:

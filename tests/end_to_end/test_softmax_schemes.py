@@ -47,7 +47,7 @@ def test_a_rule_for_another_edge_is_refused(scheme: Scheme) -> None:
     spec = TensorSpec(bits=4, scheme=scheme)
     with pytest.raises(PolicyError, match=f"rule 1 gives a weight scheme {scheme}"):
         annotated(Rule(arg="weight", spec=spec), Rule(spec=EIGHT))
-    with pytest.raises(PolicyError, match=r"what layer_norm reads .* is for products"):
+    with pytest.raises(PolicyError, match=r"input of layer_norm .* is for inputs of products"):
         annotated(Rule(op="layer_norm", spec=spec), Rule(spec=EIGHT))
     with pytest.raises(PolicyError, match=r"input of a convolution .* use scheme uniform"):
         net = nn.Sequential(nn.ReLU(), nn.Conv1d(5, 3, 3))

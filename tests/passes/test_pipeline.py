@@ -171,3 +171,8 @@ def test_products_without_a_quantized_form_are_known_by_their_kind() -> None:
     assert [site for site, _ in report.unsupported] == ["bilinear"]
     assert {note.kind for note in report.notes} >= {NoteKind.UNSUPPORTED, NoteKind.FLOAT}
     assert "1 product has no quantized form" in report.summary()
+
+
+def test_a_callback_that_cannot_be_called_is_refused_before_long_work() -> None:
+    with pytest.raises(PassError, match="on_pass must be a function"):
+        fxquant.compile(nn.Linear(DIM, 2), [tokens()], "w8a8", on_pass="print")  # type: ignore[arg-type]

@@ -143,8 +143,8 @@ def test_what_is_not_searched_says_why_and_stays() -> None:
     assert found == {
         "attn_proj__input": "its scale was not searched: no rows of the product were sampled",
         "attn_proj__weight": "its scale was not searched: no rows of the product were sampled",
-        "fc1__input": "its scale was not searched: a scale per channel of an activation has no "
-        "output of its own",
+        "fc1__input": "its scale was not searched: no output depends on one scale per channel of "
+        "an activation alone",
     }
     for name in found:
         assert torch.equal(quantizers(gm)[f"quant.{name}"].scale, before[f"quant.{name}"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.config.spec import Scheme
-from fxquant.quantizers import FAMILIES, Quantizer, family_of, from_config
+from fxquant.config.spec import Scheme, TensorSpec
+from fxquant.quantizers import FAMILIES, LogQuantizer, Quantizer, from_config
+from fxquant.quantizers.candidates import ADALOG_OCTAVES
+from fxquant.quantizers.ops import broadcast
 from tests.helpers.quantizer_cases import CASES, Case
 
 every_scheme = pytest.mark.parametrize("scheme", CASES)
@@ -29,7 +32,6 @@ def test_every_scheme_has_a_family_and_cases() -> None:
 def test_a_quantizer_is_of_its_family(scheme: Scheme, data: st.DataObject) -> None:
     quantizer = drawn(data, scheme).quantizer
     assert type(quantizer) is FAMILIES[scheme].quantizer
-    assert family_of(quantizer).quantizer is type(quantizer)
 
 
 @every_scheme
@@ -65,23 +67,25 @@ def test_forward_is_monotone(scheme: Scheme, data: st.DataObject) -> None:
     case = drawn(data, scheme)
     larger = case.x + torch.rand_like(case.x) * case.x.abs()
     assert bool((case.quantizer(larger) >= case.quantizer(case.x)).all())
-    if case.quantizer.scale_axis is None:
-        ordered = case.quantizer(case.x.flatten().sort().values)
-        assert bool((ordered.diff() >= 0).all())
+    # Along an axis other than that of the scale, all values of a row have one scale.
+    rows = case.x.flatten() if case.quantizer.scale_axis is None else case.x
+    along = -2 if case.quantizer.scale_axis == -1 else -1
+    ordered = case.quantizer(rows.sort(dim=along).values if rows.ndim > 1 else rows.sort().values)
+    assert bool((ordered.diff(dim=along if rows.ndim > 1 else -1) >= 0).all())
 
 
 @every_scheme
 @given(data=st.data())
 def test_the_code_of_zero_stands_for_zero(scheme: Scheme, data: st.DataObject) -> None:
     """Where zero has no code, as in an interval that begins above it, the code is out of range."""
-    quantizer = drawn(data, scheme).quantizer
-    least, largest = quantizer.code_range
+    case = drawn(data, scheme)
+    quantizer, (least, largest) = case.quantizer, case.quantizer.code_range
     codes = quantizer.zero_codes
     assert codes.shape == quantizer.scale.shape
     if bool(((codes >= least) & (codes <= largest)).all()):
-        shape = [-1, *[1] * (-(quantizer.scale_axis or -1) - 1)] if codes.ndim else []
-        values = quantizer.dequantize(codes.view(shape) if shape else codes)
-        assert bool((values == 0).all()) or quantizer.scale_axis == 0
+        along = broadcast(codes, case.x.ndim, quantizer.scale_axis)
+        assert bool((quantizer.dequantize(along.expand_as(case.x)) == 0).all())
+        assert torch.equal(quantizer.quantize(torch.zeros_like(case.x)), along.expand_as(case.x))
     else:
         assert FAMILIES[scheme].quantizer.type_name == "dynamic_focusing"
 
@@ -112,8 +116,6 @@ def test_broken_numbers_have_a_fault(scheme: Scheme, data: st.DataObject) -> Non
 
 @pytest.mark.parametrize("scheme", [s for s in CASES if FAMILIES[s].candidates is not None])
 def test_candidates_reach_their_share_of_the_range(scheme: Scheme) -> None:
-    from fxquant.config.spec import TensorSpec
-
     candidates = FAMILIES[scheme].candidates
     assert candidates is not None
     rows = candidates(0.0, 3.0, TensorSpec(bits=4, scheme=scheme), (0.5, 1.0))
@@ -130,3 +132,36 @@ def test_training_starts_at_the_quantizer(scheme: Scheme, data: st.DataObject) -
     fitted = form(case.quantizer, 0.0).fitted()
     assert type(fitted) is type(case.quantizer)
     assert torch.equal(fitted(case.x), case.quantizer(case.x))
+
+
+def test_every_label() -> None:
+    labels = {
+        (scheme, symmetric): FAMILIES[scheme].label(TensorSpec(scheme=scheme, symmetric=symmetric))
+        for scheme in Scheme
+        for symmetric in (False, True)
+        if scheme.limits.is_general or not symmetric
+    }
+    assert labels == {
+        (Scheme.UNIFORM, False): "asym",
+        (Scheme.UNIFORM, True): "sym",
+        (Scheme.POWER_OF_TWO, False): "asym 2^n",
+        (Scheme.POWER_OF_TWO, True): "sym 2^n",
+        (Scheme.TWIN_UNIFORM, False): "twin",
+        (Scheme.DYNAMIC_FOCUSING, False): "focus",
+        (Scheme.LOG2, False): "log2",
+        (Scheme.ADALOG, False): "adalog",
+    }
+
+
+@pytest.mark.parametrize("scheme", [Scheme.LOG2, Scheme.ADALOG])
+def test_log_schemes_begin_with_powers_of_two_and_try_their_bases(scheme: Scheme) -> None:
+    spec, family = TensorSpec(bits=4, scheme=scheme), FAMILIES[scheme]
+    fitted = family.fit(torch.tensor(0.0), torch.tensor(1.0), spec, None)
+    assert isinstance(fitted, LogQuantizer) and (fitted.n, fitted.d) == (1, 1)
+    assert family.candidates is not None
+    bases = [
+        Fraction(q.n, q.d)
+        for (q,) in family.candidates(0.0, 1.0, spec, (1.0,))
+        if isinstance(q, LogQuantizer)
+    ]
+    assert bases == ([Fraction(1)] if scheme is Scheme.LOG2 else list(ADALOG_OCTAVES))
