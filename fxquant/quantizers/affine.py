@@ -61,6 +61,10 @@ class AffineQuantizer(Quantizer):
         """Smallest and largest value that ``zero_point`` may have."""
         return self.qmin, self.qmax
 
+    def whole_zero_point(self, zero_point: Tensor) -> Tensor:
+        """The zero_point nearest to a fractional one that this kind of quantizer can have."""
+        return zero_point.round()
+
     @property
     def scale_axis(self) -> int | None:
         """Axis whose entries have a scale each; None with one scale for the tensor."""

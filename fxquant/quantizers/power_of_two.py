@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxquant.config.spec import TensorSpec
 from fxquant.errors import CalibrationError
 from fxquant.quantizers.uniform import UniformQuantizer
 
@@ -19,10 +20,16 @@ from fxquant.quantizers.uniform import UniformQuantizer
 class PowerOfTwoQuantizer(UniformQuantizer):
     """Uniform quantizer with scales ``2^n``, n a whole number (arXiv 1903.08066 trains them).
 
-    The least power of two that reaches both ends covers a range; fits by squared error and scale
-    searches choose among smaller powers too, down to scales that clip most values.
+    A range is covered by the least power of two that reaches its ends; fits by squared error and
+    scale searches choose among the powers below it too, down to those that clip most values.
 
-    Invariant, in addition to the invariants of the base class: every scale is a power of two.
+    Between powers of two exact ties are common, and a runtime may add the zero_point before it
+    rounds half to even, as onnxruntime's addition of codes does: the result is the same where the
+    zero_point is even. So the zero_point of this class is even, which moves the range by at most
+    one step.
+
+    Invariants, beyond those of the class it derives from: every scale is a power of two, every
+    zero_point even.
     """
 
     type_name: ClassVar[str] = "power_of_two"
@@ -38,6 +45,19 @@ class PowerOfTwoQuantizer(UniformQuantizer):
         super().__init__(scale, zero_point, bits=bits, signed=signed, axis=axis)
         if not bool(_is_power(self.scale).all()):
             raise CalibrationError("a scale of a power-of-two quantizer is not a power of two")
+        if bool((self.zero_point % 2 != 0).any()):
+            raise CalibrationError("a zero_point of a power-of-two quantizer is not even")
+
+    @classmethod
+    def affine_parameters(cls, lo: Tensor, hi: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """Scale and even zero_point for the range ``[lo, hi]``; see the class it derives from."""
+        scale, zero_point = super().affine_parameters(lo, hi, spec)
+        qmin, qmax = spec.code_range
+        return scale, _nearest_even(zero_point, qmin, qmax)
+
+    def whole_zero_point(self, zero_point: Tensor) -> Tensor:
+        """The even zero_point nearest to a fractional one."""
+        return _nearest_even(zero_point, self.qmin, self.qmax)
 
     @staticmethod
     def least_scale(scale: Tensor) -> Tensor:
@@ -65,3 +85,7 @@ class PowerOfTwoQuantizer(UniformQuantizer):
 
 def _is_power(scale: Tensor) -> Tensor:
     return torch.frexp(scale)[0] == 0.5
+
+
+def _nearest_even(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    return ((zero_point / 2).round() * 2).clamp(qmin, qmax - 1)  # the last code is odd

@@ -137,7 +137,7 @@ class TrainedAffine(TrainedQuantizer):
         return broadcast(self._scale(), ndim, axis), broadcast(self._zero(), ndim, axis)
 
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        zero = zero.round()
+        zero = self._start.whole_zero_point(zero)
         codes = (x / scale).round_().add_(zero)
         clamped = codes.clamp(self._start.qmin, self._start.qmax)
         return clamped.sub(zero).mul_(scale), codes.eq_(clamped)
@@ -154,7 +154,9 @@ class TrainedUniform(TrainedAffine):
     @torch.no_grad()
     def fitted(self) -> UniformQuantizer:
         """Makes the quantizer of the parameters trained so far."""
-        return self._start.with_parameters(self._scale(), self._zero().round())
+        return self._start.with_parameters(
+            self._scale(), self._start.whole_zero_point(self._zero())
+        )
 
 
 class TrainedFocusing(TrainedAffine):

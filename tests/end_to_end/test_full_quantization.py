@@ -95,7 +95,9 @@ def test_a_value_read_by_a_norm_and_a_sum_is_quantized_once() -> None:
 
 def test_twin_codes_are_for_products() -> None:
     twin = TensorSpec(scheme=Scheme.TWIN_UNIFORM)
-    with pytest.raises(PolicyError, match=r"gelu__input: rule 1 .* is for products") as caught:
+    with pytest.raises(
+        PolicyError, match=r"gelu__input: rule 1 .* is for inputs of products"
+    ) as caught:
         annotated(Rule(op=OpKind.ACTIVATION, spec=twin), Rule(spec=EIGHT))
     assert (caught.value.edge, caught.value.got) == ("gelu__input", Scheme.TWIN_UNIFORM)
 

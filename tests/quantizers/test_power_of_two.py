@@ -14,6 +14,7 @@ from torch import Tensor
 import fxquant
 from fxquant import Policy, Rule, policies
 from fxquant.backends.integer.requantize import multiplier
+from fxquant.backends.onnx_qdq import make_session
 from fxquant.config.recovery import WeightTraining
 from fxquant.config.spec import Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg
@@ -63,6 +64,10 @@ def test_the_range_is_covered_by_the_least_power(case: RangeCase) -> None:
     assert bool(((ratio >= 1) & (ratio < 2)).all())
     zeros = torch.zeros_like(case.x)
     assert torch.equal(case.quantizer(zeros), zeros)
+    assert bool((case.quantizer.zero_point % 2 == 0).all())
+    least, largest = case.quantizer.code_range
+    assert bool((least <= case.quantizer.zero_point).all())
+    assert bool((case.quantizer.zero_point <= largest).all())
 
 
 @given(st.floats(2.0**-60, 2.0**60), st.integers(-60, 60))
@@ -86,6 +91,8 @@ def test_other_scales_are_refused() -> None:
     PowerOfTwoQuantizer(torch.tensor(0.25), zero, bits=8, signed=True, axis=None)
     with pytest.raises(CalibrationError, match="not a power of two"):
         PowerOfTwoQuantizer(torch.tensor(0.3), zero, bits=8, signed=True, axis=None)
+    with pytest.raises(CalibrationError, match="not even"):
+        PowerOfTwoQuantizer(torch.tensor(0.25), zero + 3, bits=8, signed=False, axis=None)
 
 
 def test_the_least_squares_fit_clips_where_a_smaller_power_loses_less() -> None:
@@ -119,6 +126,50 @@ def test_presets_keep_powers_in_every_backend(preset: str, tmp_path: Path) -> No
     assert_same_codes(model, exported.path, x)
     model.save(tmp_path)
     assert torch.equal(fxquant.load(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_exact_ties_go_to_one_code_in_every_backend(observer: str, tmp_path: Path) -> None:
+    """Per head and asymmetric, on images and weights of few bits, so that ties are common."""
+    heads = TensorSpec(bits=4, scheme=POWER, granularity="head", observer=observer)
+    rest = TensorSpec(bits=4, scheme=POWER, observer=observer)
+    weight = TensorSpec(bits=4, scheme=POWER, symmetric=True, granularity="channel")
+    rules = Rule(arg="weight", spec=weight), Rule(op="matmul", spec=heads), Rule(spec=rest)
+    x = (tokens(16) * 8).round() / 8
+    model = fxquant.compile(seeded(Block()), [x], Policy(name="ties", rules=rules))
+    points = [q.zero_point for q in model.graph_module.modules() if isinstance(q, UniformQuantizer)]
+    assert any(bool((point % 4 == 2).any()) for point in points)
+    assert torch.equal(model.lower("integer")(x), model(x))
+    session = make_session(model.export_onnx(tmp_path / "m.onnx").path)
+    (outputs,) = session.run(None, {"images": x.numpy()})
+    assert relative_error(torch.from_numpy(outputs), model(x)) < 1e-5
+
+
+class Scores(torch.nn.Module):
+    """Scores of two heads that read the tokens themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        scores: Tensor = heads @ heads.transpose(-1, -2)
+        return scores
+
+
+@pytest.mark.parametrize("scheme", [Scheme.UNIFORM, POWER])
+def test_ties_at_a_zero_point_per_head_go_the_same_way_in_onnx(
+    scheme: Scheme, tmp_path: Path
+) -> None:
+    """Every second value is a tie; a sum with an odd zero_point would round it the other way."""
+    spec = TensorSpec(bits=4, scheme=scheme, granularity="head")
+    x = (tokens(16) * 8).round() / 16
+    policy = Policy(name="ties", rules=(Rule(spec=spec),))
+    model = fxquant.compile(Scores().eval(), [x], policy)
+    for module in model.graph_module.modules():
+        if isinstance(module, UniformQuantizer):
+            module.scale.fill_(2.0**-3)
+            module.zero_point.fill_(7.0 if scheme is Scheme.UNIFORM else 6.0)
+    session = make_session(model.export_onnx(tmp_path / "m.onnx").path)
+    (outputs,) = session.run(None, {"images": x.numpy()})
+    assert relative_error(torch.from_numpy(outputs), model(x)) < 1e-5
 
 
 def test_every_step_to_codes_is_a_shift_in_integers() -> None:

@@ -76,7 +76,11 @@ class TensorWriter:
         return codes
 
     def _divided(self, edge: Edge, quantizer: UniformQuantizer, x: fx.Node) -> fx.Node:
-        """Divides ``x`` by its scale per head and adds the zero_point per head."""
+        """Divides ``x`` by its scale per head, and adds the zero_point per head to what is rounded.
+
+        The zero_point comes after the rounding, as in QuantizeLinear: a tie would otherwise go to
+        another code where the zero_point is odd.
+        """
         if quantizer.axis != -3:
             raise LoweringError(
                 f"{edge.name}: a scale per channel of an activation fails in onnxruntime; use "
@@ -88,7 +92,8 @@ class TensorWriter:
         if bool((quantizer.zero_point != 0).any()):
             points = quantizer.zero_point.view(-1, 1, 1)
             offset = self._constant(points, f"{edge.name}_points", edge.node)
-            x = self._call(aten.add.Tensor, x, offset, like=edge.node)
+            rounded = self._call(aten.round.default, x, like=edge.node)
+            x = self._call(aten.add.Tensor, rounded, offset, like=edge.node)
         return x
 
     def activation(
