@@ -9,9 +9,9 @@ class FxQuantError(Exception):
     """Base of all errors of this package.
 
     Attributes:
-        edge: name of the edge that the error is about, None where it is about no single edge.
-        got: the value that was refused, None where there is no single one.
-        expected: the value, or the range in words, that stands in its place.
+        edge: name of the edge that the error is about, None where the error is not about one edge.
+        got: the refused value, None where the error is not about one value.
+        expected: the accepted value, or the accepted range in words.
     """
 
     edge: str | None

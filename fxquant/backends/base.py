@@ -56,7 +56,7 @@ def load_backend(name: str, flags: Mapping[str, Any]) -> Backend:
     """
     if name not in BACKENDS:
         raise LoweringError(
-            f"no backend {name!r}{did_you_mean(name, BACKENDS)}; there are "
+            f"no backend {name!r}{did_you_mean(str(name), BACKENDS)}; there are "
             f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime"
         )
     for flag in flags:

@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Choice of a model's weights. No choice is an error, so that random weights are no accident.
+    """Choice of a model's weights. A missing choice is an error: no weights are random by accident.
 
     Attributes:
         checkpoint: file of weights.

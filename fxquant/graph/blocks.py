@@ -117,7 +117,7 @@ class _Stretch:
 def _joined(
     stretches: Iterable[_Stretch], together: Callable[[_Stretch, _Stretch], bool]
 ) -> list[_Stretch]:
-    """Stretches in which neighbours are one, where ``together`` says so of them."""
+    """Merges neighbouring stretches for which ``together`` is true."""
     joined: list[_Stretch] = []
     for stretch in stretches:
         if joined and together(joined[-1], stretch):

@@ -165,7 +165,7 @@ class AssignSpecs:
             return None, "left float: no rule matches it"
         spec = self.rules[hit].spec
         if spec is None:
-            return None, f"left float: rule {hit + 1} says so"
+            return None, f"left float: rule {hit + 1} keeps it float"
         value = edge.source.meta.get("val")
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
             return None, "left float: the operand holds no floating-point numbers"

@@ -1,7 +1,8 @@
-"""Table of families: a row for each scheme, with everything that is specific to the scheme.
+"""Table of families: a row for each scheme, with all that is specific to it and needs torch.
 
 A new scheme is a row here, a member of :class:`fxquant.config.spec.Scheme` with its limits, a
-quantizer class, and a row in the table of lowerings of each backend that runs it.
+quantizer class, and a row in the table of lowerings of each backend that runs it. The limits say
+for which specs and edges a scheme is, without torch.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def _consumer_samples(
         expected = Granularity.TENSOR if left else Granularity.HEAD
         if not spec.scheme.limits.is_general or spec.granularity is not expected:
             return Refusal(
-                f"the quantizer of what {node} reads is not uniform with a scale a {expected}"
+                f"the input quantizer of {node} is not uniform with one scale per {expected}"
             )
         if sample is None or (not left and sample.heads * sample.columns != channels):
             return Refusal(f"no rows of {node} were sampled in a form that shows its channels")

@@ -101,10 +101,10 @@ def test_what_stays_float_is_listed_with_its_reason(vit: nn.Module) -> None:
     policy = fxquant.policies.w8a8().with_rules(Rule(path="head", spec=None))
     model = fxquant.compile(vit, [X], policy)
     assert {e.edge: e.reason for e in model.report.left_float} == {
-        "head__input": "left float: rule 1 says so",
-        "head__weight": "left float: rule 1 says so",
+        "head__input": "left float: rule 1 keeps it float",
+        "head__weight": "left float: rule 1 keeps it float",
     }
-    assert "head__input: left float: rule 1 says so" in str(model.report)
+    assert "head__input: left float: rule 1 keeps it float" in str(model.report)
     assert "18 of 20 edges" in model.report.summary()
 
 

@@ -54,7 +54,7 @@ def test_a_rule_that_names_an_operation_matches_it(kind: OpKind) -> None:
 def test_what_a_rule_keeps_float_is_no_part_of_the_plan() -> None:
     gm, result = annotated(Rule(op=OpKind.ADD, spec=None), Rule(spec=EIGHT))
     assert set(specs(gm)).isdisjoint(BLOCK)
-    assert reasons(result)["add__lhs"] == "left float: rule 1 says so"
+    assert reasons(result)["add__lhs"] == "left float: rule 1 keeps it float"
 
 
 def test_operations_are_named_after_their_modules() -> None:

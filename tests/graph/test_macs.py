@@ -13,7 +13,7 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand
 from fxquant.policies.policy import Rule
-from fxquant.smoothing import choose as smoothing_sites
+from fxquant.smoothing import choose
 from fxquant.smoothing.fold_sites import Site, linear_sites, norm_sites
 from fxquant.testing import images, seeded, tokens
 from tests.helpers.stages import FOUR, annotated, canonical
@@ -55,7 +55,7 @@ def test_large_networks_are_smoothed_by_fewer_images(
 ) -> None:
     found: list[int] = []
 
-    class Watched(smoothing_sites.NetworkLoss):  # type: ignore[name-defined, misc]
+    class Watched(choose.NetworkLoss):  # type: ignore[name-defined, misc]
         def __init__(self, gm, images, loss) -> None:  # type: ignore[no-untyped-def]
             found.append(len(images))
             super().__init__(gm, images, loss)
@@ -65,7 +65,7 @@ def test_large_networks_are_smoothed_by_fewer_images(
         site.source for _, site in (*norm_sites(gm), *linear_sites(gm)) if isinstance(site, Site)
     ]
     limit = images_worth * 5 * MacCounter(gm).macs_after(sources)
-    monkeypatch.setattr(smoothing_sites, "_MAX_MACS", limit)
-    monkeypatch.setattr(smoothing_sites, "NetworkLoss", Watched)
-    smoothing_sites.choose_smoothing(gm, [(tokens(40), None)], ScaleSearch(rows=32))
+    monkeypatch.setattr(choose, "_MAX_MACS", limit)
+    monkeypatch.setattr(choose, "NetworkLoss", Watched)
+    choose.choose_smoothing(gm, [(tokens(40), None)], ScaleSearch(rows=32))
     assert found == [count]

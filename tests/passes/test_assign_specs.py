@@ -156,7 +156,7 @@ def test_after_an_error_the_graph_is_not_annotated() -> None:
 def test_what_stays_float_says_why() -> None:
     _, result = annotated(Rule(path="fc1", spec=None), Rule(path="fc2", spec=EIGHT))
     why = reasons(result)
-    assert why["fc1__input"] == "left float: rule 1 says so"
+    assert why["fc1__input"] == "left float: rule 1 keeps it float"
     assert why["attn_proj__weight"] == "left float: no rule matches it"
     assert "fc2__input" not in why
 

@@ -105,7 +105,9 @@ def best(
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
     if weight_bits == act_bits == MAX_KERNEL_BITS and budget is None:
-        return replace(w8a8(full=full), name=f"best_{widths}{suffix}")
+        plain = w8a8(full=full)
+        description = f"our own pick: {plain.description}"
+        return replace(plain, name=f"best_{widths}{suffix}", description=description)
     if act_bits > MAX_KERNEL_BITS:
         base = ptq4vit(weight_bits, act_bits, twin=False)
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import testing
-from fxquant.calibration import row_samplers as product_rows
+from fxquant.calibration import row_samplers
 from fxquant.calibration.network_loss import OutputDistance
 from fxquant.calibration.reservoir import ReservoirSampler
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
@@ -170,7 +170,7 @@ def test_estimates_do_not_depend_on_how_many_rows_are_sampled(
         return Setup(Classifier(), tokens(256), search=search).estimated((4,))
 
     whole = estimated(1 << 14)
-    monkeypatch.setattr(product_rows, "_QUERIES_PER_SAMPLE", queries)
+    monkeypatch.setattr(row_samplers, "_QUERIES_PER_SAMPLE", queries)
     few = estimated(rows)
     for name, losses in whole.items():
         assert losses is not None
@@ -187,7 +187,7 @@ def test_rows_that_the_loss_does_not_reach_are_not_counted(
 
     search = ScaleSearch(metric=Metric.FISHER, loss=GradientLoss.SAMPLED, rows=1 << 14)
     whole = Setup(FirstToken(), tokens(256), search=search).estimated((4,))
-    monkeypatch.setattr(product_rows, "_QUERIES_PER_SAMPLE", 2)
+    monkeypatch.setattr(row_samplers, "_QUERIES_PER_SAMPLE", 2)
     few = Setup(FirstToken(), tokens(256), search=search).estimated((4,))
     for name in ("block_attn_matmul__lhs", "block_attn_matmul_1__lhs"):
         assert few[name] == pytest.approx(whole[name], rel=0.1), name
