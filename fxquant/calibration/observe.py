@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from fxquant.calibration.input_errors import errors_as_input_error
 from fxquant.calibration.reservoir import ReservoirSampler
-from fxquant.calibration.run_batches import errors_as_input_error
 from fxquant.calibration.sample_products import ProductSampler
 from fxquant.calibration.user_loss import Loss
 from fxquant.config.scale_search import ScaleSearch

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxquant.calibration.input_errors import errors_as_input_error
 from fxquant.calibration.output_loss import OutputLoss
 from fxquant.calibration.row_samplers import RowSampler, row_sampler
-from fxquant.calibration.run_batches import errors_as_input_error
 from fxquant.calibration.user_loss import Loss, check_scalar_loss, errors_as_user_loss
 from fxquant.config.scale_search import GRADIENT_METRICS, ScaleSearch
 from fxquant.errors import CalibrationError

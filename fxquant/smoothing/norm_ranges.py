@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from fxquant.calibration.run_batches import run_batches
+from fxquant.calibration.input_errors import errors_as_input_error
 from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
+from fxquant.graph.capture import device_of
 from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.nodes import module_path, operand, stage
 from fxquant.observers.observer import MinMaxObserver
@@ -40,9 +42,11 @@ def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tupl
     if stage(gm) is not Stage.FLOAT:
         raise PassError(f"norm_ranges takes stage FLOAT, got {stage(gm).name}")
     sites = [site for _, site in norm_sites(gm) if isinstance(site, Site)]
-    recorder = _Recorder(gm, sites)
-    if sites:
-        run_batches(gm, recorder.run, batches)
+    recorder, device = _Recorder(gm, sites), device_of(gm)
+    with torch.no_grad():
+        for images in batches if sites else ():
+            with errors_as_input_error(images):
+                recorder.run(images.to(device))
     return {name: observer.range() for name, observer in recorder.observers.items()}
 
 
