@@ -67,7 +67,8 @@ class Product:
     @property
     def input_quantizer(self) -> Quantizer | None:
         """Quantizer of the input of a linear or convolution, None where it is float or observed."""
-        return self._quantizer(self.input)
+        assert self.has_weight
+        return self.lhs_quantizer
 
     @property
     def weight_node(self) -> fx.Node:
