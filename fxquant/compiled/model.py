@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.compiled.input_checks import InputCheck, check_images, input_error
+from fxquant.compiled.input_checks import InputCheck, batch_error, check_images, check_shape
 from fxquant.compiled.report import PlanEntry, Report
 from fxquant.compiled.storage import Stored, read, write
 from fxquant.errors import LoweringError
@@ -82,14 +82,15 @@ class CompiledModel(nn.Module):
         """Outputs of the quantized model, for images ``(B, C, H, W)``.
 
         Raises:
-            BatchError: the images are not a float tensor; or the model fails on them, and they are
-                not in float32 or differ in shape from the images that it was compiled for.
+            BatchError: the images are not a float tensor, or differ in size from the images that
+                the model was compiled for; or the model fails on them, and they are none, or not
+                in float32.
         """
-        check_images(images)
+        check_shape(check_images(images), self.image_shape)
         try:
             return self.graph_module(images)
         except (RuntimeError, TypeError, IndexError) as error:
-            explanation = input_error(images, self.image_shape, error)
+            explanation = batch_error(images, self.image_shape)
             if explanation is None:
                 raise
             raise explanation from error
