@@ -114,8 +114,8 @@ class CompiledModel(nn.Module):
             infinity.
 
         Raises:
-            LoweringError: the backend or a flag is unknown, or the backend cannot express the
-                graph as asked.
+            LoweringError: the backend or a flag is unknown, a flag has a value of the wrong type,
+                or the backend cannot express the graph as asked.
         """
         from fxquant.backends.base import load_backend
 

@@ -1,0 +1,72 @@
+"""Arguments of the wrong type: what the errors name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+import fxquant
+from fxquant import (
+    Allocation,
+    Budget,
+    Compensation,
+    LowRank,
+    Policy,
+    Reconstruction,
+    Rule,
+    TensorSpec,
+    policies,
+)
+from fxquant.backends.inductor import lower_to_inductor
+from fxquant.backends.integer import lower_to_integer
+from fxquant.config.scale_search import ScaleSearch
+from fxquant.errors import LoweringError, PolicyError
+from fxquant.testing import images
+
+
+def flags(function: Callable[..., object]) -> list[str]:
+    """Names of the parameters of a function or dataclass that are booleans."""
+    parameters = inspect.signature(function).parameters.values()
+    return [item.name for item in parameters if item.annotation in ("bool", "bool | None", bool)]
+
+
+FLAGS = [
+    (function, name)
+    for function in (
+        *(Policy, Rule, TensorSpec, ScaleSearch, Allocation, Budget, LowRank),
+        *(Compensation, Reconstruction, *policies.PRESETS.values()),
+    )
+    for name in flags(function)
+]
+REQUIRED = {Rule: {"spec": None}, Policy: {"name": "p"}, Allocation: {"budget": None}}
+
+
+@pytest.mark.parametrize(("function", "name"), FLAGS, ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_every_flag_of_a_policy_is_a_boolean(
+    function: Callable[..., object], name: str, value: object
+) -> None:
+    with pytest.raises(PolicyError, match=f"^{name} must be true or false, got {value!r}$"):
+        function(**{**REQUIRED.get(function, {}), name: value})
+
+
+def test_the_flags_of_policies_are_found() -> None:
+    assert len(FLAGS) >= 20
+    assert (Reconstruction, "bf16") in FLAGS and (policies.w8a8, "full") in FLAGS
+
+
+def test_flags_of_compile_and_lower_are_booleans(
+    vit: nn.Module, quantized: fxquant.CompiledModel
+) -> None:
+    assert flags(fxquant.compile) == ["progress"]
+    with pytest.raises(PolicyError, match="progress must be true or false, got 'no'"):
+        fxquant.compile(vit, [images(4, 16)], progress="no")  # type: ignore[arg-type]
+    assert flags(lower_to_integer) == ["integer_only", "float_products"]
+    assert flags(lower_to_inductor) == []
+    with pytest.raises(LoweringError, match="integer_only must be true, false or None, got 'yes'"):
+        quantized.lower("integer", integer_only="yes")
+    with pytest.raises(LoweringError, match="float_products must be true or false, got 1"):
+        quantized.lower("integer", float_products=1)
