@@ -15,6 +15,7 @@ from fxquant.compiled.input_checks import InputCheck, batch_error, check_images,
 from fxquant.compiled.report import PlanEntry, Report
 from fxquant.compiled.storage import Stored, read, write
 from fxquant.errors import LoweringError
+from fxquant.utils.files import as_path
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
@@ -137,18 +138,21 @@ class CompiledModel(nn.Module):
         Raises:
             LoweringError: ONNX cannot express the graph, or onnxruntime's result is wrong.
             OutputError: the file cannot be written.
+            PathTypeError: ``path`` is neither text nor a path.
         """
         from fxquant.backends.onnx_qdq import export_onnx
 
-        return export_onnx(self.graph_module, self.image_shape, Path(path), target)
+        return export_onnx(self.graph_module, self.image_shape, path, target)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``quant_config.json`` and ``model.safetensors``; :func:`load` reads them.
 
         Raises:
             OutputError: the folder cannot be written.
+            PathTypeError: ``folder`` is neither text nor a path.
         """
-        write(Path(folder), Stored(self.graph_module, self.report, self.policy, self.image_shape))
+        stored = Stored(self.graph_module, self.report, self.policy, self.image_shape)
+        write(as_path(folder, "folder"), stored)
 
 
 def load(folder: str | Path) -> CompiledModel:
@@ -157,8 +161,9 @@ def load(folder: str | Path) -> CompiledModel:
     Raises:
         FileFormatError: a file is missing, truncated, or not fxquant's; the two files are not of
             one save, or were changed since; or they hold an impossible number.
+        PathTypeError: ``folder`` is neither text nor a path.
     """
-    stored = read(Path(folder))
+    stored = read(as_path(folder, "folder"))
     return CompiledModel(stored.gm, stored.report, stored.policy, stored.image_shape)
 
 

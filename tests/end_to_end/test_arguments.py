@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import fxquant
@@ -22,8 +25,11 @@ from fxquant import (
 )
 from fxquant.backends.inductor import lower_to_inductor
 from fxquant.backends.integer import lower_to_integer
+from fxquant.backends.onnx_qdq import doctor, make_session
 from fxquant.config.scale_search import ScaleSearch
-from fxquant.errors import LoweringError, PolicyError
+from fxquant.demo.models import build
+from fxquant.errors import LoweringError, PathTypeError, PolicyError
+from fxquant.policies.policy_file import read_policy, resolve, write_policy
 from fxquant.testing import images
 
 
@@ -70,3 +76,40 @@ def test_flags_of_compile_and_lower_are_booleans(
         quantized.lower("integer", integer_only="yes")
     with pytest.raises(LoweringError, match="float_products must be true or false, got 1"):
         quantized.lower("integer", float_products=1)
+
+
+def test_paths_are_accepted_as_text_and_as_paths(
+    quantized: fxquant.CompiledModel, tmp_path: Path
+) -> None:
+    policy, x = policies.w8a8(), images(2, 16)
+    for index, kind in enumerate((str, Path)):
+        folder, file = kind(tmp_path / f"saved{index}"), kind(tmp_path / f"{index}.yaml")
+        quantized.save(folder)
+        assert torch.equal(fxquant.load(folder)(x), quantized(x))
+        write_policy(policy, file)
+        assert read_policy(file) == policy == resolve(file)
+        onnx = kind(tmp_path / f"{index}.onnx")
+        assert quantized.export_onnx(onnx).path == doctor(onnx).path == Path(onnx)
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("folder", lambda model, value: fxquant.load(value)),
+        ("folder", lambda model, value: model.save(value)),
+        ("path", lambda model, value: model.export_onnx(value)),
+        ("path", lambda model, value: read_policy(value)),
+        ("path", lambda model, value: write_policy(policies.w8a8(), value)),
+        ("path", lambda model, value: doctor(value)),
+        ("path", lambda model, value: make_session(value)),
+        ("weights", lambda model, value: build("glyph_vit", value)),
+    ],
+)
+@pytest.mark.parametrize("value", [3, b"folder", ["folder"]])
+def test_other_values_than_paths_are_named(
+    quantized: fxquant.CompiledModel, name: str, use: Callable[..., object], value: object
+) -> None:
+    message = re.escape(f"{name} must be a path as text or pathlib.Path, got {value!r}")
+    with pytest.raises(PathTypeError, match=message) as caught:
+        use(quantized, value)
+    assert isinstance(caught.value, TypeError) and caught.value.got == value
