@@ -28,7 +28,7 @@ from fxquant.backends.integer import lower_to_integer
 from fxquant.backends.onnx_qdq import doctor, make_session
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.demo.models import build
-from fxquant.errors import LoweringError, PathTypeError, PolicyError
+from fxquant.errors import LoweringError, PathTypeError, PolicyError, UnknownKeyError
 from fxquant.policies.policy_file import read_policy, resolve, write_policy
 from fxquant.testing import images
 
@@ -113,3 +113,38 @@ def test_other_values_than_paths_are_named(
     with pytest.raises(PathTypeError, match=message) as caught:
         use(quantized, value)
     assert isinstance(caught.value, TypeError) and caught.value.got == value
+
+
+@pytest.mark.parametrize(
+    ("make", "nearest"),
+    [
+        (lambda: TensorSpec(scheme="unifrom"), "uniform"),
+        (lambda: TensorSpec(granularity="chanel"), "channel"),
+        (lambda: TensorSpec(observer="minmx"), "minmax"),
+        (lambda: Rule(spec=None, op="matmull"), "matmul"),
+        (lambda: Rule(spec=None, arg="wieght"), "weight"),
+        (lambda: Rule(spec=None, end="frist"), "first"),
+        (lambda: Rule(spec=None, fed_by="softmx"), "softmax"),
+        (lambda: Rule(spec=None, fed_by="layernorm"), "layer_norm"),
+        (lambda: ScaleSearch(metric="hesian"), "hessian"),
+        (lambda: Allocation(budget=Budget(mean_bits=4), method="greed"), "greedy"),
+        (lambda: Reconstruction(scope="netwrk"), "network"),
+    ],
+)
+def test_misspelt_values_get_the_nearest_value(make: Callable[[], object], nearest: str) -> None:
+    with pytest.raises(UnknownKeyError, match=f"did you mean '{nearest}'"):
+        make()
+
+
+def test_misspelt_flags_of_backends_get_the_nearest_flag(quantized: fxquant.CompiledModel) -> None:
+    with pytest.raises(LoweringError, match=r"'integer_onli'.*did you mean 'integer_only'\?"):
+        quantized.lower("integer", integer_onli=True)
+
+
+@pytest.mark.parametrize("value", [3, [], "qqqq"])
+def test_values_far_from_any_get_no_suggestion(value: object) -> None:
+    for make in (TensorSpec, lambda **fields: Rule(spec=None, **fields)):
+        name = "scheme" if make is TensorSpec else "fed_by"
+        with pytest.raises(UnknownKeyError) as caught:
+            make(**{name: value})
+        assert "did you mean" not in str(caught.value) and repr(value) in str(caught.value)
