@@ -75,16 +75,16 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
         cache: folder for measured losses and trained blocks; an interrupted run continues where it
             stopped, given the same threads, device, and images in the same order.
         progress: show the progress of long steps on stderr.
-        on_pass: called with the name of each pass and the graph after it, which must not be changed
-            there; ``on_pass=lambda name, gm: print(name, gm.graph)`` prints every graph.
+        on_pass: called with the name of each pass and the graph after it, which it may only read;
+            ``on_pass=lambda name, gm: print(name, gm.graph)`` prints every graph.
 
     Raises:
         CaptureError: the model cannot be captured, or holds nothing to quantize.
-        PolicyError: the policy is malformed or does not fit the model, or ``progress`` is not a
-            boolean.
+        PolicyError: the policy or an option is malformed, or the policy does not fit the model.
         CalibrationError: calibration data or loss cannot be used, or the model gives NaN.
         OutputError: the cache is not a path, or cannot be written.
-        PassError: a pass fails; the message names the passes that have run.
+        PassError: a pass fails, and the message names the passes that have run; or ``on_pass``
+            cannot be called, raises an error or changes the graph.
     """
     recipe = resolve(policy)
     _check_arguments(model, recipe, loss, cache, progress, on_pass)
