@@ -15,6 +15,7 @@ from fxquant.calibration.user_loss import Loss, check_callable
 from fxquant.compiled.model import CompiledModel
 from fxquant.compiled.report import Report, make_plan, measure_sqnr
 from fxquant.config.scale_search import GRADIENT_METRICS
+from fxquant.config.validation import check_flags
 from fxquant.errors import OutputError, PassError, PolicyError
 from fxquant.graph.capture import check_model
 from fxquant.graph.parameter_bytes import quantized_bytes
@@ -74,18 +75,19 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
         cache: folder for measured losses and trained blocks; an interrupted run continues where it
             stopped, given the same threads, device, and images in the same order.
         progress: show the progress of long steps on stderr.
-        on_pass: called with the name of each pass and the graph after it, which must not be changed
-            there; ``on_pass=lambda name, gm: print(name, gm.graph)`` prints every graph.
+        on_pass: called with the name of each pass and the graph after it, which it may only read;
+            ``on_pass=lambda name, gm: print(name, gm.graph)`` prints every graph.
 
     Raises:
         CaptureError: the model cannot be captured, or holds nothing to quantize.
-        PolicyError: the policy is malformed or does not fit the model.
+        PolicyError: the policy or an option is malformed, or the policy does not fit the model.
         CalibrationError: calibration data or loss cannot be used, or the model gives NaN.
         OutputError: the cache is not a path, or cannot be written.
-        PassError: a pass fails; the message names the passes that have run.
+        PassError: a pass fails, and the message names the passes that have run; or ``on_pass``
+            cannot be called, raises an error or changes the graph.
     """
     recipe = resolve(policy)
-    _check_arguments(model, recipe, loss, cache, on_pass)
+    _check_arguments(model, recipe, loss, cache, progress, on_pass)
     images = CalibrationImages(calib_loader, twice=recipe.reads_images_twice)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
@@ -132,8 +134,9 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
 
 
 def _check_arguments(
-    model: nn.Module, recipe: Policy, loss: Loss | None, cache: Any, on_pass: Any
+    model: nn.Module, recipe: Policy, loss: Loss | None, cache: Any, progress: Any, on_pass: Any
 ) -> None:
+    check_flags(progress=progress)
     if on_pass is not None and not callable(on_pass):
         raise PassError(
             "on_pass must be a function that is called with the name of a pass and the graph, got "

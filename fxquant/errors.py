@@ -98,6 +98,10 @@ class OutputError(FxQuantError):
     """A file or folder could not be written; no incomplete file remains."""
 
 
+class PathTypeError(FxQuantError, TypeError):
+    """An argument that names a file or folder is neither text nor a path."""
+
+
 class FileFormatError(FxQuantError):
     """A file is missing, truncated, or not of the expected kind."""
 

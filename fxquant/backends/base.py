@@ -64,7 +64,8 @@ def load_backend(name: str, flags: Mapping[str, Any]) -> Backend:
         if name not in owners:
             verb = f"belongs to backend {' and '.join(owners)}" if owners else "is unknown"
             raise LoweringError(
-                f"backend {name!r} has no flag {flag!r}, which {verb}; backend {name} has "
+                f"backend {name!r} has no flag {flag!r}, which {verb}"
+                f"{did_you_mean(flag, _flags(_load(name)))}; backend {name} has "
                 f"{', '.join(_flags(_load(name))) or 'none'}"
             )
     return _load(name)

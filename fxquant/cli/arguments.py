@@ -82,7 +82,9 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
         help="number of calibration images (32; 1024 with policies that hold some out for "
         "validation: best with effort minutes or hours, aiqvit)",
     )
-    parser.add_argument("--batch-size", type=_count, default=8)
+    parser.add_argument(
+        "--batch-size", type=_count, default=8, help="calibration images in each batch (8)"
+    )
     parser.add_argument(
         "--policy", default="best", help="preset (see `fxquant policies`) or YAML file (best)"
     )
@@ -97,7 +99,9 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", default="auto", help="CPUs that the ONNX file is for (auto: this machine's)"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write the model in"
+    )
     _add_preprocessing(parser)
 
 
@@ -116,8 +120,13 @@ def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
         help="torch simulates; the default is onnx, or torch in a folder without model.onnx",
     )
     parser.add_argument("--images", type=_count, help="number of images, chosen by --seed (all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=_count, default=8)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed that chooses the images where --images is given (0)",
+    )
+    parser.add_argument("--batch-size", type=_count, default=8, help="images in each batch (8)")
     parser.add_argument("--model", help="use the preprocessing of this timm or torchvision model")
     _add_preprocessing(parser)
 
@@ -126,10 +135,26 @@ def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "doctor", parents=[common], help="check how onnxruntime runs a quantized ONNX file"
     )
-    parser.add_argument("path", type=Path, metavar="FILE.onnx")
-    parser.add_argument("--data", metavar="FOLDER", help=f"{_DATA_HELP} (random numbers)")
-    parser.add_argument("--images", type=_count, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("path", type=Path, metavar="FILE.onnx", help="quantized file to check")
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help=f"run the file on these images: {_DATA_HELP}; without it on random numbers",
+    )
+    parser.add_argument(
+        "--images",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="number of images of --data to run the file on (8)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed that chooses the images of --data (0)",
+    )
     parser.add_argument("--model", help="use the preprocessing of this timm or torchvision model")
     _add_preprocessing(parser)
 

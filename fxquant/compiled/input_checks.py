@@ -28,30 +28,44 @@ def check_images(images: Any) -> Tensor:
     return images
 
 
-def input_error(
-    images: Tensor, image_shape: tuple[int, ...], why: object = ""
-) -> BatchError | None:
-    """The error for images of a wrong shape or type; None for images that fit the model.
+def check_shape(images: Tensor, image_shape: tuple[int, ...]) -> None:
+    """Checks the size of images; any number of images is accepted.
 
     Args:
         images: a float tensor.
         image_shape: shape of one image that the model was compiled for.
-        why: the exception that the images caused, if any.
+
+    Raises:
+        BatchError: the images are not ``(B, *image_shape)``.
     """
-    cause = f" ({why})" if why else ""
-    if images.ndim == 0 or images.shape[1:] != image_shape or not len(images):
-        expected = ", ".join(map(str, image_shape))
-        actual = tuple(images.shape) if images.numel() else f"{tuple(images.shape)}, no image"
-        return BatchError(
-            f"the model was compiled for images of shape (B, {expected}), got {actual}: resize "
-            f"them, or compile for that size{cause}"
-        )
+    if images.ndim == 0 or images.shape[1:] != image_shape:
+        raise _shape_error(tuple(images.shape), image_shape)
+
+
+def batch_error(images: Tensor, image_shape: tuple[int, ...]) -> BatchError | None:
+    """The error for an empty batch, or images that are not in float32; None for other images.
+
+    Args:
+        images: float tensor ``(B, *image_shape)``.
+        image_shape: shape of one image that the model was compiled for.
+    """
+    if not len(images):
+        return _shape_error(f"{tuple(images.shape)}, no image", image_shape)
     if images.dtype is not torch.float32:
         return BatchError(
             f"the model computes in float32, got images in {images.dtype}: call images.float()"
-            f"{cause}"
         )
     return None
+
+
+def _shape_error(actual: object, image_shape: tuple[int, ...]) -> BatchError:
+    expected = ", ".join(map(str, image_shape))
+    return BatchError(
+        f"the model was compiled for images of shape (B, {expected}), got {actual}: resize them, "
+        "or compile for that size",
+        got=actual,
+        expected=image_shape,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,8 @@ class InputCheck:
             NonFiniteError: the argument holds NaN or infinity, which have no integer codes.
         """
         images = check_images(next(iter((*args, *named.values())), None))
-        error = input_error(images, self.image_shape)
+        check_shape(images, self.image_shape)
+        error = batch_error(images, self.image_shape)
         if error is not None:
             raise error
         # A traced graph shall contain only the network.

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant.compiled.input_checks import InputCheck, check_images, input_error
+from fxquant.compiled.input_checks import InputCheck, batch_error, check_images, check_shape
 from fxquant.compiled.report import PlanEntry, Report
 from fxquant.compiled.storage import Stored, read, write
 from fxquant.errors import LoweringError
+from fxquant.utils.files import as_path
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_qdq import OnnxExport
@@ -82,14 +83,15 @@ class CompiledModel(nn.Module):
         """Outputs of the quantized model, for images ``(B, C, H, W)``.
 
         Raises:
-            BatchError: the images are not a float tensor; or the model fails on them, and they are
-                not in float32 or differ in shape from the images that it was compiled for.
+            BatchError: the images are not a float tensor, or differ in size from the images that
+                the model was compiled for; or the model fails on them, and they are none, or not
+                in float32.
         """
-        check_images(images)
+        check_shape(check_images(images), self.image_shape)
         try:
             return self.graph_module(images)
         except (RuntimeError, TypeError, IndexError) as error:
-            explanation = input_error(images, self.image_shape, error)
+            explanation = batch_error(images, self.image_shape)
             if explanation is None:
                 raise
             raise explanation from error
@@ -113,8 +115,8 @@ class CompiledModel(nn.Module):
             infinity.
 
         Raises:
-            LoweringError: the backend or a flag is unknown, or the backend cannot express the
-                graph as asked.
+            LoweringError: the backend or a flag is unknown, a flag has a value of the wrong type,
+                or the backend cannot express the graph as asked.
         """
         from fxquant.backends.base import load_backend
 
@@ -136,18 +138,21 @@ class CompiledModel(nn.Module):
         Raises:
             LoweringError: ONNX cannot express the graph, or onnxruntime's result is wrong.
             OutputError: the file cannot be written.
+            PathTypeError: ``path`` is neither text nor a path.
         """
         from fxquant.backends.onnx_qdq import export_onnx
 
-        return export_onnx(self.graph_module, self.image_shape, Path(path), target)
+        return export_onnx(self.graph_module, self.image_shape, path, target)
 
     def save(self, folder: str | Path) -> None:
         """Writes ``quant_config.json`` and ``model.safetensors``; :func:`load` reads them.
 
         Raises:
             OutputError: the folder cannot be written.
+            PathTypeError: ``folder`` is neither text nor a path.
         """
-        write(Path(folder), Stored(self.graph_module, self.report, self.policy, self.image_shape))
+        stored = Stored(self.graph_module, self.report, self.policy, self.image_shape)
+        write(as_path(folder, "folder"), stored)
 
 
 def load(folder: str | Path) -> CompiledModel:
@@ -156,8 +161,9 @@ def load(folder: str | Path) -> CompiledModel:
     Raises:
         FileFormatError: a file is missing, truncated, or not fxquant's; the two files are not of
             one save, or were changed since; or they hold an impossible number.
+        PathTypeError: ``folder`` is neither text nor a path.
     """
-    stored = read(Path(folder))
+    stored = read(as_path(folder, "folder"))
     return CompiledModel(stored.gm, stored.report, stored.policy, stored.image_shape)
 
 

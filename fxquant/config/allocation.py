@@ -139,7 +139,10 @@ class Allocation:
         if not isinstance(self.budget, Budget):
             raise PolicyError(f"budget must be a Budget, got {self.budget!r:.80}")
         if not isinstance(self.widths, tuple | list) or not self.widths:
-            raise PolicyError(f"widths must be a tuple of widths, got {self.widths!r:.80}")
+            raise PolicyError(
+                "widths must be a tuple of widths, such as (4, 8), or a list in a policy file, "
+                f"such as `widths: [4, 8]`, got {self.widths!r:.80}"
+            )
         for bits in self.widths:
             if not is_whole(bits) or not MIN_BITS <= bits <= MAX_KERNEL_BITS:
                 raise BitWidthError(

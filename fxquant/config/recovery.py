@@ -193,7 +193,10 @@ class Reconstruction:
             check_number(self, "max_macs", (1.0, 1e30))
         whole = isinstance(self.ranks, tuple | list) and all(map(is_whole, self.ranks))
         if not whole or not self.ranks or min(self.ranks) < 1:
-            raise PolicyError(f"ranks must be whole numbers >= 1, got {self.ranks!r:.80}")
+            raise PolicyError(
+                "ranks must be a tuple of whole numbers >= 1, such as (16,), or a list in a policy "
+                f"file, such as `ranks: [16]`, got {self.ranks!r:.80}"
+            )
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if self.max_macs is not None and self.scope is not Scope.NETWORK:
             raise PolicyError(

@@ -7,7 +7,7 @@
     class ScaleSearch: ...
 
 accepts ``ScaleSearch(opt_m=True)``, ``dataclasses.replace(search, opt_m=True)`` and
-``search.opt_m``. In ``dataclasses.replace``, which passes every field, the old name wins.
+``search.opt_m``. Both names together are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from fxquant.errors import PolicyError
@@ -40,8 +41,7 @@ def renamed(new_names: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
     def decorate(cls: type[T]) -> type[T]:
         setattr(cls, _TABLE, dict(new_names))
         _accept_old_keywords(cls, new_names)
-        for old, new in new_names.items():
-            setattr(cls, old, _old_attribute(cls, old, new))
+        _accept_old_attributes(cls, new_names)
         return cls
 
     return decorate
@@ -89,11 +89,13 @@ def _accept_old_keywords(cls: type, new_names: Mapping[str, str]) -> None:
 
     @functools.wraps(original)
     def initialize(self: Any, *args: Any, **options: Any) -> None:
-        # dataclasses.replace passes every field under its new name besides the changes.
-        replacing = sys._getframe(1).f_globals.get("__name__") == "dataclasses"
+        caller = sys._getframe(1)
+        replacing = caller.f_globals.get("__name__") == "dataclasses"
+        # The instance that is replaced is a local variable, "obj" before Python 3.13.
+        replaced = caller.f_locals.get("obj", caller.f_locals.get("self")) if replacing else None
         for old in options.keys() & new_names.keys():
             new = new_names[old]
-            if new in options and not replacing:
+            if new in options and not (replacing and _is_copied(options, new, replaced)):
                 raise both_names_error(cls.__name__, old, new)
             warn_renamed(cls.__name__, old, new)
             options[new] = options.pop(old)
@@ -102,9 +104,32 @@ def _accept_old_keywords(cls: type, new_names: Mapping[str, str]) -> None:
     cls.__init__ = initialize  # type: ignore[misc]
 
 
-def _old_attribute(cls: type, old: str, new: str) -> property:
-    def read(self: Any) -> Any:
-        warn_renamed(cls.__name__, old, new)
-        return getattr(self, new)
+def _is_copied(options: Mapping[str, Any], name: str, replaced: Any) -> bool:
+    """Whether ``dataclasses.replace`` copied a field; False where the user named the field.
 
-    return property(read, doc=f"The old name of ``{new}``.")
+    ``replace`` appends the fields that the user did not name, in the order of their definition. A
+    field is also taken as copied where the user named it at the place, and with the value, that it
+    would have as a copy.
+
+    Args:
+        options: keyword arguments that ``replace`` calls the class with.
+        name: name of the field.
+        replaced: the instance that is replaced.
+    """
+    names, defined = list(options), [item.name for item in fields(replaced)]
+    start = names.index(name)
+    return getattr(replaced, name) == options[name] and any(
+        names[i:] == [other for other in defined if other not in names[:i]]
+        for i in range(start + 1)
+    )
+
+
+def _accept_old_attributes(cls: type, new_names: Mapping[str, str]) -> None:
+    # Called for names that an instance does not have, so that dir() does not list old names.
+    def read(self: Any, name: str) -> Any:
+        if name not in new_names:
+            raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
+        warn_renamed(cls.__name__, name, new_names[name])
+        return getattr(self, new_names[name])
+
+    cls.__getattr__ = read  # type: ignore[attr-defined]

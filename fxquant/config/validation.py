@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from enum import StrEnum
 from typing import Any
 
@@ -15,11 +16,14 @@ def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
     """Converts the plain string in a field of a frozen dataclass to its enum.
 
     Raises:
-        UnknownKeyError: the enum has no such value.
+        UnknownKeyError: the enum has no such value; the message names the nearest.
     """
     value = getattr(item, name)
     if not isinstance(value, str) or value not in list(enum):
-        raise UnknownKeyError(f"{name} must be one of {', '.join(enum)}, got {value!r}")
+        # utils/suggest.py has this for higher floors: config imports errors alone.
+        nearest = difflib.get_close_matches(str(value), list(enum), n=1, cutoff=0.5)
+        hint = f"; did you mean {str(nearest[0])!r}?" if nearest else ""
+        raise UnknownKeyError(f"{name} must be one of {', '.join(enum)}, got {value!r}{hint}")
     object.__setattr__(item, name, enum(value))
 
 

@@ -12,6 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from fxquant.demo.glyphs import IMAGE_SIZE, NUM_CLASSES
+from fxquant.utils.files import as_path
 
 _WEIGHTS: Final = Path(__file__).parent / "weights"
 
@@ -63,7 +64,7 @@ def build_untrained(name: str) -> VisionTransformer | SwinTransformer:
     return _BUILDERS[name]()
 
 
-def build(name: str, weights: Path | None = None) -> VisionTransformer | SwinTransformer:
+def build(name: str, weights: str | Path | None = None) -> VisionTransformer | SwinTransformer:
     """Build a demo model with trained weights, in float32 and evaluation mode.
 
     Args:
@@ -74,7 +75,7 @@ def build(name: str, weights: Path | None = None) -> VisionTransformer | SwinTra
         Unmodified timm model from normalised (n, 3, 64, 64) images to (n, 950) logits.
     """
     model = build_untrained(name)
-    path = _WEIGHTS / f"{name}.safetensors" if weights is None else weights
+    path = _WEIGHTS / f"{name}.safetensors" if weights is None else as_path(weights, "weights")
     if not path.is_file():
         raise FileNotFoundError(
             f"the weights {path} are missing; reinstall fxquant, or make them with "

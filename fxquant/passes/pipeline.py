@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxquant.errors import FxQuantError, PassError
 from fxquant.graph.capture import capture
-from fxquant.graph.meta import STAGE
+from fxquant.graph.meta import KEYS, STAGE
 from fxquant.graph.nodes import stage
 from fxquant.graph.verify import verify
 from fxquant.passes.base import Comparison, Note, Pass, PassResult
@@ -76,7 +76,8 @@ class Pipeline:
             phase: phase that the pass's time is added to; None inside a :meth:`phase`.
 
         Raises:
-            PassError: the pass requires another stage than the graph is in, or fails.
+            PassError: the pass requires another stage than the graph is in, or fails; or the
+                callback raises an error or changes the graph.
             VerifyError: the pass broke the graph.
         """
         if phase is not None:
@@ -86,7 +87,7 @@ class Pipeline:
         result = _run(item, self.gm, self.results)
         self.record(name, result)
         if self._on_pass is not None:
-            self._on_pass(name, self.gm)
+            _call_back(self._on_pass, name, self.gm)
         return self.results[name]
 
     def record(self, step: str, result: PassResult) -> None:
@@ -167,6 +168,44 @@ def _run(item: Pass, gm: fx.GraphModule, before: Iterable[str]) -> PassResult:
     gm.recompile()
     verify(gm)
     return result
+
+
+def _call_back(on_pass: OnPass, name: str, gm: fx.GraphModule) -> None:
+    """Calls the user's callback; its errors name the pass, and so does the error for an edit."""
+    before = _state(gm)
+    try:
+        on_pass(name, gm)
+    except Exception as error:  # the user's code may raise anything
+        raise PassError(
+            f"on_pass raised {type(error).__name__} when it was called after {name}: {error}"
+        ) from error
+    if _state(gm) != before:
+        raise PassError(
+            f"on_pass changed the graph when it was called after {name}; it may only read the "
+            "graph. Edit or run a copy (copy.deepcopy(gm)): a run feeds the observers"
+        )
+
+
+def _state(gm: fx.GraphModule) -> tuple[object, ...]:
+    """The graph's nodes, annotations and tensors; of tensors the identity and count of edits."""
+    nodes = [(n.name, n.op, str(n.target), str(n.args), str(n.kwargs)) for n in gm.graph.nodes]
+    owners = (gm, *gm.graph.nodes)
+    annotations = [{key.name: key.get(owner) for key in KEYS} for owner in owners]
+    values = {
+        f"{path}.{name}": value
+        for path, module in gm.named_modules()
+        for name, value in (
+            *vars(module).items(),
+            *module._parameters.items(),
+            *module._buffers.items(),
+        )
+        if isinstance(value, Tensor)
+    }
+    tensors = {
+        name: (id(value), 0 if value.is_inference() else value._version)
+        for name, value in values.items()
+    }
+    return nodes, annotations, tensors
 
 
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass]) -> dict[str, PassResult]:

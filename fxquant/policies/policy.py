@@ -16,6 +16,7 @@ from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.graph.dialect import PRODUCER_NAMES
 from fxquant.graph.edges import Edge, fed_by
 from fxquant.graph.network_ends import is_first_or_last_product
+from fxquant.utils.suggest import did_you_mean
 
 _CHANGED = " (changed)"
 _PARTS = {
@@ -90,7 +91,9 @@ class Rule:
             raise PolicyError(f"path {self.path!r} is not a regular expression: {error}") from error
         if self.fed_by is not None and self.fed_by not in list(PRODUCER_NAMES):
             raise UnknownKeyError(
-                f"fed_by {self.fed_by!r} is unknown; one of {', '.join(sorted(PRODUCER_NAMES))}"
+                f"fed_by {self.fed_by!r} is unknown"
+                f"{did_you_mean(str(self.fed_by), PRODUCER_NAMES)}; one of "
+                f"{', '.join(sorted(PRODUCER_NAMES))}"
             )
 
     def matches(self, edge: Edge) -> bool:

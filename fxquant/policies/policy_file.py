@@ -21,7 +21,7 @@ from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, End, OpKind
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.policies.policy import Policy, Rule
-from fxquant.utils.files import write_text
+from fxquant.utils.files import as_path, write_text
 from fxquant.utils.suggest import did_you_mean
 
 _ENUMS: dict[str, type[StrEnum]] = {
@@ -83,16 +83,18 @@ def resolve(policy: str | Path | Policy | Mapping[str, Any]) -> Policy:
             f"{type(policy).__name__}"
         )
     if Path(policy).suffix in (".yaml", ".yml"):
-        return read_policy(Path(policy))
+        return read_policy(policy)
     return policies.preset(str(policy))
 
 
-def read_policy(path: Path) -> Policy:
+def read_policy(path: str | Path) -> Policy:
     """Reads a YAML policy file.
 
     Raises:
         PolicyError: the file cannot be read or is malformed; the message has the line.
+        PathTypeError: ``path`` is neither text nor a path.
     """
+    path = as_path(path, "path")
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=_Loader)
@@ -148,13 +150,14 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     return {**values, "rules": [_rule_to_dict(rule) for rule in policy.rules]}
 
 
-def write_policy(policy: Policy, path: Path) -> None:
+def write_policy(policy: Policy, path: str | Path) -> None:
     """Writes a YAML policy file that :func:`read_policy` reads back equal.
 
     Raises:
         OutputError: the file cannot be written.
+        PathTypeError: ``path`` is neither text nor a path.
     """
-    write_text(path, to_yaml(policy))
+    write_text(as_path(path, "path"), to_yaml(policy))
 
 
 def to_yaml(policy: Policy) -> str:

@@ -28,7 +28,9 @@ from fxquant.search.metrics import Unit
 from fxquant.search.product_loss import Consumer, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 
-# Exponents in twentieths: every other one first, then the two neighbours of the best.
+# Exponents in twentieths: every other one first, then the two neighbours of the best. The error is
+# not convex in the exponent; the least error of all 21 exponents is on average 0.7 % lower (a test
+# has the measurement).
 _COARSE, _NEIGHBOURS = range(0, 21, 2), (-1, 1)
 # Clipped ranges as shares of the whole range: about as a search of scales would choose afterwards.
 _CLIPPING_SHARES = (1.0, 0.85, 0.7, 0.55)

@@ -10,7 +10,24 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fxquant.errors import OutputError
+from fxquant.errors import OutputError, PathTypeError
+
+
+def as_path(value: object, name: str) -> Path:
+    """The path that an argument names.
+
+    Args:
+        value: text or a path, such as ``pathlib.Path``.
+        name: name of the argument.
+
+    Raises:
+        PathTypeError: the argument is neither text nor a path; it is also a ``TypeError``.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise PathTypeError(
+            f"{name} must be a path as text or pathlib.Path, got {value!r:.80}", got=value
+        )
+    return Path(value)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

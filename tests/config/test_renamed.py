@@ -101,6 +101,49 @@ def test_copies_do_not_warn(
     assert new in inspect.signature(cls).parameters
 
 
+@cases
+def test_both_names_in_replace_are_refused(
+    cls: Any, old: str, new: str, value: Any, fields: dict[str, Any], key: str
+) -> None:
+    message = f"{old} is the old name of {new}, and both are given"
+    for item in (cls(**fields), cls(**fields, **{new: value})):
+        current = getattr(item, new)
+        with pytest.raises(PolicyError, match=message):
+            replace(item, **{new: current, old: value})
+        for changes in ({old: current, new: value}, {old: value, new: value}):
+            if current != value:
+                with pytest.raises(PolicyError, match=message):
+                    replace(item, **changes)
+    if new != "gptq":  # the first field, which replace itself would write at the same place
+        with pytest.raises(PolicyError, match=message):
+            replace(cls(**fields), **{old: value, new: getattr(cls(**fields), new)})
+
+
+@cases
+def test_an_old_name_next_to_other_changes_is_accepted(
+    cls: Any, old: str, new: str, value: Any, fields: dict[str, Any], key: str
+) -> None:
+    first = next(name for name in inspect.signature(cls).parameters if name != new)
+    item = cls(**fields)
+    for changes in ({first: getattr(item, first), old: value}, {old: value, **fields}):
+        with pytest.warns(RenamedOptionWarning, match=f"{old} is now called {new}"):
+            assert replace(item, **changes) == cls(**fields, **{new: value})
+
+
+@cases
+def test_listing_members_does_not_warn(
+    cls: Any, old: str, new: str, value: Any, fields: dict[str, Any], key: str
+) -> None:
+    item = cls(**fields, **{new: value})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        members = dict(inspect.getmembers(item))
+    assert old not in members and members[new] == value
+    assert old not in dir(item) and not hasattr(item, "other")
+    with pytest.raises(AttributeError, match=f"'{cls.__name__}' object has no attribute 'other'"):
+        item.other  # noqa: B018
+
+
 def test_old_names_belong_to_their_class_alone() -> None:
     with pytest.raises(UnknownKeyError, match="unknown key 'work'"):
         policy_from_dict({"rules": RULES, "search": {"work": 1}})

@@ -146,6 +146,25 @@ def test_images_of_another_size_are_explained_at_run_time(
         quantized([1.0])
 
 
+def test_a_model_that_runs_on_images_of_any_size_refuses_another_size_than_compiled_for() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.conv(x).mean((2, 3)))
+
+    model = seeded(Pooled())
+    compiled = fxquant.compile(model, [X])
+    assert model(X[..., :8]).shape == (4, 5)  # no operator of the graph would fail
+    assert [len(compiled(x)) for x in (X[:1], X, torch.cat([X, X]))] == [1, 4, 8]
+    for module in (compiled, compiled.lower("integer")):
+        with pytest.raises(BatchError, match=r"\(B, 3, 16, 16\), got \(4, 3, 16, 8\)") as caught:
+            module(X[..., :8])
+        assert caught.value.expected == (3, 16, 16) and caught.value.got == (4, 3, 16, 8)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

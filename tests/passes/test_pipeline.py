@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,7 +18,8 @@ from fxquant.config.recovery import Compensation
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
-from fxquant.graph.nodes import stage
+from fxquant.graph.dialect import aten
+from fxquant.graph.nodes import get_parameter, stage
 from fxquant.passes import (
     Comparison,
     InsertObservers,
@@ -171,6 +174,71 @@ def test_products_without_a_quantized_form_are_known_by_their_kind() -> None:
     assert [site for site, _ in report.unsupported] == ["bilinear"]
     assert {note.kind for note in report.notes} >= {NoteKind.UNSUPPORTED, NoteKind.FLOAT}
     assert "1 product has no quantized form" in report.summary()
+
+
+def test_an_error_of_the_callback_names_the_pass() -> None:
+    def fails(name: str, gm: fx.GraphModule) -> None:
+        if name == "Freeze":
+            raise KeyError("lost")
+
+    with pytest.raises(
+        PassError, match=r"on_pass raised KeyError .* after Freeze: 'lost'"
+    ) as error:
+        fxquant.compile(linear(), [tokens(8)], "w8a8", on_pass=fails)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def rename_node(gm: fx.GraphModule) -> None:
+    next(iter(gm.graph.nodes)).name = "other"
+
+
+def annotate(gm: fx.GraphModule) -> None:
+    next(iter(gm.graph.find_nodes(op="call_function", target=aten.linear.default))).meta[
+        "quant"
+    ] = {}
+
+
+def change_weight(gm: fx.GraphModule) -> None:
+    with torch.no_grad():
+        next(gm.parameters()).add_(1.0)
+
+
+def replace_weight(gm: fx.GraphModule) -> None:
+    node = next(iter(gm.graph.find_nodes(op="get_attr")))
+    path, _, name = str(node.target).rpartition(".")
+    setattr(gm.get_submodule(path), name, nn.Parameter(get_parameter(gm, node) * 2))
+
+
+def feed_observers(gm: fx.GraphModule) -> None:
+    gm(tokens(2))
+
+
+@pytest.mark.parametrize(
+    "edit", [rename_node, annotate, change_weight, replace_weight, feed_observers]
+)
+def test_a_callback_that_changes_the_graph_is_refused(
+    edit: Callable[[fx.GraphModule], None],
+) -> None:
+    def change(name: str, gm: fx.GraphModule) -> None:
+        if name == "InsertObservers":
+            edit(gm)
+
+    with pytest.raises(PassError, match=r"on_pass changed the graph .* after InsertObservers"):
+        fxquant.compile(linear(), [tokens(8)], "w8a8", on_pass=change)
+
+
+def test_a_callback_may_run_a_copy_and_the_graph_of_quantizers() -> None:
+    outputs = []
+
+    def run(name: str, gm: fx.GraphModule) -> None:
+        runnable = copy.deepcopy(gm) if stage(gm) is Stage.OBSERVED else gm
+        outputs.append(runnable(tokens(2)))
+
+    plain = fxquant.compile(linear(), [tokens(8)], LATE)
+    assert torch.equal(
+        fxquant.compile(linear(), [tokens(8)], LATE, on_pass=run)(tokens(8)), plain(tokens(8))
+    )
+    assert len(outputs) == len(NAMES)
 
 
 def test_a_callback_that_cannot_be_called_is_refused_before_long_work() -> None:

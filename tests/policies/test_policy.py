@@ -334,3 +334,16 @@ def test_a_policy_that_cannot_be_written(tmp_path: Path) -> None:
 def test_values_of_a_wrong_type_are_policy_errors(make: Any, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("allocation:\n  budget: {mean_bits: 4}\n  widths: 4\n", r"`widths: \[4, 8\]`, got 4"),
+        ("reconstruction:\n  ranks: 16\n", r"`ranks: \[16\]`, got 16"),
+    ],
+)
+def test_a_lone_number_in_the_place_of_a_list(tmp_path: Path, options: str, message: str) -> None:
+    path = written(tmp_path, f"{options}rules:\n- spec: {{bits: 8}}\n")
+    with pytest.raises(PolicyError, match=rf"\.yaml:1: .*or a list in a policy file.*{message}"):
+        read_policy(path)

@@ -56,9 +56,14 @@ def lower_to_integer(
         the module or buffer that yields its codes.
 
     Raises:
-        LoweringError: the graph is in another stage; it was to be integer-only and cannot be; or a
-            product has a scale along its summed axis or a quantizer without integer form.
+        LoweringError: a flag is not a boolean; the graph is in another stage; it was to be
+            integer-only and cannot be; or a product has a scale along its summed axis or a
+            quantizer without integer form.
     """
+    if integer_only is not None and not isinstance(integer_only, bool):
+        raise LoweringError(f"integer_only must be true, false or None, got {integer_only!r:.80}")
+    if not isinstance(float_products, bool):
+        raise LoweringError(f"float_products must be true or false, got {float_products!r:.80}")
     current = STAGE.get(gm)
     if current is not Stage.FROZEN:
         stage_name = "none" if current is None else current.name

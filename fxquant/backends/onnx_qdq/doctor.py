@@ -16,6 +16,7 @@ from fxquant.backends.onnx_qdq.packing import packed_type
 from fxquant.backends.onnx_qdq.runtime import Unfused, inspect, make_session, read_model
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
 from fxquant.errors import FileFormatError
+from fxquant.utils.files import as_path
 
 # Batch size, and size of every other open axis, of random inputs.
 _OPEN_SIZE = 2
@@ -88,7 +89,7 @@ class DoctorReport:
         return "\n".join(lines)
 
 
-def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorReport:
+def doctor(path: str | Path, images: NDArray[np.float32] | None = None) -> DoctorReport:
     """Examines a QDQ file, written by fxquant or by any other tool.
 
     Args:
@@ -97,7 +98,9 @@ def doctor(path: Path, images: NDArray[np.float32] | None = None) -> DoctorRepor
 
     Raises:
         FileFormatError: the file is truncated, not ONNX, or does not run on the data.
+        PathTypeError: ``path`` is neither text nor a path.
     """
+    path = as_path(path, "path")
     model = read_model(path)
     fused, unfused = inspect(path)
     nodes = Counter(node.op_type for node in model.graph.node)

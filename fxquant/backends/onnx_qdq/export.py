@@ -30,7 +30,7 @@ from fxquant.backends.onnx_qdq.twin import TwinForm
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import LoweringError
 from fxquant.graph.nodes import stage
-from fxquant.utils.files import write_whole
+from fxquant.utils.files import as_path, write_whole
 from fxquant.utils.quiet import quiet
 
 OPSET, IR_VERSION = 21, 10
@@ -96,7 +96,7 @@ def _count_forms(twins: tuple[TwinForm, ...]) -> str:
 
 
 def export_onnx(
-    gm: fx.GraphModule, image_shape: tuple[int, ...], path: Path, target: str = "auto"
+    gm: fx.GraphModule, image_shape: tuple[int, ...], path: str | Path, target: str = "auto"
 ) -> OnnxExport:
     """Writes the file and checks the results that onnxruntime computes with it.
 
@@ -109,7 +109,9 @@ def export_onnx(
     Raises:
         LoweringError: the graph has no ONNX form, or onnxruntime computes other results.
         OutputError: the file cannot be written.
+        PathTypeError: ``path`` is neither text nor a path.
     """
+    path = as_path(path, "path")
     if stage(gm) is not Stage.FROZEN:
         raise LoweringError(f"export needs a graph in stage FROZEN, got {stage(gm).name}")
     chosen = resolve_target(target)

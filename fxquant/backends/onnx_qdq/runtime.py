@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 
 from fxquant.errors import FileFormatError
+from fxquant.utils.files import as_path
 
 PROVIDERS = ["CPUExecutionProvider"]
 # Kernels that multiply integer codes.
@@ -46,7 +47,7 @@ class Unfused:
 
 
 def make_session(
-    path: Path,
+    path: str | Path,
     threads: int | None = None,
     *,
     optimize: bool = True,
@@ -62,7 +63,9 @@ def make_session(
 
     Raises:
         FileFormatError: onnxruntime cannot load the file.
+        PathTypeError: ``path`` is neither text nor a path.
     """
+    path = as_path(path, "path")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
