@@ -27,6 +27,7 @@ from fxquant.passes import (
     AttachLowRank,
     Compensate,
     CorrectBias,
+    DeferSoftmax,
     Freeze,
     InsertObservers,
     Pipeline,
@@ -95,6 +96,8 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
         with run.phase("reparameterize"):
             ranges = norm_ranges(run.gm, run.track(images, "ranges", len(images)))
             run.apply(Reparameterize(ranges))
+    if recipe.defer_softmax:
+        run.apply(DeferSoftmax(), "capture")
     run.apply(AssignSpecs(recipe.rules), "capture")
     if recipe.allocation is not None:  # a budget that cannot be met is refused before long work
         check_budget(run.preview(InsertObservers()), recipe)

@@ -19,6 +19,7 @@ from fxquant.graph.dialect import op_kind
 from fxquant.graph.liveness import last_readers
 from fxquant.graph.nodes import module_path
 from fxquant.graph.sizes import is_size
+from fxquant.graph.softmax import is_softmax
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _is_complete(stretch: _Stretch) -> bool:
     The attention ends at the first addition behind the softmax.
     """
     nodes = stretch.nodes
-    softmax = next(i for i, node in enumerate(nodes) if _is_softmax(node))
+    softmax = next(i for i, node in enumerate(nodes) if is_softmax(node))
     sums = (i for i in range(softmax, len(nodes)) if nodes[i].target is torch.ops.aten.add.Tensor)
     end = next(sums, len(nodes))
     return any(op_kind(node) is not None for node in nodes[end:])
@@ -163,7 +164,7 @@ def _stretches(data: list[fx.Node]) -> Iterator[_Stretch]:
             readers = sum(
                 not entries.isdisjoint(n.all_input_nodes) for n in nodes if n not in entries
             )
-            yield _Stretch(nodes, any(map(_is_softmax, nodes)), readers > 1)
+            yield _Stretch(nodes, any(map(is_softmax, nodes)), readers > 1)
             start, entry = i + 1, node
 
 
@@ -171,10 +172,6 @@ def _leading_size(node: fx.Node) -> str | None:
     """First size of a value as text, None for a value that is not a tensor."""
     val = node.meta.get("val")
     return str(val.shape[0]) if isinstance(val, Tensor) and val.ndim else None
-
-
-def _is_softmax(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.softmax.int
 
 
 def _block(nodes: tuple[fx.Node, ...], data: list[fx.Node], names: dict[str, int]) -> Block:

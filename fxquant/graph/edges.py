@@ -16,6 +16,7 @@ from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.graph.dialect import OPERANDS, PRODUCERS, aten, elementwise_kind, op_kind
 from fxquant.graph.meta import QUANT_SPECS
 from fxquant.graph.nodes import module_path, operand, skip_data_movement
+from fxquant.graph.softmax import is_deferred_softmax
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def fed_by(edge: Edge) -> str:
         return "image"
     if source.op == "get_attr":
         return "parameter"
+    if is_deferred_softmax(source):
+        return "softmax"
     kind = op_kind(source)
     if kind is not None:
         return str(kind)

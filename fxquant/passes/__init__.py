@@ -16,6 +16,7 @@ from fxquant.passes.canonical.split_projections import SplitProjections
 from fxquant.passes.canonical.to_linear import ToLinear
 from fxquant.passes.compensate import Compensate
 from fxquant.passes.correct_bias import CorrectBias
+from fxquant.passes.defer_softmax import DeferSoftmax
 from fxquant.passes.freeze import Freeze
 from fxquant.passes.insert_observers import InsertObservers
 from fxquant.passes.pipeline import Pipeline, run_passes
@@ -33,6 +34,7 @@ __all__ = [
     "Comparison",
     "Compensate",
     "CorrectBias",
+    "DeferSoftmax",
     "DropNoOps",
     "FoldBatchNorm",
     "FoldConstants",

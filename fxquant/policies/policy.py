@@ -117,6 +117,8 @@ class Policy:
         description: one sentence for ``fxquant policies``.
         search: search of scales by the output error of products; None keeps the scales that the
             observers fitted.
+        defer_softmax: divide softmax by its row sums behind the product that reads it, so that
+            one scale fits every row (:class:`fxquant.passes.DeferSoftmax`).
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
             the norm's weights and those of the linears it feeds (RepQ-ViT, arXiv 2212.08254).
         smooth: shift and scale channels behind norms and of attention values where that lowers the
@@ -135,6 +137,7 @@ class Policy:
     rules: tuple[Rule, ...] = field(default=())
     description: str = ""
     search: ScaleSearch | None = None
+    defer_softmax: bool = False
     reparameterize: bool = False
     smooth: bool = False
     bias_correction: bool = False
@@ -154,6 +157,7 @@ class Policy:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise PolicyError(f"{name} must be {kind.__name__} or None, got {value!r:.80}")
+        check_flag(self, "defer_softmax")
         check_flag(self, "reparameterize")
         check_flag(self, "smooth")
         check_flag(self, "bias_correction")

@@ -27,11 +27,11 @@ from fxquant.graph.nodes import (
 )
 from fxquant.graph.products import Product
 from fxquant.graph.shapes import example_shape
+from fxquant.graph.softmax import SOFTMAX_OPS, is_deferred_division
 from fxquant.utils.notes import Refusal
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _LINEAR = aten.linear.default
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,14 @@ class _Flow:
         readers: readers of the values behind data movement and attention products, each with the
             node that it reads.
         products: the attention products in between, in graph order.
+        divisions: the divisions of deferred softmax (``passes.DeferSoftmax``) by their product.
     """
 
     def __init__(self, source: fx.Node) -> None:
         self.source = source
         self.readers: list[tuple[fx.Node, fx.Node]] = []
         self.products: list[fx.Node] = []
+        self.divisions: dict[fx.Node, fx.Node] = {}
         pending = [source]
         for node in pending:
             for user in data_users(node):
@@ -102,6 +104,9 @@ class _Flow:
                 elif user.target is aten.matmul.default and _averages_rows_of(user, node, source):
                     pending.append(user)
                     self.products.append(user)
+                elif is_deferred_division(user, node):
+                    pending.append(user)
+                    self.divisions[node] = user
                 else:
                     self.readers.append((user, node))
 
@@ -127,7 +132,12 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | Refusal:
             return Refusal(f"its channels do not stay on the last axis on their way to {product}")
         output = example_shape(product)
         memo[product] = channels[..., :1, :].expand(*output[:-2], -1, -1).expand(output)
-        averaged &= _rows_sum_to_one(operand(product, 0))
+        division = flow.divisions.get(product)
+        if division is None:
+            averaged &= rows_sum_to_one(operand(product, 0))
+        else:
+            memo[division] = memo[product]
+            averaged &= len(data_users(product)) == 1
     padded = False
     for reader, node in flow.readers:
         reason = _reader_refusal(gm, reader)
@@ -144,10 +154,10 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | Refusal:
     return Site(source, linears, tuple(flow.products), shiftable)
 
 
-def _rows_sum_to_one(weights: fx.Node) -> bool:
+def rows_sum_to_one(weights: fx.Node) -> bool:
     """Whether rows of a matrix sum to one: its last axis is the axis of a softmax, in order."""
     softmax = skip_data_movement(weights)
-    if softmax.target not in _SOFTMAX or softmax.args[1] not in (-1, rank(softmax) - 1):
+    if softmax.target not in SOFTMAX_OPS or softmax.args[1] not in (-1, rank(softmax) - 1):
         return False
     shape = example_shape(softmax)
     numbers = torch.arange(1.0, shape[-1] + 1)

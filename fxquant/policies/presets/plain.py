@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.config.spec import Granularity, TensorSpec
 from fxquant.config.validation import check_flags
 from fxquant.config.vocabulary import Arg
 from fxquant.policies.policy import Policy, Rule
@@ -12,9 +12,11 @@ from fxquant.policies.presets.shared_rules import elementwise_rules
 def w8a8(*, full: bool = False) -> Policy:
     """Eight bits everywhere, in the layout of integer CPU kernels.
 
-    Weights are symmetric per output channel; activations asymmetric per tensor, their range chosen
-    by least squared error; the right operands of attention products symmetric, since integer
-    kernels treat them as weights; attention probabilities use the full range [0, max].
+    Weights are symmetric per output channel; activations asymmetric per tensor, their range that of
+    all observed values, since outlying channels of pretrained transformers must not be clipped; the
+    right operands of attention products are symmetric, since integer kernels treat them as weights.
+    Softmax is divided behind its product (:class:`fxquant.passes.DeferSoftmax`), unless ``full``,
+    which quantizes softmax as one operation.
 
     Args:
         full: also quantize what norms, softmax, activation functions and additions read, so that
@@ -28,8 +30,8 @@ def w8a8(*, full: bool = False) -> Policy:
     between = ", norms, softmax, GELU and sums" if full else ""
     return Policy(
         name="w8a8_full" if full else "w8a8",
-        description=f"8-bit weights and activations{between} for integer CPU kernels; least "
-        "squared error",
+        description=f"8-bit weights and activations{between} for integer CPU kernels; min-max",
+        defer_softmax=not full,
         rules=(
             *(elementwise_rules() if full else ()),
             Rule(
@@ -39,11 +41,10 @@ def w8a8(*, full: bool = False) -> Policy:
             ),
             Rule(
                 arg=Arg.RHS,
-                spec=TensorSpec(bits=8, symmetric=True, observer=ObserverKind.MSE),
+                spec=TensorSpec(bits=8, symmetric=True),
                 optional=True,
             ),
-            Rule(fed_by="softmax", spec=TensorSpec(bits=8), optional=True),
-            Rule(spec=TensorSpec(bits=8, observer=ObserverKind.MSE)),
+            Rule(spec=TensorSpec(bits=8)),
         ),
     )
 
