@@ -32,6 +32,7 @@ from fxquant.passes import (
     QuantizeBias,
     Reconstruct,
     Reparameterize,
+    RotateResidual,
     SearchScales,
     SmoothWithBias,
 )
@@ -64,9 +65,8 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
 
     Args:
         model: a model in eval mode whose input is a float tensor ``(B, C, H, W)``; not changed.
-        calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
-            DataLoader of these; 32 images are usual. A policy that smooths, reparameterizes,
-            compensates or reconstructs reads the images twice: do not pass a generator then.
+        calib_loader: batches: tensors, ``(images, labels)`` pairs, dicts, or a DataLoader of these;
+            32 images are usual. Pass no generator where ``Policy.reads_images_twice`` is true.
         policy: preset name, Policy, dict, or path of a YAML file.
         loss: returns one number for the outputs and labels (None without labels) of up to four
             images, summed over the images; its gradient weights errors instead of that of the
@@ -89,6 +89,8 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     images = CalibrationImages(calib_loader, twice=recipe.reads_images_twice)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
+    if recipe.rotate:  # before folds of channels, which the rotation would mix
+        run.apply(RotateResidual(), "rotate")
     if recipe.reparameterize:
         with run.phase("reparameterize"):
             ranges = norm_ranges(run.gm, run.track(images, "ranges", len(images)))

@@ -114,6 +114,9 @@ class Policy:
         description: one sentence for ``fxquant policies``.
         search: search of scales by the output error of products; None keeps the scales that the
             observers fitted.
+        rotate: turn residual streams and heads by orthogonal matrices first, folded into the
+            weights around them, which spreads outlying channels over all channels (QuaRot, arXiv
+            2404.00456; ours keeps LayerNorms).
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
             the norm's weights and those of the linears it feeds (RepQ-ViT, arXiv 2212.08254).
         smooth: shift and scale channels behind norms and of attention values where that lowers the
@@ -132,6 +135,7 @@ class Policy:
     rules: tuple[Rule, ...] = field(default=())
     description: str = ""
     search: ScaleSearch | None = None
+    rotate: bool = False
     reparameterize: bool = False
     smooth: bool = False
     bias_correction: bool = False
@@ -151,6 +155,7 @@ class Policy:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise PolicyError(f"{name} must be {kind.__name__} or None, got {value!r:.80}")
+        check_flag(self, "rotate")
         check_flag(self, "reparameterize")
         check_flag(self, "smooth")
         check_flag(self, "bias_correction")
