@@ -32,6 +32,7 @@ from fxquant.passes import (
     QuantizeBias,
     Reconstruct,
     Reparameterize,
+    RotateHeads,
     RotateResidual,
     SearchScales,
     SmoothWithBias,
@@ -89,8 +90,8 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     images = CalibrationImages(calib_loader, twice=recipe.reads_images_twice)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
-    if recipe.rotate:  # before folds of channels, which the rotation would mix
-        run.apply(RotateResidual(), "rotate")
+    for rotation in (RotateResidual(), RotateHeads()) if recipe.rotate else ():
+        run.apply(rotation, "rotate")  # before folds of channels, which a rotation would mix
     if recipe.reparameterize:
         with run.phase("reparameterize"):
             ranges = norm_ranges(run.gm, run.track(images, "ranges", len(images)))
