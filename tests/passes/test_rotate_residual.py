@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +19,7 @@ from fxquant.errors import PassError
 from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.nodes import get_parameter, operand
-from fxquant.passes import PassResult, RotateResidual, run_passes
+from fxquant.passes import PassResult, RotateHeads, RotateResidual, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.rotation.flow import NORMS
 from fxquant.testing import (
@@ -85,6 +88,35 @@ def test_the_function_of_real_networks_stays(family: Family) -> None:
         assert run_passes(turned, [item])["RotateResidual"].changed == changed
         with torch.no_grad():
             assert relative_error(turned(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "heads"),
+    [
+        ("deit_tiny_distilled_patch16_224", 64, {"depth": 1}, 2),
+        ("vit_small_patch14_reg4_dinov2", 56, {"depth": 1}, 2),
+        ("vit_small_patch16_dinov3", 64, {"depth": 1}, 1),  # rotary embedding
+        (
+            "swin_tiny_patch4_window7_224",  # windows are padded: norms keep a bias
+            80,
+            {"embed_dim": 48, "depths": (2, 2), "num_heads": (3, 6)},
+            8,
+        ),
+    ],
+)
+def test_the_function_of_variants_stays(
+    name: str, size: int, options: dict[str, Any], heads: int
+) -> None:
+    family = Family(
+        name, partial(timm.create_model, name, img_size=size, **options), (3, size, size)
+    )
+    model, x = family.model(), torch.randn(1, 3, size, size)
+    gm = canonical(model, torch.randn(2, 3, size, size), seed=False)
+    results = run_passes(gm, [RotateResidual(), RotateHeads()])
+    assert results["RotateResidual"].changed == (2 if "swin" in name else 1)
+    assert results["RotateHeads"].changed == heads
+    with torch.no_grad():
+        assert relative_error(gm(x), model(x)) < 1e-5
 
 
 @settings(max_examples=15)
