@@ -34,6 +34,8 @@ from fxquant.passes import (
     QuantizeBias,
     Reconstruct,
     Reparameterize,
+    RotateHeads,
+    RotateResidual,
     SearchScales,
     SmoothWithBias,
 )
@@ -66,32 +68,30 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
 
     Args:
         model: a model in eval mode whose input is a float tensor ``(B, C, H, W)``; not changed.
-        calib_loader: calibration batches: tensors, ``(images, labels)`` pairs, dicts, or a
-            DataLoader of these; 32 images are usual. A policy that smooths, reparameterizes,
-            compensates or reconstructs reads the images twice: do not pass a generator then.
+        calib_loader: batches: tensors, ``(images, labels)`` pairs, dicts, or a DataLoader of these;
+            32 images are usual. Pass no generator where ``Policy.reads_images_twice`` is true.
         policy: preset name, Policy, dict, or path of a YAML file.
-        loss: returns one number for the outputs and labels (None without labels) of up to four
-            images, summed over the images; its gradient weights errors instead of that of the
-            search's loss. Smoothing and allocation always measure the divergence from float.
+        loss: the sum over up to four images of a loss of outputs and labels (or None); its gradient
+            weights errors. Smoothing and allocation always measure the divergence from float.
         cache: folder for measured losses and trained blocks; an interrupted run continues where it
             stopped, given the same threads, device, and images in the same order.
         progress: show the progress of long steps on stderr.
-        on_pass: called with the name of each pass and the graph after it, which it may only read;
-            ``on_pass=lambda name, gm: print(name, gm.graph)`` prints every graph.
+        on_pass: called with the name of each pass and the graph after it, which it may only read.
 
     Raises:
         CaptureError: the model cannot be captured, or holds nothing to quantize.
         PolicyError: the policy or an option is malformed, or the policy does not fit the model.
         CalibrationError: calibration data or loss cannot be used, or the model gives NaN.
         OutputError: the cache is not a path, or cannot be written.
-        PassError: a pass fails, and the message names the passes that have run; or ``on_pass``
-            cannot be called, raises an error or changes the graph.
+        PassError: a pass fails; or ``on_pass`` cannot be called, raises or changes the graph.
     """
     recipe = resolve(policy)
     _check_arguments(model, recipe, loss, cache, progress, on_pass)
     images = CalibrationImages(calib_loader, twice=recipe.reads_images_twice)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
+    for rotation in (RotateResidual(), RotateHeads()) if recipe.rotate else ():
+        run.apply(rotation, "rotate")  # before folds of channels, which a rotation would mix
     if recipe.reparameterize:
         with run.phase("reparameterize"):
             ranges = norm_ranges(run.gm, run.track(images, "ranges", len(images)))

@@ -30,7 +30,7 @@ FLOORS = {
     4: "search observers",
     5: "graph",
     6: "policies calibration backends",
-    7: "smoothing mixed_precision reconstruction",
+    7: "smoothing rotation mixed_precision reconstruction",
     8: "passes compiled",
     9: "compiler testing demo",
     10: "__init__ cli model",
@@ -41,6 +41,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split(
 NEVER = {
     "backends": ("search", "observers"),
     "smoothing": ("backends",),
+    "rotation": ("backends",),
     "mixed_precision": ("backends",),
     "reconstruction": ("backends",),
     "passes": ("backends",),

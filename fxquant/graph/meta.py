@@ -55,6 +55,10 @@ which puts them in the report."""
 SMOOTHED: MetaKey[bool] = MetaKey("smoothed")
 """Whether ``SmoothWithBias`` has run, which reads and writes it: a second run changes nothing."""
 
+ROTATED: MetaKey[frozenset[str]] = MetaKey("rotated")
+"""Class names of the passes that have rotated the graph. ``RotateResidual`` and ``RotateHeads``
+read and write the key: a second run changes nothing."""
+
 RECONSTRUCTED: MetaKey[bool] = MetaKey("reconstructed")
 """Whether ``Reconstruct`` has run, which reads and writes it: a second run changes nothing."""
 
@@ -100,6 +104,7 @@ KEYS: tuple[MetaKey[Any], ...] = (
     STAGE,
     HOOKED_MODULES,
     SMOOTHED,
+    ROTATED,
     RECONSTRUCTED,
     CODE_NAMES,
     FLOAT_BECAUSE,

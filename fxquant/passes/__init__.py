@@ -23,6 +23,8 @@ from fxquant.passes.pipeline import Pipeline, run_passes
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.reconstruct import Reconstruct
 from fxquant.passes.reparameterize import Reparameterize
+from fxquant.passes.rotate_heads import RotateHeads
+from fxquant.passes.rotate_residual import RotateResidual
 from fxquant.passes.search_scales import SearchScales
 from fxquant.passes.smooth_with_bias import SmoothWithBias
 
@@ -51,6 +53,8 @@ __all__ = [
     "Reconstruct",
     "Refusal",
     "Reparameterize",
+    "RotateHeads",
+    "RotateResidual",
     "ScaleAfterMatmul",
     "SearchScales",
     "SmoothWithBias",

@@ -83,5 +83,6 @@ def _defer(gm: fx.GraphModule, softmax: fx.Node, products: list[fx.Node]) -> Non
             total = emit(gm, aten.sum.dim_IntList, product.args[0], [-1], True, like=softmax)
         with gm.graph.inserting_after(product):
             quotient = emit(gm, aten.div.Tensor, product, total, like=softmax)
-        product.replace_all_uses_with(quotient, lambda user, new=quotient: user is not new)
+        product.replace_all_uses_with(quotient)
+        quotient.replace_input_with(quotient, product)
     gm.graph.erase_node(softmax)

@@ -117,6 +117,9 @@ class Policy:
         description: one sentence for ``fxquant policies``.
         search: search of scales by the output error of products; None keeps the scales that the
             observers fitted.
+        rotate: turn residual streams and heads by orthogonal matrices first, folded into the
+            weights around them, which spreads outlying channels over all channels (QuaRot, arXiv
+            2404.00456; ours keeps LayerNorms).
         defer_softmax: divide softmax by its row sums behind the product that reads it, so that
             one scale fits every row (:class:`fxquant.passes.DeferSoftmax`).
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
@@ -137,6 +140,7 @@ class Policy:
     rules: tuple[Rule, ...] = field(default=())
     description: str = ""
     search: ScaleSearch | None = None
+    rotate: bool = False
     defer_softmax: bool = False
     reparameterize: bool = False
     smooth: bool = False
@@ -157,6 +161,7 @@ class Policy:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise PolicyError(f"{name} must be {kind.__name__} or None, got {value!r:.80}")
+        check_flag(self, "rotate")
         check_flag(self, "defer_softmax")
         check_flag(self, "reparameterize")
         check_flag(self, "smooth")

@@ -128,7 +128,7 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """Plain values of a policy, without values at their default."""
     values: dict[str, Any] = {"name": policy.name, "description": policy.description}
-    for flag in ("defer_softmax", "reparameterize", "smooth", "bias_correction"):
+    for flag in ("rotate", "defer_softmax", "reparameterize", "smooth", "bias_correction"):
         if getattr(policy, flag):
             values[flag] = True
     if policy.search is not None:  # the metric is always written, for readers

@@ -96,6 +96,7 @@ policy_values = st.builds(
     description=texts,
     rules=st.lists(rules, min_size=1, max_size=4).map(tuple),
     search=st.none() | searches,
+    rotate=st.booleans(),
     reparameterize=st.booleans(),
     bias_correction=st.booleans(),
     allocation=st.none() | allocations,

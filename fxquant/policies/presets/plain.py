@@ -54,19 +54,23 @@ def w8a8_full() -> Policy:
     return w8a8(full=True)
 
 
-def minmax(weight_bits: int = 8, act_bits: int = 8) -> Policy:
+def minmax(weight_bits: int = 8, act_bits: int = 8, *, rotate: bool = False) -> Policy:
     """Min-max baseline: ranges are the smallest and largest values observed.
 
     Args:
         weight_bits: width of all weights, symmetric per output channel.
         act_bits: width of all activations, asymmetric per tensor.
+        rotate: turn residual streams and heads first; see :class:`Policy`.
 
     Raises:
         BitWidthError: a width is outside 2..16.
+        PolicyError: ``rotate`` is not a boolean.
     """
+    check_flags(rotate=rotate)
     return Policy(
-        name=f"minmax_w{weight_bits}a{act_bits}",
+        name=f"minmax_w{weight_bits}a{act_bits}{'_rotated' if rotate else ''}",
         description="plain min-max ranges at any width: the baseline to compare with",
+        rotate=rotate,
         rules=(
             Rule(
                 arg=Arg.WEIGHT,

@@ -43,6 +43,7 @@ def ptq4vit(
     image_bits: int = 8,
     twin: bool = True,
     search: ScaleSearch = ScaleSearch(),  # noqa: B008  frozen
+    rotate: bool = False,
     reparameterize: bool = False,
     bias_correction: bool = False,
 ) -> Policy:
@@ -59,6 +60,7 @@ def ptq4vit(
         image_bits: width of the images that the first layer reads.
         twin: use twin uniform quantizers behind softmax, GELU, SiLU and hard-swish.
         search: metric, grid and rounds of the search of scales.
+        rotate: turn residual streams and heads first; see :class:`Policy`.
         reparameterize: move channels behind LayerNorms onto one range; see :class:`Policy`.
         bias_correction: correct biases for the rounding of weights; see :class:`Policy`.
 
@@ -67,7 +69,9 @@ def ptq4vit(
             not support: turn them off with ``twin=False``.
         PolicyError: ``search`` is not a ScaleSearch, or a flag not a boolean.
     """
-    check_flags(twin=twin, reparameterize=reparameterize, bias_correction=bias_correction)
+    check_flags(
+        twin=twin, rotate=rotate, reparameterize=reparameterize, bias_correction=bias_correction
+    )
     if not isinstance(search, ScaleSearch):
         raise PolicyError(
             f"search must be a ScaleSearch, such as ScaleSearch(rounds=1), got {search!r:.80}"
@@ -79,7 +83,12 @@ def ptq4vit(
             Rule(fed_by=name, spec=spec, optional=True)
             for name in ("softmax", "gelu", "silu", "hardswish")
         )
-    options = {"_uniform": not twin, "_repq": reparameterize, "_bias": bias_correction}
+    options = {
+        "_uniform": not twin,
+        "_rotated": rotate,
+        "_repq": reparameterize,
+        "_bias": bias_correction,
+    }
     suffixes = "".join(suffix for suffix, on in options.items() if on)
     if search != ScaleSearch():
         suffixes += f"_{search.metric}"
@@ -88,6 +97,7 @@ def ptq4vit(
         name=f"ptq4vit_w{weight_bits}a{act_bits}{suffixes}",
         description=f"PTQ4ViT: {kind} quantizers; scales by output error ({search.metric})",
         search=search,
+        rotate=rotate,
         reparameterize=reparameterize,
         bias_correction=bias_correction,
         rules=(*twins, *searched_rules(weight_bits, act_bits, image_bits)),
