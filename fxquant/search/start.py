@@ -19,8 +19,8 @@ from fxquant.quantizers import (
     UniformQuantizer,
     entry_for,
 )
+from fxquant.search.candidate_rows import SearchedRows
 from fxquant.search.metrics import Unit, unit_shape
-from fxquant.search.one_sided import SearchedOneSided
 from fxquant.search.product_loss import ProductSample
 from fxquant.search.region_ratio import SearchedRegionRatio
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
@@ -89,13 +89,14 @@ def _twin(quantizer: TwinUniformQuantizer, site: SearchSite) -> Searched:
     return search_class(quantizer, site.spec, site.search, site.values)
 
 
-def _one_sided(quantizer: Quantizer, site: SearchSite) -> SearchedOneSided:
-    return SearchedOneSided(quantizer, site.spec, site.search, float(site.values.max()))
+def search_rows(quantizer: Quantizer, site: SearchSite) -> SearchedRows:
+    """The search of any scheme whose family has candidates."""
+    return SearchedRows(quantizer, site.spec, site.search, site.values)
 
 
 SEARCHES: dict[type[Quantizer], Callable[[Any, SearchSite], Searched | Refusal]] = {
     UniformQuantizer: _uniform,
     TwinUniformQuantizer: _twin,
-    DynamicFocusingQuantizer: _one_sided,
-    LogQuantizer: _one_sided,
+    DynamicFocusingQuantizer: search_rows,
+    LogQuantizer: search_rows,
 }
