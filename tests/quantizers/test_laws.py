@@ -20,7 +20,7 @@ every_scheme = pytest.mark.parametrize("scheme", CASES)
 
 
 def drawn(data: st.DataObject, scheme: Scheme) -> Case[Quantizer]:
-    return data.draw(CASES[scheme])
+    return data.draw(CASES[scheme].cases)
 
 
 def test_every_scheme_has_a_family_and_cases() -> None:
@@ -87,7 +87,7 @@ def test_the_code_of_zero_stands_for_zero(scheme: Scheme, data: st.DataObject) -
         assert bool((quantizer.dequantize(along.expand_as(case.x)) == 0).all())
         assert torch.equal(quantizer.quantize(torch.zeros_like(case.x)), along.expand_as(case.x))
     else:
-        assert FAMILIES[scheme].quantizer.type_name == "dynamic_focusing"
+        assert not CASES[scheme].always_has_zero
 
 
 @every_scheme
@@ -118,7 +118,8 @@ def test_broken_numbers_have_a_fault(scheme: Scheme, data: st.DataObject) -> Non
 def test_candidates_reach_their_share_of_the_range(scheme: Scheme) -> None:
     candidates = FAMILIES[scheme].candidates
     assert candidates is not None
-    rows = candidates(0.0, 3.0, TensorSpec(bits=4, scheme=scheme), (0.5, 1.0))
+    spec = TensorSpec(bits=min(4, scheme.limits.max_bits), scheme=scheme)
+    rows = candidates(0.0, 3.0, spec, (0.5, 1.0))
     tops = [float(q(torch.tensor(1e6))) for row in rows for q in row]
     assert all(type(q) is FAMILIES[scheme].quantizer for row in rows for q in row)
     assert max(tops) == pytest.approx(3.0) and min(tops) == pytest.approx(1.5, rel=0.6)
@@ -134,23 +135,21 @@ def test_training_starts_at_the_quantizer(scheme: Scheme, data: st.DataObject) -
     assert torch.equal(fitted(case.x), case.quantizer(case.x))
 
 
-def test_every_label() -> None:
+@every_scheme
+def test_every_label(scheme: Scheme) -> None:
+    bits, row = min(8, scheme.limits.max_bits), CASES[scheme]
     labels = {
-        (scheme, symmetric): FAMILIES[scheme].label(TensorSpec(scheme=scheme, symmetric=symmetric))
-        for scheme in Scheme
+        symmetric: FAMILIES[scheme].label(TensorSpec(scheme=scheme, bits=bits, symmetric=symmetric))
         for symmetric in (False, True)
         if scheme.limits.is_general or not symmetric
     }
-    assert labels == {
-        (Scheme.UNIFORM, False): "asym",
-        (Scheme.UNIFORM, True): "sym",
-        (Scheme.POWER_OF_TWO, False): "asym 2^n",
-        (Scheme.POWER_OF_TWO, True): "sym 2^n",
-        (Scheme.TWIN_UNIFORM, False): "twin",
-        (Scheme.DYNAMIC_FOCUSING, False): "focus",
-        (Scheme.LOG2, False): "log2",
-        (Scheme.ADALOG, False): "adalog",
-    }
+    expected = {False: row.label, True: row.symmetric_label}
+    assert labels == {key: label for key, label in expected.items() if label is not None}
+
+
+def test_labels_differ() -> None:
+    labels = [(row.label, row.symmetric_label) for row in CASES.values()]
+    assert len(set(labels)) == len(labels)
 
 
 @pytest.mark.parametrize("scheme", [Scheme.LOG2, Scheme.ADALOG])
