@@ -57,7 +57,9 @@ def start_search(quantizer: Quantizer, site: SearchSite) -> Searched | Refusal:
     """The search of a quantizer, or a sentence on why it has none."""
     start = entry_for(SEARCHES, quantizer)
     if start is None:
-        return Refusal(f"{_REFUSAL_PREFIX}no search for {type(quantizer).__name__}")
+        return Refusal(
+            f"{_REFUSAL_PREFIX}no search for {type(quantizer).__name__} (scheme {site.spec.scheme})"
+        )
     return start(quantizer, site)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant.config.spec import Scheme, TensorSpec
-from fxquant.quantizers import FAMILIES, LogQuantizer, Quantizer, from_config
+from fxquant.errors import CalibrationError
+from fxquant.quantizers import (
+    FAMILIES,
+    DynamicFocusingQuantizer,
+    LogQuantizer,
+    PowerOfTwoQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+    from_config,
+)
 from fxquant.quantizers.candidates import ADALOG_OCTAVES
 from fxquant.quantizers.ops import broadcast
 from tests.helpers.quantizer_cases import CASES, Case
@@ -112,6 +123,28 @@ def test_broken_numbers_have_a_fault(scheme: Scheme, data: st.DataObject) -> Non
         broken = copy.deepcopy(quantizer)
         broken.scale.view(-1)[0] = wrong
         assert "not positive and finite" in (broken.fault() or "")
+
+
+ONE = torch.ones(())
+BROKEN: list[Callable[[], Quantizer]] = [
+    lambda: UniformQuantizer(-ONE, ONE, bits=4, signed=False, axis=None),
+    lambda: UniformQuantizer(ONE, ONE, bits=4, signed=False, axis=0),
+    lambda: PowerOfTwoQuantizer(3 * ONE, 0 * ONE, bits=4, signed=True, axis=None),
+    lambda: TwinUniformQuantizer(ONE, shift=0, bits=4, two_sided=False),
+    lambda: DynamicFocusingQuantizer(ONE, start=241, bits=4),
+    lambda: DynamicFocusingQuantizer(-ONE, start=1, bits=4),
+    lambda: LogQuantizer(ONE, bits=4, n=2, d=2),
+]
+
+
+@pytest.mark.parametrize("make", BROKEN)
+def test_a_traceback_can_show_a_quantizer_whose_constructor_raised(
+    make: Callable[[], Quantizer],
+) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        make()
+    quantizer = caught.traceback[-1].frame.f_locals["self"]
+    assert "bits=4" in repr(quantizer)
 
 
 @pytest.mark.parametrize("scheme", [s for s in CASES if FAMILIES[s].candidates is not None])
