@@ -48,10 +48,11 @@ class Family:
         fit: maps ``(lo, hi, spec, axis)`` to the quantizer that covers ``[lo, hi]``; the ends are
             tensors ``()``, or ``(C,)`` with an axis, and the quantizer is on the device of ``lo``.
         candidates: maps ``(lo, hi, spec, shares)`` to rows of quantizers for values in
-            ``[lo, hi]``, from which fits on histograms and scale searches choose. None where each
-            scale is searched on its own, by the parameters of :class:`UniformQuantizer`.
+            ``[lo, hi]``, from which fits on histograms and scale searches choose. Each has one
+            scale for the tensor; quantizers with an axis are made by ``fit`` alone. None where
+            each scale is searched on its own, by the parameters of :class:`UniformQuantizer`.
         trained: maps ``(quantizer, drop)`` to the form of the quantizer under training; None where
-            quantizers of the scheme are not trained.
+            scales of the scheme are not trained, and the report says so.
     """
 
     quantizer: type[Quantizer]
@@ -114,8 +115,13 @@ def entry_for(table: Mapping[type[Quantizer], Entry], quantizer: Quantizer) -> E
     return next((table[kind] for kind in type(quantizer).__mro__ if kind in table), None)
 
 
+def has_uniform_grid(spec: TensorSpec) -> bool:
+    """Whether quantizers of a spec are uniform, so that :func:`uniform_class` has their class."""
+    return issubclass(FAMILIES[spec.scheme].quantizer, UniformQuantizer)
+
+
 def uniform_class(spec: TensorSpec) -> type[UniformQuantizer]:
-    """The quantizer class of a spec with a uniform scheme (:attr:`Scheme.is_general`)."""
+    """The quantizer class of a spec that :func:`has_uniform_grid`."""
     quantizer = FAMILIES[spec.scheme].quantizer
     assert issubclass(quantizer, UniformQuantizer), f"{spec.scheme} has no uniform grid"
     return quantizer

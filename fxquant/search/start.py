@@ -91,8 +91,10 @@ def _twin(quantizer: TwinUniformQuantizer, site: SearchSite) -> Searched:
     return search_class(quantizer, site.spec, site.search, site.values)
 
 
-def search_rows(quantizer: Quantizer, site: SearchSite) -> SearchedRows:
-    """The search of any scheme whose family has candidates."""
+def search_rows(quantizer: Quantizer, site: SearchSite) -> SearchedRows | Refusal:
+    """The search of any scheme whose family has candidates, which have one scale for the tensor."""
+    if quantizer.scale_axis is not None:
+        return Refusal(f"{_REFUSAL_PREFIX}scheme {site.spec.scheme} is searched per tensor alone")
     return SearchedRows(quantizer, site.spec, site.search, site.values)
 
 

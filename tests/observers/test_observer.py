@@ -22,7 +22,7 @@ from fxquant.observers.observer import (
     make_observer,
 )
 from fxquant.observers.ranges import value_range
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import FAMILIES, UniformQuantizer
 
 KINDS = list(ObserverKind)
 # One kind is for what a softmax reads, and leaves most of other values out.
@@ -86,6 +86,14 @@ def test_one_histogram_fits_every_spec(
     pairs = zip(fitted.buffers(), expected.buffers(), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
     assert kept.fit().bits == 8
+
+
+def test_candidates_are_not_for_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, values = TensorSpec(observer=ObserverKind.MSE), torch.arange(24.0).view(8, 3)
+    plain = observed(spec, values, axis=-1).fit()
+    family = replace(FAMILIES[spec.scheme], candidates=lambda *_: [])
+    monkeypatch.setitem(FAMILIES, spec.scheme, family)
+    assert torch.equal(observed(spec, values, axis=-1).fit().scale, plain.scale)
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 8), symmetric=st.booleans())

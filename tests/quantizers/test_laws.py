@@ -174,10 +174,17 @@ def test_every_label(scheme: Scheme) -> None:
     labels = {
         symmetric: FAMILIES[scheme].label(TensorSpec(scheme=scheme, bits=bits, symmetric=symmetric))
         for symmetric in (False, True)
-        if scheme.limits.is_general or not symmetric
+        if scheme.limits.allows_symmetric or not symmetric
     }
     expected = {False: row.label, True: row.symmetric_label}
     assert labels == {key: label for key, label in expected.items() if label is not None}
+
+
+@every_scheme
+def test_schemes_for_weights_are_uniform(scheme: Scheme) -> None:
+    """Training, GPTQ and the integer products rely on it."""
+    uniform = issubclass(FAMILIES[scheme].quantizer, UniformQuantizer)
+    assert uniform or not scheme.limits.allows_weights
 
 
 def test_labels_differ() -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.config.scale_search import Metric, ScaleSearch
-from fxquant.config.spec import Scheme, TensorSpec
-from fxquant.quantizers import FAMILIES, Quantizer, TwinUniformQuantizer
+from fxquant.config.spec import Granularity, Scheme, TensorSpec
+from fxquant.quantizers import FAMILIES, Quantizer, TwinUniformQuantizer, UniformQuantizer
 from fxquant.quantizers.candidates import twin_candidates
 from fxquant.search.candidate_rows import SearchedRows
 from fxquant.search.product_loss import Consumer, ProductSample
 from fxquant.search.start import SEARCHES, SearchSite, search_rows, start_search
+from fxquant.utils.notes import Refusal
 
 SEARCH = ScaleSearch(metric=Metric.MSE, stride=1, candidates=8)
 ONE_SIDED = [s for s in Scheme if s.limits.is_one_sided]
@@ -53,6 +54,17 @@ def test_candidates_of_one_sided_schemes_depend_on_the_largest_value_alone(
         for least in (0.0, lo)
     ]
     assert forms[0] == forms[1]
+
+
+def test_quantizers_with_an_axis_are_not_searched_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: dict[type[Quantizer], Any] = {UniformQuantizer: search_rows}
+    monkeypatch.setattr("fxquant.search.start.SEARCHES", searches)
+    spec, ends = TensorSpec(granularity=Granularity.CHANNEL), torch.ones(3)
+    refusal = start_search(FAMILIES[spec.scheme].fit(-ends, ends, spec, -1), site(ends[None], spec))
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == (
+        "its scale was not searched: scheme uniform is searched per tensor alone"
+    )
 
 
 def test_a_two_sided_grid_is_searched_over_its_negative_values_too(
