@@ -1,8 +1,9 @@
 """Table of families: a row for each scheme, with all that is specific to it and needs torch.
 
-A new scheme is a row here, a member of :class:`fxquant.config.spec.Scheme` with its limits, a
-quantizer class, and a row in the table of lowerings of each backend that runs it. The limits say
-for which specs and edges a scheme is, without torch.
+A new scheme is a row here, a member of :class:`fxquant.config.spec.Scheme` with its limits, and a
+quantizer class. Scale searches and backends have tables by class, in which a class without a row
+has the row of its nearest base class; a class with a new kind of grid needs a row there. The limits
+say for which specs and edges a scheme is, without torch.
 """
 
 from __future__ import annotations
