@@ -98,14 +98,15 @@ def lowering_of(
     lowering = entry_for(lowerings, quantizer)
     if lowering is None:
         schemes = [
-            scheme
-            for scheme, family in FAMILIES.items()
+            name
+            for name, family in FAMILIES.items()
             if not lowerings.keys().isdisjoint(family.quantizer.__mro__)
         ]
+        scheme = "" if edge.spec is None else f" (scheme {edge.spec.scheme})"
         raise LoweringError(
-            f"{edge.name} ({edge.path}): {backend} has no form of {type(quantizer).__name__}; it "
-            f"has one of schemes {', '.join(schemes)}: give the edge one of these, keep it float "
-            "(spec: null), or lower the model to another backend",
+            f"{edge.name} ({edge.path}): {backend} has no form of {type(quantizer).__name__}"
+            f"{scheme}; it has one of schemes {', '.join(schemes)}: give the edge one of these, "
+            "keep it float (spec: null), or lower the model to another backend",
             edge=edge.name,
             got=type(quantizer).__name__,
         )

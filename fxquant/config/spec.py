@@ -45,29 +45,42 @@ class Scheme(StrEnum):
 class SchemeLimits:
     """The specs and edges that a scheme is for.
 
+    Without a flag a scheme is asymmetric, per tensor, and for the activations that a product reads.
+
     Attributes:
-        is_general: for every edge, weights and inputs of norms or additions among them, symmetric
-            or not, per tensor, channel or head; other schemes are asymmetric, per tensor, and for
-            the activations that a product reads.
+        allows_symmetric: symmetric specs too.
+        allows_finer: a scale for each channel or head too.
+        allows_weights: weights too; the class of its quantizers derives from ``UniformQuantizer``.
+        allows_elementwise: inputs of norms, softmax, activation functions and additions too.
         is_one_sided: without codes for values below zero.
         has_regions: of two regions of different step, so that ``max_shift`` bounds their ratio and
             OPT-m searches it.
         max_bits: largest bit-width.
     """
 
-    is_general: bool = False
+    allows_symmetric: bool = False
+    allows_finer: bool = False
+    allows_weights: bool = False
+    allows_elementwise: bool = False
     is_one_sided: bool = False
     has_regions: bool = False
     max_bits: int = MAX_KERNEL_BITS
 
 
+_EVERY_SPEC_AND_EDGE = SchemeLimits(
+    allows_symmetric=True,
+    allows_finer=True,
+    allows_weights=True,
+    allows_elementwise=True,
+    max_bits=MAX_BITS,
+)
 _LIMITS = {
-    Scheme.UNIFORM: SchemeLimits(is_general=True, max_bits=MAX_BITS),
+    Scheme.UNIFORM: _EVERY_SPEC_AND_EDGE,
     Scheme.TWIN_UNIFORM: SchemeLimits(has_regions=True),
     Scheme.DYNAMIC_FOCUSING: SchemeLimits(is_one_sided=True),
     Scheme.LOG2: SchemeLimits(is_one_sided=True),
     Scheme.ADALOG: SchemeLimits(is_one_sided=True),
-    Scheme.POWER_OF_TWO: SchemeLimits(is_general=True, max_bits=MAX_BITS),
+    Scheme.POWER_OF_TWO: _EVERY_SPEC_AND_EDGE,
 }
 
 
@@ -145,8 +158,7 @@ class TensorSpec:
             )
         self._check_percentile()
         self._check_shift()
-        if not self.scheme.limits.is_general:
-            self._check_special_scheme()
+        self._check_limits()
 
     def _check_percentile(self) -> None:
         if self.percentile is None:
@@ -171,19 +183,28 @@ class TensorSpec:
         if not 1 <= shift <= MAX_SHIFT:
             raise PolicyError(f"max_shift must be in 1..{MAX_SHIFT}, got {shift}")
 
-    def _check_special_scheme(self) -> None:
-        if self.bits > self.scheme.limits.max_bits:
+    def _check_limits(self) -> None:
+        limits = self.scheme.limits
+        if self.bits > limits.max_bits:
             raise BitWidthError(
-                f"scheme {self.scheme} takes {MIN_BITS} to {self.scheme.limits.max_bits} bits, got "
-                f"{self.bits}",
+                f"scheme {self.scheme} takes {MIN_BITS} to {limits.max_bits} bits, got {self.bits}",
                 got=self.bits,
-                expected=f"{MIN_BITS}..{self.scheme.limits.max_bits}",
+                expected=f"{MIN_BITS}..{limits.max_bits}",
             )
-        if self.symmetric or self.granularity is not Granularity.TENSOR:
+        wrongly_symmetric = self.symmetric and not limits.allows_symmetric
+        is_finer = self.granularity is not Granularity.TENSOR
+        if not wrongly_symmetric and not (is_finer and not limits.allows_finer):
+            return
+        if not (limits.allows_symmetric or limits.allows_finer):
             raise PolicyError(
                 f"scheme {self.scheme} is neither symmetric nor finer than per tensor: leave out "
                 "`symmetric` and `granularity`"
             )
+        if limits.allows_finer:
+            raise PolicyError(f"scheme {self.scheme} is not symmetric: leave out `symmetric`")
+        raise PolicyError(
+            f"scheme {self.scheme} is not finer than per tensor: leave out `granularity`"
+        )
 
     @property
     def code_range(self) -> tuple[int, int]:

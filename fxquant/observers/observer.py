@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxquant.config.spec import ObserverKind, TensorSpec
 from fxquant.errors import CalibrationError, NonFiniteError
 from fxquant.observers.ranges import GRID, bin_centres, mse_range, percentile_range
-from fxquant.quantizers import FAMILIES, Quantizer
+from fxquant.quantizers import FAMILIES, Quantizer, has_uniform_grid
 
 # Bins of a histogram: a power of two, so that a doubled range merges whole pairs of bins.
 BINS = 4096
@@ -200,14 +200,14 @@ class HistogramObserver(Observer):
         if spec.observer is ObserverKind.PERCENTILE:
             share = _DEFAULT_PERCENTILE if spec.percentile is None else spec.percentile
             return percentile_range(self.counts, self.limit, lo, hi, share)
-        if spec.observer is ObserverKind.MINMAX or not spec.scheme.limits.is_general:
+        if spec.observer is ObserverKind.MINMAX or not has_uniform_grid(spec):
             return lo, hi
         return mse_range(self.counts, self.limit, lo, hi, spec)
 
     def _fit(self, lo: Tensor, hi: Tensor, spec: TensorSpec) -> Quantizer:
         """Fits the candidate of least squared error, or the range for specs of other fits."""
         candidates = FAMILIES[spec.scheme].candidates
-        if candidates is None or spec.observer is not ObserverKind.MSE:
+        if candidates is None or spec.observer is not ObserverKind.MSE or lo.ndim:
             return super()._fit(lo, hi, spec)
         rows = candidates(float(lo), float(hi), spec, GRID)
         return self.best([quantizer.to(lo.device) for row in rows for quantizer in row])

@@ -59,16 +59,16 @@ def _check_scheme(edge: Edge, scheme: Scheme, hit: int) -> None:
     Raises:
         PolicyError: the scheme is for other edges.
     """
-    if scheme.limits.is_general:
-        return
     if edge.arg is Arg.WEIGHT:
+        if scheme.limits.allows_weights:
+            return
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives a weight scheme {scheme}, which is for "
             "activations; add a rule with `arg: weight` before this rule, or `fed_by` to this rule",
             edge=edge.name,
             got=scheme,
         )
-    if not edge.kind.is_product:
+    if not edge.kind.is_product and not scheme.limits.allows_elementwise:
         raise PolicyError(
             f"{edge.name}: rule {hit + 1} gives the input of {edge.kind} scheme {scheme}, "
             "which is for inputs of products; use scheme uniform",

@@ -8,6 +8,7 @@ from fxquant.quantizers.families import (
     Family,
     entry_for,
     from_config,
+    has_uniform_grid,
     uniform_class,
 )
 from fxquant.quantizers.log import LogQuantizer
@@ -30,6 +31,7 @@ __all__ = [
     "covering_shift",
     "entry_for",
     "from_config",
+    "has_uniform_grid",
     "largest_start",
     "uniform_class",
 ]

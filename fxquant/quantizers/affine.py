@@ -33,6 +33,11 @@ class AffineQuantizer(Quantizer):
             CalibrationError: the parameters break an invariant.
         """
         super().__init__()
+        self._bits, self.signed, self.axis = bits, signed, axis
+        self.qmin = -(1 << (bits - 1)) if signed else 0
+        self.qmax = self.qmin + (1 << bits) - 1
+        self.register_buffer("scale", scale.detach().float().contiguous())
+        self.register_buffer("zero_point", zero_point.detach().float().contiguous())
         if scale.shape != zero_point.shape or (scale.ndim == 0) != (axis is None):
             raise CalibrationError(
                 f"scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)} and axis "
@@ -40,11 +45,6 @@ class AffineQuantizer(Quantizer):
             )
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise CalibrationError("a scale is not finite and positive")
-        self._bits, self.signed, self.axis = bits, signed, axis
-        self.qmin = -(1 << (bits - 1)) if signed else 0
-        self.qmax = self.qmin + (1 << bits) - 1
-        self.register_buffer("scale", scale.detach().float().contiguous())
-        self.register_buffer("zero_point", zero_point.detach().float().contiguous())
 
     @property
     def bits(self) -> int:

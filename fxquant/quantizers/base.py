@@ -14,7 +14,8 @@ class Quantizer(nn.Module, ABC):
 
     Laws, tested for every family and every bit-width: codes lie in ``code_range``;
     ``forward(x) == dequantize(quantize(x))``; ``forward`` is idempotent and monotone; the buffers
-    and ``config()`` together hold the whole state.
+    and ``config()`` together hold the whole state. A constructor sets what ``extra_repr`` shows
+    before it checks arguments, so that a traceback can print the quantizer.
     """
 
     # Name of the class in saved models.

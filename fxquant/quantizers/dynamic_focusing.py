@@ -39,13 +39,13 @@ class DynamicFocusingQuantizer(AffineQuantizer):
             CalibrationError: the scale is not finite and positive, or the interval begins below
                 zero or ends beyond the codes of 8 bits.
         """
+        zero_point = torch.full_like(scale, -float(start))
+        super().__init__(scale, zero_point, bits=bits, signed=False, axis=None)
         if not 0 <= start <= largest_start(bits):
             raise CalibrationError(
                 f"an interval of {bits}-bit codes starts 0 to {largest_start(bits)} steps above "
                 f"zero, got {start}"
             )
-        zero_point = torch.full_like(scale, -float(start))
-        super().__init__(scale, zero_point, bits=bits, signed=False, axis=None)
 
     @classmethod
     def reaching(cls, top: float, start: int, bits: int) -> DynamicFocusingQuantizer:

@@ -1,8 +1,9 @@
 """Table of families: a row for each scheme, with all that is specific to it and needs torch.
 
-A new scheme is a row here, a member of :class:`fxquant.config.spec.Scheme` with its limits, a
-quantizer class, and a row in the table of lowerings of each backend that runs it. The limits say
-for which specs and edges a scheme is, without torch.
+A new scheme is a row here, a member of :class:`fxquant.config.spec.Scheme` with its limits, and a
+quantizer class. Scale searches and backends have tables by class, in which a class without a row
+has the row of its nearest base class; a class with a new kind of grid needs a row there. The limits
+say for which specs and edges a scheme is, without torch.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ class Family:
         fit: maps ``(lo, hi, spec, axis)`` to the quantizer that covers ``[lo, hi]``; the ends are
             tensors ``()``, or ``(C,)`` with an axis, and the quantizer is on the device of ``lo``.
         candidates: maps ``(lo, hi, spec, shares)`` to rows of quantizers for values in
-            ``[lo, hi]``, from which fits on histograms and scale searches choose. None where each
-            scale is searched on its own, by the parameters of :class:`UniformQuantizer`.
+            ``[lo, hi]``, from which fits on histograms and scale searches choose. Each has one
+            scale for the tensor; quantizers with an axis are made by ``fit`` alone. None where
+            each scale is searched on its own, by the parameters of :class:`UniformQuantizer`.
         trained: maps ``(quantizer, drop)`` to the form of the quantizer under training; None where
-            quantizers of the scheme are not trained.
+            scales of the scheme are not trained, and the report says so.
     """
 
     quantizer: type[Quantizer]
@@ -114,8 +116,13 @@ def entry_for(table: Mapping[type[Quantizer], Entry], quantizer: Quantizer) -> E
     return next((table[kind] for kind in type(quantizer).__mro__ if kind in table), None)
 
 
+def has_uniform_grid(spec: TensorSpec) -> bool:
+    """Whether quantizers of a spec are uniform, so that :func:`uniform_class` has their class."""
+    return issubclass(FAMILIES[spec.scheme].quantizer, UniformQuantizer)
+
+
 def uniform_class(spec: TensorSpec) -> type[UniformQuantizer]:
-    """The quantizer class of a spec with a uniform scheme (:attr:`Scheme.is_general`)."""
+    """The quantizer class of a spec that :func:`has_uniform_grid`."""
     quantizer = FAMILIES[spec.scheme].quantizer
     assert issubclass(quantizer, UniformQuantizer), f"{spec.scheme} has no uniform grid"
     return quantizer

@@ -42,6 +42,7 @@ class LogQuantizer(Quantizer):
             CalibrationError: the parameters break an invariant.
         """
         super().__init__()
+        self._bits, self.n, self.d = bits, n, d
         if scale.ndim != 0 or not bool(torch.isfinite(scale) & (scale > 0)):
             raise CalibrationError("the scale of a log quantizer is one finite positive number")
         if n < 1 or not 1 <= d <= _LARGEST_DENOMINATOR or math.gcd(n, d) > 1:
@@ -49,7 +50,6 @@ class LogQuantizer(Quantizer):
                 f"codes lie n / d octaves apart, in lowest terms and d at most "
                 f"{_LARGEST_DENOMINATOR}; got {n} / {d}"
             )
-        self._bits, self.n, self.d = bits, n, d
         self.register_buffer("scale", scale.detach().float())
 
     @classmethod

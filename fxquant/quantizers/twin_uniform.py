@@ -42,11 +42,11 @@ class TwinUniformQuantizer(Quantizer):
             CalibrationError: the parameters break an invariant.
         """
         super().__init__()
+        self._bits, self.shift, self.two_sided = bits, shift, two_sided
         if scale.ndim != 0 or not bool(torch.isfinite(scale) & (scale > 0)):
             raise CalibrationError("the scale of a twin quantizer is one finite positive number")
         if shift < (0 if two_sided else 1):
             raise CalibrationError(f"the shift of a twin quantizer is too small: {shift}")
-        self._bits, self.shift, self.two_sided = bits, shift, two_sided
         self.register_buffer("scale", scale.detach().float())
 
     @classmethod

@@ -19,8 +19,8 @@ from fxquant.quantizers import (
     UniformQuantizer,
     entry_for,
 )
+from fxquant.search.candidate_rows import SearchedRows
 from fxquant.search.metrics import Unit, unit_shape
-from fxquant.search.one_sided import SearchedOneSided
 from fxquant.search.product_loss import ProductSample
 from fxquant.search.region_ratio import SearchedRegionRatio
 from fxquant.search.scales import Searched, SearchedTwin, SearchedUniform
@@ -57,7 +57,9 @@ def start_search(quantizer: Quantizer, site: SearchSite) -> Searched | Refusal:
     """The search of a quantizer, or a sentence on why it has none."""
     start = entry_for(SEARCHES, quantizer)
     if start is None:
-        return Refusal(f"{_REFUSAL_PREFIX}no search for {type(quantizer).__name__}")
+        return Refusal(
+            f"{_REFUSAL_PREFIX}no search for {type(quantizer).__name__} (scheme {site.spec.scheme})"
+        )
     return start(quantizer, site)
 
 
@@ -89,13 +91,16 @@ def _twin(quantizer: TwinUniformQuantizer, site: SearchSite) -> Searched:
     return search_class(quantizer, site.spec, site.search, site.values)
 
 
-def _one_sided(quantizer: Quantizer, site: SearchSite) -> SearchedOneSided:
-    return SearchedOneSided(quantizer, site.spec, site.search, float(site.values.max()))
+def search_rows(quantizer: Quantizer, site: SearchSite) -> SearchedRows | Refusal:
+    """The search of any scheme whose family has candidates, which have one scale for the tensor."""
+    if quantizer.scale_axis is not None:
+        return Refusal(f"{_REFUSAL_PREFIX}scheme {site.spec.scheme} is searched per tensor alone")
+    return SearchedRows(quantizer, site.spec, site.search, site.values)
 
 
 SEARCHES: dict[type[Quantizer], Callable[[Any, SearchSite], Searched | Refusal]] = {
     UniformQuantizer: _uniform,
     TwinUniformQuantizer: _twin,
-    DynamicFocusingQuantizer: _one_sided,
-    LogQuantizer: _one_sided,
+    DynamicFocusingQuantizer: search_rows,
+    LogQuantizer: search_rows,
 }

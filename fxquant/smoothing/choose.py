@@ -19,6 +19,7 @@ from fxquant.graph.capture import device_of
 from fxquant.graph.dialect import aten
 from fxquant.graph.edges import Edge
 from fxquant.graph.macs import MacCounter
+from fxquant.quantizers import has_uniform_grid
 from fxquant.search.product_loss import ProductSample
 from fxquant.smoothing.candidates import (
     ConsumerSample,
@@ -164,7 +165,7 @@ def _consumer_samples(
         if spec is None:
             return Refusal(f"the input of {node} stays float")
         expected = Granularity.TENSOR if left else Granularity.HEAD
-        if not spec.scheme.limits.is_general or spec.granularity is not expected:
+        if not has_uniform_grid(spec) or spec.granularity is not expected:
             return Refusal(
                 f"the input quantizer of {node} is not uniform with one scale per {expected}"
             )

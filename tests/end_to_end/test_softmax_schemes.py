@@ -15,8 +15,8 @@ from fxquant.config.spec import Granularity, ObserverKind, Scheme
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
 from fxquant.observers.observer import make_observer
 from fxquant.quantizers import FAMILIES, DynamicFocusingQuantizer, Quantizer
+from fxquant.search.candidate_rows import SearchedRows
 from fxquant.search.metrics import Unit
-from fxquant.search.one_sided import SearchedOneSided
 from fxquant.search.product_loss import Consumer, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.testing import Block, seeded, tokens
@@ -141,7 +141,7 @@ def test_the_search_finds_the_best_start_or_base_and_share(
     rows = candidates(0.0, top, spec, shares)
     fitted = covering(top, spec)
     best = min(loss([fitted, *(q for row in rows for q in row)], reader))
-    searched = SearchedOneSided(fitted, spec, SEARCH, top)
+    searched = SearchedRows(fitted, spec, SEARCH, values)
     for turn in range(3):
         searched.improve([reader], SEARCH, turn)
     chosen = searched.quantizer()
@@ -157,7 +157,7 @@ def test_a_base_of_its_own_and_an_interval_are_worth_their_search() -> None:
 
     def searched(scheme: Scheme, values: Tensor) -> float:
         spec, top = TensorSpec(bits=3, scheme=scheme), float(values.max())
-        search = SearchedOneSided(covering(top, spec), spec, SEARCH, top)
+        search = SearchedRows(covering(top, spec), spec, SEARCH, values)
         search.improve([consumer(values)], SEARCH, 0)
         return loss([search.quantizer()], consumer(values))[0]
 

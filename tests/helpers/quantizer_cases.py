@@ -117,11 +117,28 @@ def log_cases(
     return Case(quantizer, x)
 
 
-CASES: dict[Scheme, st.SearchStrategy[Case[Quantizer]]] = {
-    Scheme.UNIFORM: uniform_cases(),
-    Scheme.POWER_OF_TWO: uniform_cases(Scheme.POWER_OF_TWO),
-    Scheme.TWIN_UNIFORM: twin_cases(),
-    Scheme.DYNAMIC_FOCUSING: focusing_cases(),
-    Scheme.LOG2: log_cases(st.just((1, 1))),
-    Scheme.ADALOG: log_cases(),
+@dataclass(frozen=True)
+class SchemeCases:
+    """Row of a scheme.
+
+    Attributes:
+        cases: draws quantizers and data.
+        label: label of asymmetric specs in reports.
+        symmetric_label: label of symmetric specs; None where the scheme allows none.
+        always_has_zero: whether zero is a value of every grid of the scheme.
+    """
+
+    cases: st.SearchStrategy[Case[Quantizer]]
+    label: str
+    symmetric_label: str | None = None
+    always_has_zero: bool = True
+
+
+CASES = {
+    Scheme.UNIFORM: SchemeCases(uniform_cases(), "asym", "sym"),
+    Scheme.POWER_OF_TWO: SchemeCases(uniform_cases(Scheme.POWER_OF_TWO), "asym 2^n", "sym 2^n"),
+    Scheme.TWIN_UNIFORM: SchemeCases(twin_cases(), "twin"),
+    Scheme.DYNAMIC_FOCUSING: SchemeCases(focusing_cases(), "focus", always_has_zero=False),
+    Scheme.LOG2: SchemeCases(log_cases(st.just((1, 1))), "log2"),
+    Scheme.ADALOG: SchemeCases(log_cases(), "adalog"),
 }

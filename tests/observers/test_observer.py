@@ -22,7 +22,7 @@ from fxquant.observers.observer import (
     make_observer,
 )
 from fxquant.observers.ranges import value_range
-from fxquant.quantizers import UniformQuantizer
+from fxquant.quantizers import FAMILIES, UniformQuantizer
 
 KINDS = list(ObserverKind)
 # One kind is for what a softmax reads, and leaves most of other values out.
@@ -69,9 +69,9 @@ def test_the_fit_does_not_depend_on_batches(
 
 @pytest.mark.parametrize("scheme", Scheme)
 @pytest.mark.parametrize("kind", ANY_VALUES)
-@given(stream=streams(), bits=st.integers(2, 8))
+@given(stream=streams(), data=st.data())
 def test_one_histogram_fits_every_spec(
-    kind: ObserverKind, scheme: Scheme, stream: list[Tensor], bits: int
+    kind: ObserverKind, scheme: Scheme, stream: list[Tensor], data: st.DataObject
 ) -> None:
     """Data seen at one width are fitted at another as if they had been seen at that."""
     if scheme.limits.is_one_sided:
@@ -79,12 +79,21 @@ def test_one_histogram_fits_every_spec(
     kept = make_observer(TensorSpec(), axis=None, where="an_edge__input", histogram=True)
     for batch in stream:
         kept(batch)
+    bits = data.draw(st.integers(2, min(8, scheme.limits.max_bits)))
     spec = TensorSpec(bits=bits, observer=kind, scheme=scheme)
     fitted, expected = kept.fit(spec), observed(spec, *stream).fit()
     assert fitted.config() == expected.config()
     pairs = zip(fitted.buffers(), expected.buffers(), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
     assert kept.fit().bits == 8
+
+
+def test_candidates_are_not_for_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, values = TensorSpec(observer=ObserverKind.MSE), torch.arange(24.0).view(8, 3)
+    plain = observed(spec, values, axis=-1).fit()
+    family = replace(FAMILIES[spec.scheme], candidates=lambda *_: [])
+    monkeypatch.setitem(FAMILIES, spec.scheme, family)
+    assert torch.equal(observed(spec, values, axis=-1).fit().scale, plain.scale)
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 8), symmetric=st.booleans())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fxquant import policies
 from fxquant.config.allocation import Allocation, Budget, Method, Sensitivity
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
-from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
+from fxquant.config.spec import MIN_BITS, Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import (
     BitWidthError,
@@ -49,10 +49,11 @@ twin = st.builds(
     observer=st.sampled_from(ObserverKind),
     max_shift=st.none() | st.integers(1, 11),
 )
+ONE_SIDED = [scheme for scheme in Scheme if scheme.limits.is_one_sided]
 one_sided = st.builds(
     TensorSpec,
-    bits=st.integers(2, 8),
-    scheme=st.sampled_from([scheme for scheme in Scheme if scheme.limits.is_one_sided]),
+    bits=st.integers(2, min(8, *(scheme.limits.max_bits for scheme in ONE_SIDED))),
+    scheme=st.sampled_from(ONE_SIDED),
     observer=st.sampled_from(ObserverKind),
 )
 specs = uniform | clipped | twin | one_sided
@@ -288,7 +289,7 @@ def test_a_policy_without_rules_would_do_nothing() -> None:
 def test_plain_strings_are_as_good_as_enums(field: str) -> None:
     enum: Any = {"granularity": Granularity, "observer": ObserverKind, "scheme": Scheme}[field]
     for member in enum:
-        assert getattr(TensorSpec(**{field: str(member)}), field) is member
+        assert getattr(TensorSpec(bits=MIN_BITS, **{field: str(member)}), field) is member
     with pytest.raises(PolicyError, match=f"{field} must be one of .*got 'nonsense'"):
         TensorSpec(**{field: "nonsense"})  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant.config.spec import Scheme, TensorSpec
-from fxquant.quantizers import FAMILIES, LogQuantizer, Quantizer, from_config
+from fxquant.errors import CalibrationError
+from fxquant.quantizers import (
+    FAMILIES,
+    DynamicFocusingQuantizer,
+    LogQuantizer,
+    PowerOfTwoQuantizer,
+    Quantizer,
+    TwinUniformQuantizer,
+    UniformQuantizer,
+    from_config,
+)
 from fxquant.quantizers.candidates import ADALOG_OCTAVES
 from fxquant.quantizers.ops import broadcast
 from tests.helpers.quantizer_cases import CASES, Case
@@ -20,7 +31,7 @@ every_scheme = pytest.mark.parametrize("scheme", CASES)
 
 
 def drawn(data: st.DataObject, scheme: Scheme) -> Case[Quantizer]:
-    return data.draw(CASES[scheme])
+    return data.draw(CASES[scheme].cases)
 
 
 def test_every_scheme_has_a_family_and_cases() -> None:
@@ -87,7 +98,7 @@ def test_the_code_of_zero_stands_for_zero(scheme: Scheme, data: st.DataObject) -
         assert bool((quantizer.dequantize(along.expand_as(case.x)) == 0).all())
         assert torch.equal(quantizer.quantize(torch.zeros_like(case.x)), along.expand_as(case.x))
     else:
-        assert FAMILIES[scheme].quantizer.type_name == "dynamic_focusing"
+        assert not CASES[scheme].always_has_zero
 
 
 @every_scheme
@@ -114,11 +125,34 @@ def test_broken_numbers_have_a_fault(scheme: Scheme, data: st.DataObject) -> Non
         assert "not positive and finite" in (broken.fault() or "")
 
 
+ONE = torch.ones(())
+BROKEN: list[Callable[[], Quantizer]] = [
+    lambda: UniformQuantizer(-ONE, ONE, bits=4, signed=False, axis=None),
+    lambda: UniformQuantizer(ONE, ONE, bits=4, signed=False, axis=0),
+    lambda: PowerOfTwoQuantizer(3 * ONE, 0 * ONE, bits=4, signed=True, axis=None),
+    lambda: TwinUniformQuantizer(ONE, shift=0, bits=4, two_sided=False),
+    lambda: DynamicFocusingQuantizer(ONE, start=241, bits=4),
+    lambda: DynamicFocusingQuantizer(-ONE, start=1, bits=4),
+    lambda: LogQuantizer(ONE, bits=4, n=2, d=2),
+]
+
+
+@pytest.mark.parametrize("make", BROKEN)
+def test_a_traceback_can_show_a_quantizer_whose_constructor_raised(
+    make: Callable[[], Quantizer],
+) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        make()
+    quantizer = caught.traceback[-1].frame.f_locals["self"]
+    assert "bits=4" in repr(quantizer)
+
+
 @pytest.mark.parametrize("scheme", [s for s in CASES if FAMILIES[s].candidates is not None])
 def test_candidates_reach_their_share_of_the_range(scheme: Scheme) -> None:
     candidates = FAMILIES[scheme].candidates
     assert candidates is not None
-    rows = candidates(0.0, 3.0, TensorSpec(bits=4, scheme=scheme), (0.5, 1.0))
+    spec = TensorSpec(bits=min(4, scheme.limits.max_bits), scheme=scheme)
+    rows = candidates(0.0, 3.0, spec, (0.5, 1.0))
     tops = [float(q(torch.tensor(1e6))) for row in rows for q in row]
     assert all(type(q) is FAMILIES[scheme].quantizer for row in rows for q in row)
     assert max(tops) == pytest.approx(3.0) and min(tops) == pytest.approx(1.5, rel=0.6)
@@ -134,23 +168,28 @@ def test_training_starts_at_the_quantizer(scheme: Scheme, data: st.DataObject) -
     assert torch.equal(fitted(case.x), case.quantizer(case.x))
 
 
-def test_every_label() -> None:
+@every_scheme
+def test_every_label(scheme: Scheme) -> None:
+    bits, row = min(8, scheme.limits.max_bits), CASES[scheme]
     labels = {
-        (scheme, symmetric): FAMILIES[scheme].label(TensorSpec(scheme=scheme, symmetric=symmetric))
-        for scheme in Scheme
+        symmetric: FAMILIES[scheme].label(TensorSpec(scheme=scheme, bits=bits, symmetric=symmetric))
         for symmetric in (False, True)
-        if scheme.limits.is_general or not symmetric
+        if scheme.limits.allows_symmetric or not symmetric
     }
-    assert labels == {
-        (Scheme.UNIFORM, False): "asym",
-        (Scheme.UNIFORM, True): "sym",
-        (Scheme.POWER_OF_TWO, False): "asym 2^n",
-        (Scheme.POWER_OF_TWO, True): "sym 2^n",
-        (Scheme.TWIN_UNIFORM, False): "twin",
-        (Scheme.DYNAMIC_FOCUSING, False): "focus",
-        (Scheme.LOG2, False): "log2",
-        (Scheme.ADALOG, False): "adalog",
-    }
+    expected = {False: row.label, True: row.symmetric_label}
+    assert labels == {key: label for key, label in expected.items() if label is not None}
+
+
+@every_scheme
+def test_schemes_for_weights_are_uniform(scheme: Scheme) -> None:
+    """Training, GPTQ and the integer products rely on it."""
+    uniform = issubclass(FAMILIES[scheme].quantizer, UniformQuantizer)
+    assert uniform or not scheme.limits.allows_weights
+
+
+def test_labels_differ() -> None:
+    labels = [(row.label, row.symmetric_label) for row in CASES.values()]
+    assert len(set(labels)) == len(labels)
 
 
 @pytest.mark.parametrize("scheme", [Scheme.LOG2, Scheme.ADALOG])

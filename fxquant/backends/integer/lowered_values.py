@@ -159,10 +159,20 @@ class CodeRequest:
         return self.axis is None or sums.axis in (None, self.axis)
 
     def requantizer(self, sums: Accumulator) -> nn.Module:
-        """Makes the module that requantizes fitting sums to the codes."""
+        """Makes the module that requantizes fitting sums to the codes.
+
+        Raises:
+            LoweringError: the table of lowerings has no requantization to the codes.
+        """
+        make = integer_form(self.quantizer).requantize
+        if make is None:
+            raise LoweringError(
+                f"{sums.node.name} yields integers, and the integer backend has no requantization "
+                f"of them to codes of {type(self.quantizer).__name__}"
+            )
         axis = self.axis if sums.axis is None else sums.axis
         ratio = sums.scale / self.scale
-        return integer_form(self.quantizer).requantize(
+        return make(
             self.quantizer, ratio, self.zero_point, axis=axis, bound=sums.bound, dtype=self.dtype
         )
 

@@ -48,13 +48,15 @@ class IntegerLowering:
             the product reads the operand.
         requantize: makes the module that maps accumulators to codes, of the quantizer, the unit of
             the accumulators over its scale, its zero_point, the axis that the ratio or the
-            zero_point runs along, the bound of the accumulators and the type of the codes.
+            zero_point runs along, the bound of the accumulators and the type of the codes. None
+            where accumulators cannot become such codes: the graph is then lowered with floats
+            between its products, and ``meta["float_because"]`` names the quantizer.
     """
 
     to_codes: Callable[[Any], nn.Module]
     from_codes: Callable[[Any], nn.Module]
     operand: Callable[[Any, int | None], AnyOperand]
-    requantize: _MakeRequantize
+    requantize: _MakeRequantize | None = None
 
 
 def _requantize_affine(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from torch.nn import functional
 import fxquant
 from fxquant import Policy, Rule, TensorSpec, policies
 from fxquant.backends.integer import float_operations, lower_to_integer
-from fxquant.backends.integer.modules import FromCodes, IntLinear
+from fxquant.backends.integer.lowerings import LOWERINGS
+from fxquant.backends.integer.modules import FromCodes, IntLinear, IntMatmul
 from fxquant.config.spec import Granularity, ObserverKind, Scheme
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build as shipped
 from fxquant.errors import LoweringError
+from fxquant.quantizers import LogQuantizer
 from tests.helpers.integer_only import Ends, Windows, assert_same_codes, compiled, full, images
 
 
@@ -201,6 +205,23 @@ def test_what_cannot_be_expressed_is_refused_and_named(name: str) -> None:
     lowered = qm.lower("integer")
     assert reason in lowered.meta["float_because"]
     with torch.no_grad():  # as before, with floats between
+        torch.testing.assert_close(lowered(images(2)), qm(images(2)), rtol=0.1, atol=0.1)
+
+
+def test_a_row_without_requantization_is_lowered_with_floats_between_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    qm = compiled(softmax("log2"))
+    exact = qm.lower("integer")
+    assert exact.meta["float_because"] == ""
+    monkeypatch.setitem(LOWERINGS, LogQuantizer, replace(LOWERINGS[LogQuantizer], requantize=None))
+    reason = r"softmax yields integers, .* no requantization of them to codes of LogQuantizer"
+    with pytest.raises(LoweringError, match=f"no integer-only form: .*{reason}"):
+        qm.lower("integer", integer_only=True)
+    lowered = qm.lower("integer")
+    assert re.search(reason, lowered.meta["float_because"])
+    assert any(isinstance(module, IntMatmul) for module in lowered.modules())
+    with torch.no_grad():
         torch.testing.assert_close(lowered(images(2)), qm(images(2)), rtol=0.1, atol=0.1)
 
 

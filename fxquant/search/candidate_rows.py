@@ -1,4 +1,4 @@
-"""Search over quantizers for values from zero up, such as softmax outputs."""
+"""Search over rows of candidate quantizers, such as those of softmax outputs."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from fxquant.search.product_loss import Consumer
 from fxquant.search.scales import Searched, best_of
 
 
-class SearchedOneSided(Searched):
-    """Searches upper end and start of an interval, or scale and base of powers.
+class SearchedRows(Searched):
+    """Searches the candidates of a scheme: a row for each start of an interval or base of powers.
 
-    The first round evaluates every start or base with every share of a geometric grid; later rounds
-    search the share with the start or base held, then the start or base with the share held.
+    The candidates of a row are for shares of the sampled range, on a geometric grid. The first
+    round evaluates every row with every share; later rounds search the share with the row held,
+    then the row with the share held.
 
     Args:
         fitted: quantizer fitted by the observers; it stays among the candidates.
         spec: bit-width and scheme.
         search: the grid.
-        top: largest sampled value of the operand.
+        values: sampled values of the operand, any shape; their range bounds the candidates.
     """
 
     def __init__(
-        self, fitted: Quantizer, spec: TensorSpec, search: ScaleSearch, top: float
+        self, fitted: Quantizer, spec: TensorSpec, search: ScaleSearch, values: Tensor
     ) -> None:
         steps = torch.linspace(0, 1, search.candidates).tolist()
         shares = [search.low * (search.high / search.low) ** step for step in steps]
         candidates = FAMILIES[spec.scheme].candidates
         assert candidates is not None, f"{spec.scheme} has no candidates to search"
-        rows = candidates(0.0, top, spec, shares)
+        lo, hi = (float(end) for end in values.aminmax())
+        rows = candidates(lo, hi, spec, shares)
         self._chosen, self._device = fitted, next(fitted.buffers()).device
         self._rows = [[candidate.to(self._device) for candidate in row] for row in rows]
         self._at: tuple[int, int] | None = None
 
     def improve(self, consumers: list[Consumer], search: ScaleSearch, turn: int) -> None:
-        """Searches share and start (or base), each with the other held after the first round."""
+        """Searches share and row, each with the other held after the first round."""
         if self._at is None:
             places = [(i, j) for i, row in enumerate(self._rows) for j in range(len(row))]
             self._move(places, consumers, search, search.stride)
