@@ -59,11 +59,15 @@ _EVALUATION_SEED = 1000
 METHODS: dict[str, Callable[[int, int], Policy]] = {
     "min-max": policies.minmax,
     "min-max, softmax float": lambda w, a: policies.minmax(w, a).with_rules(_SOFTMAX_FLOAT),
+    "min-max, softmax float + rotated": lambda w, a: policies.minmax(w, a, rotate=True).with_rules(
+        _SOFTMAX_FLOAT
+    ),
     "min-max + deferred": lambda w, a: replace(policies.minmax(w, a), defer_softmax=True),
     "min-max + rotated": lambda w, a: policies.minmax(w, a, rotate=True),
     "min-max + deferred + rotated": lambda w, a: replace(
         policies.minmax(w, a, rotate=True), defer_softmax=True
     ),
+    "w8a8": lambda w, a: policies.w8a8(),
     "base PTQ": policies.base_ptq,
     "PTQ4ViT": policies.ptq4vit,
     "PTQ4ViT + deferred": lambda w, a: replace(policies.ptq4vit(w, a), defer_softmax=True),
@@ -176,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=("map", "tokens"), default=["map"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224], help="pixels; 14 n")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS)[:5])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS)[:6])
     parser.add_argument("--widths", nargs="+", type=widths, default=[(8, 8), (6, 6)])
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
     parser.add_argument("--calibration", type=int, default=32, help="crops of one draw")

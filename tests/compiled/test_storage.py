@@ -290,7 +290,7 @@ def test_an_image_shape_that_only_seems_to_fit_is_recognised(saved: Path) -> Non
         ('"bits": 8', '"bits": 7'),
         ('"bits": 8', '"bits": 99'),
         ("1e-05", "1e-04"),
-        ('"observer": "mse"', '"observer": "minmax"'),
+        ('"observer": "minmax"', '"observer": "mse"'),
     ],
 )
 def test_a_number_that_was_changed_is_recognised(saved: Path, old: str, new: str) -> None:

@@ -50,7 +50,9 @@ FLAGS = [
 REQUIRED = {Rule: {"spec": None}, Policy: {"name": "p"}, Allocation: {"budget": None}}
 
 
-@pytest.mark.parametrize(("function", "name"), FLAGS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("function", "name"), FLAGS, ids=lambda value: getattr(value, "__name__", value)
+)
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_every_flag_of_a_policy_is_a_boolean(
     function: Callable[..., object], name: str, value: object

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.config.spec import Granularity, TensorSpec
+from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
 from fxquant.config.validation import check_flags
 from fxquant.config.vocabulary import Arg
 from fxquant.policies.policy import Policy, Rule
@@ -15,8 +15,9 @@ def w8a8(*, full: bool = False) -> Policy:
     Weights are symmetric per output channel; activations asymmetric per tensor, their range that of
     all observed values, since outlying channels of pretrained transformers must not be clipped; the
     right operands of attention products are symmetric, since integer kernels treat them as weights.
-    Softmax is divided behind its product (:class:`fxquant.passes.DeferSoftmax`), unless ``full``,
-    which quantizes softmax as one operation.
+    Softmax is divided behind its product (:class:`fxquant.passes.DeferSoftmax`). With ``full``,
+    softmax is one operation, and ranges are chosen by least squared error, as those of the residual
+    stream.
 
     Args:
         full: also quantize what norms, softmax, activation functions and additions read, so that
@@ -28,9 +29,10 @@ def w8a8(*, full: bool = False) -> Policy:
     """
     check_flags(full=full)
     between = ", norms, softmax, GELU and sums" if full else ""
+    observer = ObserverKind.MSE if full else ObserverKind.MINMAX
     return Policy(
         name="w8a8_full" if full else "w8a8",
-        description=f"8-bit weights and activations{between} for integer CPU kernels; min-max",
+        description=f"8-bit weights and activations{between} for integer CPU kernels",
         defer_softmax=not full,
         rules=(
             *(elementwise_rules() if full else ()),
@@ -41,10 +43,11 @@ def w8a8(*, full: bool = False) -> Policy:
             ),
             Rule(
                 arg=Arg.RHS,
-                spec=TensorSpec(bits=8, symmetric=True),
+                spec=TensorSpec(bits=8, symmetric=True, observer=observer),
                 optional=True,
             ),
-            Rule(spec=TensorSpec(bits=8)),
+            Rule(fed_by="softmax", spec=TensorSpec(bits=8), optional=True),
+            Rule(spec=TensorSpec(bits=8, observer=observer)),
         ),
     )
 
