@@ -6,7 +6,9 @@ All sessions are timed in turn, round by round: a noisy machine slows all sessio
 the ratios. Weights are random: latency does not depend on weights. `x86-vnni` and `quantize_static`
 have int8 weights, which CPUs without VNNI multiply wrongly (the line above the table shows whether
 this CPU does); `x86-avx2` and `quantize_static uint8` have uint8 weights, which are exact on every
-CPU.
+CPU. With `--forms`, other forms of the 8-bit attention follow, for the target `x86-vnni`: softmax
+as one operation, twin uniform, or float in front of its product; `w8a8` divides it behind the
+product.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +38,19 @@ from rich.console import Console
 from rich.table import Table
 
 import fxquant
+from fxquant import policies
 from fxquant.backends.onnx_qdq import TARGETS, make_session
 from fxquant.backends.onnx_qdq.target import u8s8_saturates
+from fxquant.config.spec import Scheme, TensorSpec
+from fxquant.policies.policy import Rule
+
+_W8A8 = policies.w8a8()
+_TWIN = TensorSpec(bits=8, scheme=Scheme.TWIN_UNIFORM)
+FORMS = {
+    "softmax in one": replace(_W8A8, defer_softmax=False),
+    "softmax twin": _W8A8.with_rules(Rule(fed_by="softmax", spec=_TWIN)),
+    "softmax float": _W8A8.with_rules(Rule(fed_by="softmax", spec=None)),
+}
 
 
 class Reader(CalibrationDataReader):
@@ -109,6 +123,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--forms", action="store_true", help="also time other forms of softmax")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
@@ -127,6 +142,10 @@ def main() -> None:
         for target in TARGETS:
             paths[f"fxquant {target}"] = Path(folder) / f"{target}.onnx"
             print(compiled.export_onnx(paths[f"fxquant {target}"], target=target))
+        for name, policy in FORMS.items() if options.forms else ():
+            paths[name] = Path(folder) / f"{name}.onnx"
+            form = fxquant.compile(model, images[:8].split(8), policy)
+            form.export_onnx(paths[name], target="x86-vnni")
         sessions = {name: make_session(path, options.threads) for name, path in paths.items()}
         table = Table("batch", "runtime", "ms", "float32 / this", "quantize_static / this")
         for batch in options.batches:
