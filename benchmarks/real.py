@@ -26,8 +26,6 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -42,6 +40,7 @@ from real_model import (
     photographs,
     saliency_model,
 )
+from recipes import REAL_METHODS
 from results import write_results
 from rich.console import Console
 from rich.table import Table
@@ -49,36 +48,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxquant
-from fxquant import policies
-from fxquant.policies.policy import Policy, Rule
 
 BATCH = 4
-_SOFTMAX_FLOAT = Rule(fed_by="softmax", spec=None)
 # Seed of the evaluation crops; calibration draws have the seeds from 0 on.
 _EVALUATION_SEED = 1000
-METHODS: dict[str, Callable[[int, int], Policy]] = {
-    "min-max": policies.minmax,
-    "min-max, softmax float": lambda w, a: policies.minmax(w, a).with_rules(_SOFTMAX_FLOAT),
-    "min-max, softmax float + rotated": lambda w, a: policies.minmax(w, a, rotate=True).with_rules(
-        _SOFTMAX_FLOAT
-    ),
-    "min-max + deferred": lambda w, a: replace(policies.minmax(w, a), defer_softmax=True),
-    "min-max + rotated": lambda w, a: policies.minmax(w, a, rotate=True),
-    "min-max + deferred + rotated": lambda w, a: replace(
-        policies.minmax(w, a, rotate=True), defer_softmax=True
-    ),
-    "w8a8": lambda w, a: policies.w8a8(),
-    "base PTQ": policies.base_ptq,
-    "PTQ4ViT": policies.ptq4vit,
-    "PTQ4ViT + deferred": lambda w, a: replace(policies.ptq4vit(w, a), defer_softmax=True),
-    "PTQ4ViT + rotated": lambda w, a: policies.ptq4vit(w, a, rotate=True),
-    "PTQ4ViT + deferred + rotated": lambda w, a: replace(
-        policies.ptq4vit(w, a, rotate=True), defer_softmax=True
-    ),
-    "MPTQ-ViT": policies.mptq_vit,
-    "best, seconds": lambda w, a: policies.best(w, a, "seconds"),
-    "best, minutes": lambda w, a: policies.best(w, a, "minutes"),
-}
 
 
 @torch.no_grad()
@@ -134,7 +107,7 @@ def measure(job: dict[str, Any], out: Path) -> dict[str, Any]:
     """Compiles and scores; the result is the job with its figures."""
     model, images, exact = evaluation(job["task"], job["size"], job["images"])
     calibration = photographs(CALIBRATION_PHOTOGRAPHS, job["calibration"], job["draw"], job["size"])
-    policy = METHODS[job["method"]](*job["widths"])
+    policy = REAL_METHODS[job["method"]](*job["widths"])
     start = time.perf_counter()
     qm = fxquant.compile(model, calibration.split(BATCH), policy, cache=out / "cache")
     seconds = time.perf_counter() - start
@@ -180,7 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=("map", "tokens"), default=["map"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224], help="pixels; 14 n")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS)[:6])
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(REAL_METHODS), default=list(REAL_METHODS)[:6]
+    )
     parser.add_argument("--widths", nargs="+", type=widths, default=[(8, 8), (6, 6)])
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
     parser.add_argument("--calibration", type=int, default=32, help="crops of one draw")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -152,3 +153,30 @@ def aiqvit(bits: int) -> dict[str, Policy]:
         "AIQViT, curriculum": make(low_rank=False, focusing=False),
         "AIQViT": make(),
     }
+
+
+_SOFTMAX_FLOAT = Rule(fed_by="softmax", spec=None)
+# Methods of real.py: functions of the widths of weights and activations.
+REAL_METHODS: dict[str, Callable[[int, int], Policy]] = {
+    "min-max": policies.minmax,
+    "min-max, softmax float": lambda w, a: policies.minmax(w, a).with_rules(_SOFTMAX_FLOAT),
+    "min-max, softmax float + rotated": lambda w, a: policies.minmax(w, a, rotate=True).with_rules(
+        _SOFTMAX_FLOAT
+    ),
+    "min-max + deferred": lambda w, a: replace(policies.minmax(w, a), defer_softmax=True),
+    "min-max + rotated": lambda w, a: policies.minmax(w, a, rotate=True),
+    "min-max + deferred + rotated": lambda w, a: replace(
+        policies.minmax(w, a, rotate=True), defer_softmax=True
+    ),
+    "w8a8": lambda w, a: policies.w8a8(),
+    "base PTQ": policies.base_ptq,
+    "PTQ4ViT": policies.ptq4vit,
+    "PTQ4ViT + deferred": lambda w, a: replace(policies.ptq4vit(w, a), defer_softmax=True),
+    "PTQ4ViT + rotated": lambda w, a: policies.ptq4vit(w, a, rotate=True),
+    "PTQ4ViT + deferred + rotated": lambda w, a: replace(
+        policies.ptq4vit(w, a, rotate=True), defer_softmax=True
+    ),
+    "MPTQ-ViT": policies.mptq_vit,
+    "best, seconds": lambda w, a: policies.best(w, a, "seconds"),
+    "best, minutes": lambda w, a: policies.best(w, a, "minutes"),
+}
