@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxquant.calibration.image_checks import check_images
 from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
 from fxquant.graph.capture import device_of
 from fxquant.graph.meta import HOOKED_MODULES
@@ -75,7 +76,7 @@ class FloatModel:
 def canonicalize(pipeline: Pipeline, images: Tensor) -> FloatModel:
     """Runs the passes, and checks that the function stays the same.
 
-    Notes on the model itself are recorded as those of step ``capture``, whose
+    Notes on the model and the images are recorded as those of step ``capture``, whose
     phase all this is in.
 
     Args:
@@ -107,6 +108,7 @@ def canonicalize(pipeline: Pipeline, images: Tensor) -> FloatModel:
             )
         notes = [Note(NoteKind.MODEL, path, HOOKS_NOTE) for path in HOOKED_MODULES.get(gm) or ()]
         notes += [Note(NoteKind.MODEL, "model", r) for r in _notes_of_batches(gm, images, before)]
+        notes += check_images(images)
         pipeline.record("capture", PassResult(0, tuple(notes)))
         for item in CANONICAL:
             pipeline.apply(item)
