@@ -84,7 +84,10 @@ class OnnxExport:
         else:
             lines.append(f"optimizations on and off differ by {self.difference}")
         if self.simulation.ties:
-            lines.append(f"file and simulation differ by {self.simulation}: check its accuracy")
+            lines.append(
+                f"file and simulation differ by {self.simulation}: check its accuracy "
+                "with `fxquant eval`"
+            )
         return "\n".join(lines)
 
 
