@@ -9,7 +9,7 @@ one grid for softmax outputs must reach from a token that all attention goes to,
 ``1 / N`` of even attention over ``N`` tokens: with 8 bits and 257 tokens, that is one step. The
 scale is constant and the product an integer product as before (SageAttention, arXiv 2410.02367,
 section 3.3, quantizes the same exponentials). The division acts on the product's few columns
-instead of ``N``, so that the form costs no time.
+instead of ``N``.
 """
 
 from __future__ import annotations
