@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxquant.graph.capture import capture
 from fxquant.graph.dialect import op_kind
+from fxquant.graph.nodes import operation_name
 from fxquant.passes import Pass, PassResult, run_passes
 
 DIM, HEADS, TOKENS = 8, 2, 5
@@ -58,7 +59,7 @@ def op_names(gm: fx.GraphModule) -> list[str]:
         if node.op == "call_module":
             names.append(type(gm.get_submodule(str(node.target))).__name__)
         elif node.op == "call_function":
-            name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+            name = operation_name(node)
             if name not in ("sym_size", "getitem"):
                 names.append(name)
     return names

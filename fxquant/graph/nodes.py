@@ -49,6 +49,23 @@ def data_users(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is not aten.sym_size.int]
 
 
+def moved_readers(source: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The readers of a value behind data movement, each with the node that it reads."""
+    readers, pending = [], [source]
+    for node in pending:
+        for user in data_users(node):
+            if user.target in DATA_MOVEMENT_OPS:
+                pending.append(user)
+            else:
+                readers.append((user, node))
+    return readers
+
+
+def operation_name(node: fx.Node) -> str:
+    """Name of a node's operation for people: ``linear``, without namespace and overload."""
+    return str(getattr(node.target, "__name__", node.op)).split(".")[0]
+
+
 def evaluate_moves(node: fx.Node, start: fx.Node, value: Tensor, memo: dict[fx.Node, Any]) -> Any:
     """Value of ``node`` when ``start`` yields ``value``, by running the data movement in between.
 

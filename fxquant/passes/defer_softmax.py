@@ -21,8 +21,8 @@ import torch
 from torch import fx
 
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten
-from fxquant.graph.nodes import data_users, rank
+from fxquant.graph.dialect import aten
+from fxquant.graph.nodes import moved_readers, rank
 from fxquant.graph.rewrite import emit
 from fxquant.graph.softmax import SOFTMAX_OPS
 from fxquant.passes.base import PassResult, Refusal, skipped
@@ -57,18 +57,15 @@ def _products_of(softmax: fx.Node) -> list[fx.Node] | Refusal:
     """The products that read the rows of a softmax, or the reason why it keeps its division."""
     if softmax.args[1] not in (-1, rank(softmax) - 1):
         return Refusal("it is not along the last axis")
-    products, pending = [], [softmax]
-    for node in pending:
-        for user in data_users(node):
-            if user.target in DATA_MOVEMENT_OPS:
-                pending.append(user)
-            elif user.target is aten.matmul.default and user.args[0] is node != user.args[1]:
-                if not rows_sum_to_one(node):
-                    return Refusal(f"its rows do not reach {user} whole")
-                products.append(user)
-            else:
-                return Refusal(f"{user} reads it too, and is no product of its rows")
-    return products if products else Refusal("no product reads it")
+    readers = moved_readers(softmax)
+    for reader, node in readers:
+        if reader.target is not aten.matmul.default or reader.args[0] is not node:
+            return Refusal(f"{reader} reads it too, and is not a product of its rows")
+        if reader.args[1] is node:
+            return Refusal(f"it is both operands of {reader}")
+        if not rows_sum_to_one(node):
+            return Refusal(f"its rows do not reach {reader} whole")
+    return [reader for reader, _ in readers] or Refusal("no product reads it")
 
 
 def _defer(gm: fx.GraphModule, softmax: fx.Node, products: list[fx.Node]) -> None:

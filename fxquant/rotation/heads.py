@@ -19,14 +19,19 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.config.vocabulary import OpKind
-from fxquant.graph.dialect import DATA_MOVEMENT_OPS, aten, op_kind
-from fxquant.graph.nodes import data_users, evaluate_moves, operand, skip_data_movement
+from fxquant.graph.dialect import aten, op_kind
+from fxquant.graph.nodes import (
+    evaluate_moves,
+    moved_readers,
+    operand,
+    operation_name,
+    skip_data_movement,
+)
 from fxquant.graph.products import Product
 from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.graph.shapes import example_shape
+from fxquant.graph.softmax import SOFTMAX_OPS
 from fxquant.utils.notes import Refusal
-
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def _reads_softmax(product: fx.Node) -> bool:
     node = skip_data_movement(operand(product, 0))
     while node.target in (aten.masked_fill.Scalar, aten.linear.default, aten.mul.Tensor):
         node = skip_data_movement(operand(node, 0))
-    return node.target in _SOFTMAX
+    return node.target in SOFTMAX_OPS
 
 
 def _score_site(gm: fx.GraphModule, product: fx.Node) -> HeadSite | Refusal:
@@ -130,9 +135,9 @@ def _value_site(gm: fx.GraphModule, product: fx.Node) -> HeadSite | Refusal:
     ((_, channels),) = site.rows
     shape, columns = example_shape(product), []
     numbers = numbers.expand(*shape[:-2], 1, shape[-1]).expand(shape)
-    for reader, node in _readers(product):
+    for reader, node in moved_readers(product):
         if not _is_plain_linear(gm, reader) or reader.args[0] is not node:
-            return Refusal(f"{reader} ({_operation(reader)}) reads the attention's output")
+            return Refusal(f"{reader} ({operation_name(reader)}) reads the attention's output")
         order = evaluate_moves(node, product, numbers, {})
         if not bool((order == order.flatten(0, -2)[0]).all()):
             return Refusal(f"the channels of {linear} do not stay on the last axis up to {reader}")
@@ -164,10 +169,10 @@ def _linear_before(gm: fx.GraphModule, product: fx.Node, index: int) -> fx.Node 
     linear = skip_data_movement(operand(product, index))
     side = ("left", "right")[index]
     if not _is_plain_linear(gm, linear):
-        return Refusal(f"{linear} ({_operation(linear)}) computes its {side} operand")
-    for reader, node in _readers(linear):
+        return Refusal(f"{linear} ({operation_name(linear)}) computes its {side} operand")
+    for reader, node in moved_readers(linear):
         if reader is not product:
-            return Refusal(f"{reader} ({_operation(reader)}) reads {linear} too")
+            return Refusal(f"{reader} ({operation_name(reader)}) reads {linear} too")
         if reader.args[1 - index] is node:
             return Refusal(f"{linear} computes both operands")
     return linear
@@ -180,26 +185,9 @@ def _is_plain_linear(gm: fx.GraphModule, node: fx.Node) -> bool:
     return Product(gm, node).has_constant_weight and not Product(gm, node).has_computed_bias
 
 
-def _readers(source: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """The readers of a value behind data movement, each with the node that it reads."""
-    readers, pending = [], [source]
-    for node in pending:
-        for user in data_users(node):
-            if user.target in DATA_MOVEMENT_OPS:
-                pending.append(user)
-            else:
-                readers.append((user, node))
-    return readers
-
-
 def _channels_at(node: fx.Node, linear: fx.Node) -> Tensor:
     """The output channel of a linear, from 0, at each element of a value; -1 at padding."""
     shape = example_shape(linear)
     numbers = torch.arange(1, shape[-1] + 1).expand(shape)
     moved: Tensor = evaluate_moves(node, linear, numbers, {}) - 1
     return moved
-
-
-def _operation(node: fx.Node) -> str:
-    """Name of an operation for a message."""
-    return str(getattr(node.target, "__name__", node.op)).split(".")[0]

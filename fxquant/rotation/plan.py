@@ -141,5 +141,4 @@ def _name(flow: Flow, number: int) -> str:
         for reader in flow.norms.values()
         if reader.entry is not None and flow.stream(reader.entry) == number
     }
-    nodes = next(iter(values)).graph.nodes
-    return str(next(node.name for node in nodes if node in values))
+    return min(values).name  # nodes compare by their place in the graph

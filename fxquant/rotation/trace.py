@@ -194,9 +194,6 @@ class _Tracer:
         self.entry_norms |= norms
         return bool(norms)
 
-    def _join(self, one: Carrier, other: Carrier) -> None:
-        self.flow.joined[self.flow.stream(other.stream)] = self.flow.stream(one.stream)
-
     def _through_sum(self, node: fx.Node) -> Carrier | None:
         operands = [value for value in node.args if isinstance(value, fx.Node)]
         if len(operands) != 2 or node.kwargs or node.meta["val"].ndim == 0:

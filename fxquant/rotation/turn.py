@@ -17,7 +17,7 @@ A value that holds several tokens in its channels, as in patch merging, has ``di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ class _Turner:
         value, layout = get_parameter(self._gm, node), carrier.layout
         matrix = self._matrix(carrier.stream, layout.copies)
         turned = (value.double().movedim(layout.axis, -1) @ matrix.T).movedim(-1, layout.axis)
-        reader = _first(node.users)
+        reader = min(node.users)  # the first in the graph
         with self._gm.graph.inserting_before(reader):
             name = f"{node.name}_rotated"
             new = add_constant(self._gm, turned.to(value.dtype), name, like=reader)
@@ -207,7 +207,7 @@ class _Turner:
         """Feeds readers of a value from a linear over its channels."""
         gm, last = self._gm, rank(node) - 1
         dtype = node.meta["val"].dtype
-        with gm.graph.inserting_before(_first(readers)):
+        with gm.graph.inserting_before(min(readers)):
             order = [axis for axis in range(last + 1) if axis != layout.axis] + [layout.axis]
             moved = layout.axis != last
             value = emit(gm, aten.permute.default, node, order, like=node) if moved else node
@@ -223,9 +223,3 @@ class _Turner:
                 result = emit(gm, aten.permute.default, result, back, like=node)
         for reader in readers:
             reader.replace_input_with(node, result)
-
-
-def _first(nodes: Iterable[fx.Node]) -> fx.Node:
-    """The first of some nodes in the order of their graph."""
-    nodes = set(nodes)
-    return min(nodes, key=list(next(iter(nodes)).graph.nodes).index)

@@ -22,6 +22,7 @@ from fxquant.graph.nodes import (
     data_users,
     evaluate_moves,
     operand,
+    operation_name,
     rank,
     skip_data_movement,
 )
@@ -184,8 +185,7 @@ def _reader_refusal(gm: fx.GraphModule, reader: fx.Node) -> str | None:
     if reader.op == "output":
         return "the model outputs it too"
     if reader.target is not _LINEAR:
-        kind = str(getattr(reader.target, "__name__", reader.target)).split(".")[0]
-        return f"{reader} ({kind}) reads it too, and is not a linear"
+        return f"{reader} ({operation_name(reader)}) reads it too, and is not a linear"
     linear = Product(gm, reader)
     if not linear.has_constant_weight or linear.has_computed_bias:
         return f"the weight or bias of {reader} is computed"
