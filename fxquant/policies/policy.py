@@ -19,6 +19,8 @@ from fxquant.graph.network_ends import is_first_or_last_product
 from fxquant.utils.suggest import did_you_mean
 
 _CHANGED = " (changed)"
+# Fields of a Policy that turn a step on, in the order of the steps.
+FLAGS = ("rotate", "defer_softmax", "reparameterize", "smooth", "bias_correction")
 _PARTS = {
     "search": ScaleSearch,
     "allocation": Allocation,
@@ -161,11 +163,8 @@ class Policy:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise PolicyError(f"{name} must be {kind.__name__} or None, got {value!r:.80}")
-        check_flag(self, "rotate")
-        check_flag(self, "defer_softmax")
-        check_flag(self, "reparameterize")
-        check_flag(self, "smooth")
-        check_flag(self, "bias_correction")
+        for name in FLAGS:
+            check_flag(self, name)
         if not isinstance(self.name, str) or not isinstance(self.description, str):
             raise PolicyError(
                 f"name and description must be text, got {self.name!r} and {self.description!r}"

@@ -20,7 +20,7 @@ from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, End, OpKind
 from fxquant.errors import PolicyError, UnknownKeyError
-from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.policy import FLAGS, Policy, Rule
 from fxquant.utils.files import as_path, write_text
 from fxquant.utils.suggest import did_you_mean
 
@@ -128,7 +128,7 @@ def policy_from_dict(values: Mapping[str, Any]) -> Policy:
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """Plain values of a policy, without values at their default."""
     values: dict[str, Any] = {"name": policy.name, "description": policy.description}
-    for flag in ("rotate", "defer_softmax", "reparameterize", "smooth", "bias_correction"):
+    for flag in FLAGS:
         if getattr(policy, flag):
             values[flag] = True
     if policy.search is not None:  # the metric is always written, for readers
