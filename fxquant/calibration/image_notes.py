@@ -18,7 +18,7 @@ _SAME_IMAGE = 1e-3
 
 
 @torch.no_grad()
-def check_images(images: Tensor) -> tuple[Note, ...]:
+def image_notes(images: Tensor) -> tuple[Note, ...]:
     """Notes on images that look unlike photographs or drawings, normalised for a network.
 
     Ranges that are fitted to noise, to constants or to one image do not fit the images of the

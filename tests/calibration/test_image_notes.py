@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant import policies
-from fxquant.calibration.image_checks import check_images
+from fxquant.calibration.image_notes import image_notes
 from fxquant.demo.glyphs import GlyphDataset
 from fxquant.demo.models import build
 
@@ -23,7 +23,7 @@ def noise(count: int = 8) -> Tensor:
 
 
 def test_drawings_have_no_note() -> None:
-    assert check_images(glyphs()) == ()
+    assert image_notes(glyphs()) == ()
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_drawings_have_no_note() -> None:
     ],
 )
 def test_odd_images_are_named(images: Tensor, sentence: str) -> None:
-    (note,) = check_images(images)
+    (note,) = image_notes(images)
     assert sentence in note.reason and note.site == "calibration images"
 
 
@@ -45,7 +45,7 @@ def test_odd_images_are_named(images: Tensor, sentence: str) -> None:
     "images", [noise(3), noise()[..., :8], torch.zeros(8, 5, 16), torch.zeros(8, 32)]
 )
 def test_too_little_to_tell(images: Tensor) -> None:
-    assert check_images(images) == ()
+    assert image_notes(images) == ()
 
 
 def test_the_report_has_the_note() -> None:

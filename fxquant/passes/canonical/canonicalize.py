@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibration.image_checks import check_images
+from fxquant.calibration.image_notes import image_notes
 from fxquant.errors import BatchError, CaptureError, NonFiniteError, PassError
 from fxquant.graph.capture import device_of
 from fxquant.graph.meta import HOOKED_MODULES
@@ -108,7 +108,7 @@ def canonicalize(pipeline: Pipeline, images: Tensor) -> FloatModel:
             )
         notes = [Note(NoteKind.MODEL, path, HOOKS_NOTE) for path in HOOKED_MODULES.get(gm) or ()]
         notes += [Note(NoteKind.MODEL, "model", r) for r in _notes_of_batches(gm, images, before)]
-        notes += check_images(images)
+        notes += image_notes(images)
         pipeline.record("capture", PassResult(0, tuple(notes)))
         for item in CANONICAL:
             pipeline.apply(item)
