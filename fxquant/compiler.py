@@ -30,6 +30,7 @@ from fxquant.passes import (
     DeferSoftmax,
     Freeze,
     InsertObservers,
+    MarkEmbeddings,
     Pipeline,
     QuantizeBias,
     Reconstruct,
@@ -85,11 +86,11 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
         OutputError: the cache is not a path, or cannot be written.
         PassError: a pass fails; or ``on_pass`` cannot be called, raises or changes the graph.
     """
-    recipe = resolve(policy)
-    _check_arguments(model, recipe, loss, cache, progress, on_pass)
+    recipe = _checked_recipe(model, policy, loss, cache, progress, on_pass)
     images = CalibrationImages(calib_loader, twice=recipe.reads_images_twice)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
+    run.apply(MarkEmbeddings(compared=recipe.compares_outputs), "capture")
     for rotation in (RotateResidual(), RotateHeads()) if recipe.rotate else ():
         run.apply(rotation, "rotate")  # before folds of channels, which a rotation would mix
     if recipe.reparameterize:
@@ -136,9 +137,11 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     return CompiledModel(run.gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
 
-def _check_arguments(
-    model: nn.Module, recipe: Policy, loss: Loss | None, cache: Any, progress: Any, on_pass: Any
-) -> None:
+def _checked_recipe(
+    model: nn.Module, policy: Any, loss: Loss | None, cache: Any, progress: Any, on_pass: Any
+) -> Policy:
+    """The policy, after checks of all arguments."""
+    recipe = resolve(policy)
     check_flags(progress=progress)
     if on_pass is not None and not callable(on_pass):
         raise PassError(
@@ -158,6 +161,7 @@ def _check_arguments(
             f"whose metric is {' or '.join(GRADIENT_METRICS)}, or do not pass a loss"
         )
     check_model(model)
+    return recipe
 
 
 def _report(
