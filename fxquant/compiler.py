@@ -13,11 +13,13 @@ from fxquant.calibration.loader import CalibrationImages
 from fxquant.calibration.observe import observe
 from fxquant.calibration.user_loss import Loss, check_callable
 from fxquant.compiled.model import CompiledModel
-from fxquant.compiled.report import Report, make_plan, measure_sqnr
+from fxquant.compiled.output_errors import compare_outputs
+from fxquant.compiled.report import Report, make_plan, measure_quantizers, sqnr_of
 from fxquant.config.scale_search import GRADIENT_METRICS
 from fxquant.config.validation import check_flags
 from fxquant.errors import OutputError, PassError, PolicyError
 from fxquant.graph.capture import check_model
+from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.parameter_bytes import quantized_bytes
 from fxquant.mixed_precision.allocate.result import AllocationResult
 from fxquant.mixed_precision.choose import check_budget, choose_widths, reservoir_for
@@ -174,12 +176,14 @@ def _report(
     """The record of a compilation, with the measured quantization noise."""
     with run.phase("report"):
         plan = make_plan(run.gm, run.notes)
-        sqnr, output_sqnr = measure_sqnr(run.gm, float_model.images, float_model.outputs)
+        sqnr, outputs = measure_quantizers(run.gm, float_model.images)
+        embeddings = EMBEDDINGS.get(run.gm) or ()
     return Report(
         policy=recipe.name,
         plan=plan,
         sqnr=sqnr,
-        output_sqnr=output_sqnr,
+        output_sqnr=sqnr_of(float_model.outputs, outputs),
+        outputs=compare_outputs(float_model.outputs, outputs, embeddings),
         images=images,
         float_bytes=float_model.bytes,
         quantized_bytes=quantized_bytes(run.gm),
