@@ -41,7 +41,7 @@ class GradientLoss(StrEnum):
     """The loss whose gradient weights errors of logits.
 
     Outputs that are not logits have the loss ``gaussian``, whichever loss is chosen: these are
-    outputs of another shape than ``(B, C)``, and embeddings, which are told from logits by the
+    outputs of another shape than ``(B, C)``, and embeddings, which differ from logits in the
     operations that compute them (:mod:`fxquant.graph.embeddings`).
 
     ``argmax``: cross-entropy of the logits against the float model's arg-max, as in PTQ4ViT;

@@ -1,4 +1,4 @@
-"""Tells embeddings from logits among the outputs of a graph, which have the same shape ``(B, C)``.
+"""Distinguishes embeddings from logits among the outputs ``(B, C)`` of a graph.
 
 Logits are read from a linear or convolution with a bias, whatever elementwise functions, means over
 tokens and data movement come after it. An embedding is read from a norm, an activation function, a
