@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxquant
+from fxquant.compiled.report import sqnr_of
 
 BATCH = 4
 # Seed of the evaluation crops; calibration draws have the seeds from 0 on.
@@ -97,12 +98,6 @@ def nearest(features: Tensor) -> Tensor:
     return (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1)
 
 
-def sqnr(actual: Tensor, exact: Tensor) -> float:
-    """Signal to quantization noise of the outputs, in dB."""
-    noise = (actual - exact).double().square().sum()
-    return float(10 * torch.log10(exact.double().square().sum() / noise))
-
-
 def measure(job: dict[str, Any], out: Path) -> dict[str, Any]:
     """Compiles and scores; the result is the job with its figures."""
     model, images, exact = evaluation(job["task"], job["size"], job["images"])
@@ -116,7 +111,7 @@ def measure(job: dict[str, Any], out: Path) -> dict[str, Any]:
     return {
         **job,
         **score(actual, exact),
-        "dB": sqnr(actual, exact),
+        "dB": sqnr_of([exact], [actual]),
         "seconds": seconds,
         "edges": {name: round(value, 2) for name, value in qm.report.sqnr.items()},
     }

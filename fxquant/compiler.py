@@ -13,11 +13,13 @@ from fxquant.calibration.loader import CalibrationImages
 from fxquant.calibration.observe import observe
 from fxquant.calibration.user_loss import Loss, check_callable
 from fxquant.compiled.model import CompiledModel
-from fxquant.compiled.report import Report, make_plan, measure_sqnr
+from fxquant.compiled.output_errors import compare_outputs
+from fxquant.compiled.report import Report, make_plan, measure_quantizers, sqnr_of
 from fxquant.config.scale_search import GRADIENT_METRICS
 from fxquant.config.validation import check_flags
 from fxquant.errors import OutputError, PassError, PolicyError
 from fxquant.graph.capture import check_model
+from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.parameter_bytes import quantized_bytes
 from fxquant.mixed_precision.allocate.result import AllocationResult
 from fxquant.mixed_precision.choose import check_budget, choose_widths, reservoir_for
@@ -30,6 +32,7 @@ from fxquant.passes import (
     DeferSoftmax,
     Freeze,
     InsertObservers,
+    MarkEmbeddings,
     Pipeline,
     QuantizeBias,
     Reconstruct,
@@ -85,11 +88,11 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
         OutputError: the cache is not a path, or cannot be written.
         PassError: a pass fails; or ``on_pass`` cannot be called, raises or changes the graph.
     """
-    recipe = resolve(policy)
-    _check_arguments(model, recipe, loss, cache, progress, on_pass)
+    recipe = _checked_recipe(model, policy, loss, cache, progress, on_pass)
     images = CalibrationImages(calib_loader, twice=recipe.reads_images_twice)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
+    run.apply(MarkEmbeddings(compared=recipe.compares_outputs), "capture")
     for rotation in (RotateResidual(), RotateHeads()) if recipe.rotate else ():
         run.apply(rotation, "rotate")  # before folds of channels, which a rotation would mix
     if recipe.reparameterize:
@@ -136,9 +139,11 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     return CompiledModel(run.gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
 
 
-def _check_arguments(
-    model: nn.Module, recipe: Policy, loss: Loss | None, cache: Any, progress: Any, on_pass: Any
-) -> None:
+def _checked_recipe(
+    model: nn.Module, policy: Any, loss: Loss | None, cache: Any, progress: Any, on_pass: Any
+) -> Policy:
+    """The policy, after checks of all arguments."""
+    recipe = resolve(policy)
     check_flags(progress=progress)
     if on_pass is not None and not callable(on_pass):
         raise PassError(
@@ -158,6 +163,7 @@ def _check_arguments(
             f"whose metric is {' or '.join(GRADIENT_METRICS)}, or do not pass a loss"
         )
     check_model(model)
+    return recipe
 
 
 def _report(
@@ -170,12 +176,14 @@ def _report(
     """The record of a compilation, with the measured quantization noise."""
     with run.phase("report"):
         plan = make_plan(run.gm, run.notes)
-        sqnr, output_sqnr = measure_sqnr(run.gm, float_model.images, float_model.outputs)
+        sqnr, outputs = measure_quantizers(run.gm, float_model.images)
+        embeddings = EMBEDDINGS.get(run.gm) or ()
     return Report(
         policy=recipe.name,
         plan=plan,
         sqnr=sqnr,
-        output_sqnr=output_sqnr,
+        output_sqnr=sqnr_of(float_model.outputs, outputs),
+        outputs=compare_outputs(float_model.outputs, outputs, embeddings),
         images=images,
         float_bytes=float_model.bytes,
         quantized_bytes=quantized_bytes(run.gm),

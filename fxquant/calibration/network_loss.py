@@ -12,6 +12,7 @@ from fxquant.config.scale_search import GradientLoss
 from fxquant.errors import CalibrationError
 from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.liveness import dead_after
+from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.outputs import float_outputs, is_logits
 
 # A function that is called instead of a node, with the arguments of the node.
@@ -22,17 +23,21 @@ class OutputDistance:
     """Distance of outputs from the float ones, as a mean over images.
 
     The distance of logits ``(B, C)`` is the Kullback-Leibler divergence ``KL(float || quantized)``
-    in nats. For other outputs, and for all where the policy's loss is gaussian, it is half the
-    squared distance. The gradients of the policy's search estimate the second derivatives of these
-    losses (:class:`fxquant.config.scale_search.GradientLoss`).
+    in nats. For other outputs, among them embeddings ``(B, C)``, and for all where the policy's
+    loss is gaussian, it is half the squared distance. The gradients of the policy's search estimate
+    the second derivatives of these losses (:class:`fxquant.config.scale_search.GradientLoss`).
 
     Args:
         reference: the float outputs.
         loss: the loss of the policy's search.
+        embeddings: positions, among the float outputs, of outputs ``(B, C)`` that are no logits.
     """
 
-    def __init__(self, reference: Any, loss: GradientLoss) -> None:
+    def __init__(
+        self, reference: Any, loss: GradientLoss, embeddings: frozenset[int] | None = None
+    ) -> None:
         self._reference, self._loss = float_outputs(reference), loss
+        self._embeddings = embeddings or frozenset()
         if not self._reference:
             raise CalibrationError(
                 "no output of the model is a float tensor, and no loss can be measured: remove the "
@@ -42,12 +47,13 @@ class OutputDistance:
     def __call__(self, outputs: Any) -> float:
         """The distance of outputs for the same images."""
         pairs = zip(self._reference, float_outputs(outputs), strict=True)
-        return sum(self._distance(reference, output) for reference, output in pairs)
+        return sum(self._distance(i, *pair) for i, pair in enumerate(pairs))
 
-    def _distance(self, reference: Tensor, output: Tensor) -> float:
+    def _distance(self, position: int, reference: Tensor, output: Tensor) -> float:
         expected, actual = reference.double(), output.double()
         # Values that the model masks with infinity are infinite in both, and count as equal.
-        if self._loss is GradientLoss.GAUSSIAN or not is_logits(expected):
+        logits = is_logits(expected) and position not in self._embeddings
+        if self._loss is GradientLoss.GAUSSIAN or not logits:
             return float(_difference(expected, actual).square().sum() / 2 / len(expected))
         expected, actual = expected.log_softmax(1), actual.log_softmax(1)
         divergence = (expected.exp() * _difference(expected, actual)).sum() / len(expected)
@@ -80,7 +86,7 @@ class NetworkLoss(GraphInterpreter):
         self._overrides: Mapping[fx.Node, Override] = {}
         self._float: dict[fx.Node, Any] = {}
         self._reached = 0
-        self._distance = OutputDistance(self._run({}, 0), loss)
+        self._distance = OutputDistance(self._run({}, 0), loss, EMBEDDINGS.get(gm))
 
     @torch.no_grad()
     def changed(self, overrides: Mapping[fx.Node, Override]) -> float:

@@ -20,10 +20,18 @@ class OutputLoss:
         kind: the loss.
         seed: seed of sampled labels and noise.
         device: device of the outputs.
+        embeddings: positions, among the float outputs, of outputs ``(B, C)`` that are no logits.
     """
 
-    def __init__(self, kind: GradientLoss, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        kind: GradientLoss,
+        seed: int,
+        device: torch.device,
+        embeddings: frozenset[int] | None = None,
+    ) -> None:
         self._kind, self._device = kind, device
+        self._embeddings = embeddings or frozenset()
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, outputs: Any, labels: Tensor | None = None) -> Tensor:
@@ -32,17 +40,18 @@ class OutputLoss:
         Raises:
             CalibrationError: no output has a gradient.
         """
-        trainable = [x for x in float_outputs(outputs) if x.requires_grad]
+        trainable = [(i, x) for i, x in enumerate(float_outputs(outputs)) if x.requires_grad]
         if not trainable:
             raise CalibrationError(
                 "no output of the model has a gradient, which the search's metric needs: choose "
                 "another metric in the policy's search, or remove the argmax from the model"
             )
-        return torch.stack([self._output_loss(x) for x in trainable]).sum()
+        return torch.stack([self._output_loss(i, x) for i, x in trainable]).sum()
 
-    def _output_loss(self, output: Tensor) -> Tensor:
-        """The loss of one output: logits are ``(B, C)``; other outputs have the Gaussian loss."""
-        if self._kind is GradientLoss.GAUSSIAN or not is_logits(output):
+    def _output_loss(self, position: int, output: Tensor) -> Tensor:
+        """The loss of one output; outputs that are not logits have the Gaussian loss."""
+        logits = is_logits(output) and position not in self._embeddings
+        if self._kind is GradientLoss.GAUSSIAN or not logits:
             noise = torch.randn(output.shape, generator=self._generator).to(self._device)
             # The gradient of 0.5 |O - (O + noise)|^2 with the target held fixed.
             return -(output * noise).sum()

@@ -22,7 +22,7 @@ from fxquant.errors import CalibrationError
 from fxquant.graph.capture import device_of
 from fxquant.graph.dialect import op_kind
 from fxquant.graph.interpreter import GraphInterpreter
-from fxquant.graph.meta import QUANT_SPECS
+from fxquant.graph.meta import EMBEDDINGS, QUANT_SPECS
 from fxquant.graph.nodes import constant, operand
 from fxquant.search.product_loss import ProductSample
 
@@ -53,7 +53,10 @@ class ProductSampler:
         self._samplers = _samplers(gm, search, torch.Generator().manual_seed(search.seed))
         self._backward: _Backward | None = None
         if search.metric in GRADIENT_METRICS:
-            self._backward = _Backward(loss, OutputLoss(search.loss, search.seed, self._device))
+            embeddings = EMBEDDINGS.get(gm)
+            self._backward = _Backward(
+                loss, OutputLoss(search.loss, search.seed, self._device, embeddings)
+            )
         self._images, self._reached = 0, False
 
     def observe(self, images: Tensor, labels: Tensor | None) -> None:

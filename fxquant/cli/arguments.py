@@ -52,29 +52,7 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
         "compile", parents=[common], help="quantize a model and write it for onnxruntime"
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help=".safetensors or .pth; a state dict, plain or under state_dict, model or model_ema "
-        "(averaged weights are preferred)",
-    )
-    weights.add_argument("--pretrained", action="store_true", help="download the weights")
-    weights.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="random weights: to try out speed and coverage",
-    )
-    parser.add_argument(
-        "--model-arg",
-        action="extend",
-        nargs="+",
-        default=[],
-        type=_key_value,
-        metavar="KEY=VALUE",
-        help="argument of the model's constructor; repeatable",
-    )
+    _add_weights(parser)
     parser.add_argument("--data", metavar="FOLDER", help=f"calibration: {_DATA_HELP}")
     parser.add_argument(
         "--images",
@@ -106,14 +84,35 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("eval", parents=[common], help="measure accuracy and speed")
+    parser = commands.add_parser(
+        "eval",
+        parents=[common],
+        help="measure accuracy, or the error of other outputs, and speed",
+        description="Measures the accuracy of a classifier on labelled images. Outputs that are "
+        "not logits, such as maps, tokens and embeddings, are compared with the float model's.",
+    )
     parser.add_argument("path", type=Path, metavar="PATH", help="folder from compile, or .onnx")
     parser.add_argument(
         "--data",
         required=True,
         metavar="FOLDER",
-        help="folder with one subfolder per class, or `demo` for the built-in glyph images",
+        help="folder with one subfolder per class, or of images where outputs are compared, or "
+        "`demo` for the built-in glyph images",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="compare the outputs with those of this float model: a name, with the options of its "
+        "weights below, an .onnx file, or a folder from compile",
+    )
+    parser.add_argument(
+        "--outputs",
+        choices=("auto", "logits", "features"),
+        default="auto",
+        help="meaning of outputs (B, C); auto is as the report of the compiled model has it, "
+        "and logits for an .onnx file",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument(
         "--backend",
         choices=("torch", "onnx", "integer"),
@@ -128,6 +127,7 @@ def _add_eval(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=_count, default=8, help="images in each batch (8)")
     parser.add_argument("--model", help="use the preprocessing of this timm or torchvision model")
+    _add_weights(parser.add_argument_group("weights", "of a --reference that is a name"))
     _add_preprocessing(parser)
 
 
@@ -191,6 +191,33 @@ def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="glyph_vit", help="glyph_vit or glyph_swin")
     parser.add_argument("--images", type=_count, default=1000, help="test images (1000)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to keep the files in")
+
+
+def _add_weights(parser: argparse._ActionsContainer) -> None:
+    """Adds the options of a model's weights and of its constructor."""
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors or .pth; a state dict, plain or under state_dict, model or model_ema "
+        "(averaged weights are preferred)",
+    )
+    weights.add_argument("--pretrained", action="store_true", help="download the weights")
+    weights.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="random weights: to try out speed and coverage",
+    )
+    parser.add_argument(
+        "--model-arg",
+        action="extend",
+        nargs="+",
+        default=[],
+        type=_key_value,
+        metavar="KEY=VALUE",
+        help="argument of the model's constructor; repeatable",
+    )
 
 
 def _add_preset_options(parser: argparse.ArgumentParser) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 import tempfile
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Dataset
 
-from fxquant.cli.data import DEMO, Batches, batches, open_data
-from fxquant.cli.evaluation import Runtime, evaluate, onnx_runtime, torch_runtime
+from fxquant.cli.comparison import compare, kinds_of
+from fxquant.cli.data import DEMO, Batches, FlatFolder, batches, check_labelled, open_data
+from fxquant.cli.evaluation import (
+    Runtime,
+    Score,
+    check_images,
+    evaluate,
+    onnx_runtime,
+    torch_runtime,
+)
 from fxquant.cli.models import (
     DEMO_MODELS,
     Weights,
@@ -32,12 +42,14 @@ from fxquant.cli.preprocess import (
 )
 from fxquant.cli.widths import with_budget
 from fxquant.compiled.model import CompiledModel, load
+from fxquant.compiled.output_errors import OutputKind
 from fxquant.compiled.report import Report
-from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
+from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE, output_kinds
 from fxquant.compiler import compile
 from fxquant.errors import DataError, FileFormatError, ModelError
 from fxquant.utils.files import check_writable, write_text, write_together
 from fxquant.utils.log import LOGGER, logged
+from fxquant.utils.notes import NoteKind
 from fxquant.utils.progress import track, working
 
 if TYPE_CHECKING:
@@ -80,6 +92,7 @@ def run_compile(options: Namespace) -> int:
         compiled = compile(model, images, policy, cache=cache, progress=True)
     export = write_artifacts(compiled, preprocessing, options.out, options.target)
     print(compiled.report.summary())
+    print_outputs(compiled.report)
     if (
         trains
         and compiled.report.changes.get("Reconstruct")
@@ -144,6 +157,16 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
+def print_outputs(report: Report) -> None:
+    """Prints the outputs that are not logits: why they are not, and their errors."""
+    if any(error.kind is not OutputKind.LOGITS for error in report.outputs):
+        for error in report.outputs:
+            print(error)
+    for note in report.notes:
+        if note.kind is NoteKind.OUTPUT:
+            print(f"{note.site}: {note.reason}")
+
+
 def print_left_float(report: Report) -> None:
     """Prints the edges that stayed float, by reason."""
     by_reason: dict[str, list[str]] = {}
@@ -155,13 +178,71 @@ def print_left_float(report: Report) -> None:
 
 
 def run_eval(options: Namespace) -> int:
-    """``fxquant eval``: measures accuracy and speed on labelled images."""
+    """``fxquant eval``: measures speed, and accuracy or the error of outputs without classes."""
     runtime, folder = _open_runtime(options.path, options.backend, options.threads)
     preprocessing = _find_preprocessing(folder, options, runtime.image_shape)
-    data = open_data(options.data, preprocessing, labelled=True, count=options.images)
+    data = open_data(options.data, preprocessing, labelled=False, count=options.images)
     loader = batches(data, options.images, options.batch_size, options.seed)
-    score = evaluate(runtime, loader, len(loader))
-    print(score)
+    first = next(iter(loader))[0]
+    check_images(runtime, first)
+    recorded = output_kinds(options.path) if options.path.is_dir() else ()
+    kinds = kinds_of(runtime.run(first), options.outputs, recorded)
+    scored = options.outputs == "logits" or kinds == (OutputKind.LOGITS,)
+    if not scored and options.reference is None:
+        raise ModelError(
+            f"{runtime.name} gives {_described(kinds)}, which have no accuracy: give --reference "
+            "MODEL (a name with --checkpoint or --pretrained, or an .onnx file) to compare them "
+            "with the float model's, or --outputs logits where the first output is scores"
+        )
+    figures: dict[str, Any] = {}
+    if scored and (options.reference is None or not isinstance(data, FlatFolder)):
+        check_labelled(options.data, data)
+        score = evaluate(runtime, loader, len(loader))
+        figures |= score.to_dict()
+        _note_classes(data, score)
+        if not options.json:
+            print(score)
+    if options.reference is not None:
+        reference = _open_reference(options)
+        comparison = compare(runtime, reference, loader, kinds, len(loader))
+        figures |= comparison.to_dict()
+        if not options.json:
+            print(comparison)
+    if options.json:
+        print(json.dumps(figures, indent=1))
+    return 0
+
+
+def _described(kinds: tuple[OutputKind, ...]) -> str:
+    names = {
+        OutputKind.LOGITS: "logits",
+        OutputKind.EMBEDDING: "embeddings",
+        OutputKind.DENSE: "maps or tokens",
+    }
+    return " and ".join(dict.fromkeys(names[kind] for kind in kinds)) or "no float tensors"
+
+
+def _open_reference(options: Namespace) -> Runtime:
+    """The float model of ``--reference``: a file or folder, or a model by name.
+
+    Raises:
+        ModelError: there is no such model, or its weights are missing.
+        FileFormatError: there is no such file, or the file cannot be read.
+    """
+    path = Path(options.reference)
+    if path.exists() or path.suffix == ".onnx":
+        return _open_runtime(path, None, options.threads)[0]
+    weights = Weights(
+        checkpoint=options.checkpoint, pretrained=options.pretrained, random=options.random_weights
+    )
+    source = find_model(options.reference)
+    torch.manual_seed(options.seed)
+    model = build_model(source, weights, dict(options.model_arg))
+    return torch_runtime(f"{source.name} in float32", model)
+
+
+def _note_classes(data: Dataset[Any], score: Score) -> None:
+    """Notes on stderr that the data have other classes than the model."""
     classes = len(getattr(data, "classes", range(score.classes)))
     if classes != score.classes:
         print(
@@ -169,7 +250,6 @@ def run_eval(options: Namespace) -> int:
             "folders are numbered by name from 0, so compare only if these are the first outputs",
             file=sys.stderr,
         )
-    return 0
 
 
 def _open_runtime(path: Path, backend: str | None, threads: int | None) -> tuple[Runtime, Path]:

@@ -103,12 +103,26 @@ def open_data(
             f"--data {folder} holds no images, directly or in subfolders; expected files ending "
             f"in {', '.join(IMG_EXTENSIONS)}"
         )
-    if labelled and isinstance(data, FlatFolder):
+    if labelled:
+        check_labelled(name, data)
+    return data
+
+
+def check_labelled(name: str, data: Dataset[Any]) -> None:
+    """Checks that images have classes.
+
+    Args:
+        name: the folder that ``--data`` names.
+        data: the images of the folder.
+
+    Raises:
+        DataError: the folder has no subfolders.
+    """
+    if isinstance(data, FlatFolder):
         raise DataError(
-            f"--data {folder} has images but no subfolders of images; accuracy needs one "
+            f"--data {name} has images but no subfolders of images; accuracy needs one "
             "subfolder per class, sorted by name in the order of the model's outputs"
         )
-    return data
 
 
 def _folder_data(folder: Path, transform: Callable[[Any], Tensor]) -> ImageFolder | FlatFolder:

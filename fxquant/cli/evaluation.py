@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,17 @@ _TOP = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Something that classifies images.
+    """Something that computes outputs of images.
 
     Attributes:
         name: name in reports.
-        run: images ``(B, C, H, W)`` to scores ``(B, classes)``.
+        run: images ``(B, C, H, W)`` to outputs ``(B, …)``; the first output of a classifier is
+            scores ``(B, classes)``.
         image_shape: shape of one image; None where any size works.
     """
 
     name: str
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], tuple[Tensor, ...]]
     image_shape: tuple[int, ...] | None = None
 
 
@@ -51,6 +53,18 @@ class Score:
     seconds: float
     predictions: Tensor
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        images = len(self.predictions)
+        return {
+            "runtime": self.name,
+            "images": images,
+            "images_per_second": images / self.seconds,
+            "top1": self.top1,
+            "top5": self.top5 if self.classes > _TOP else None,
+            "classes": self.classes,
+        }
+
     def __str__(self) -> str:
         """A line with the number of images, the accuracy and the speed."""
         images = len(self.predictions)
@@ -68,15 +82,14 @@ def torch_runtime(
 
     Args:
         name: name in reports.
-        module: returns scores, or a structure whose first tensor is scores.
+        module: returns a tensor or a structure of tensors.
         image_shape: shape of one image.
     """
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> tuple[Tensor, ...]:
         with torch.inference_mode():
             leaves = torch.utils._pytree.tree_leaves(module(images))
-        scores: Tensor = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return scores
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     return Runtime(name=name, run=run, image_shape=image_shape)
 
@@ -85,7 +98,7 @@ def onnx_runtime(path: Path, threads: int | None) -> Runtime:
     """Opens an ONNX file in onnxruntime.
 
     Args:
-        path: ONNX file whose first input is images and whose first output is scores.
+        path: ONNX file whose first input is images.
         threads: threads of one operator; None uses onnxruntime's default.
 
     Raises:
@@ -98,24 +111,25 @@ def onnx_runtime(path: Path, threads: int | None) -> Runtime:
     fixed = [size for size in entry.shape[1:] if isinstance(size, int) and size > 0]
     batch = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
 
-    def run_once(images: Tensor) -> Tensor:
+    def run_once(images: Tensor) -> tuple[Tensor, ...]:
         try:
-            return torch.from_numpy(session.run(None, {entry.name: images.numpy()})[0])
+            outputs = session.run(None, {entry.name: images.numpy()})
+            return tuple(torch.as_tensor(output) for output in outputs)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise ModelError(
                 f"{path} does not run on images of shape {tuple(images.shape)}: "
                 f"{str(error)[:200]}. It must take float32 images (B, 3, H, W) as its one input"
             ) from error
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> tuple[Tensor, ...]:
         if batch is None:
             return run_once(images)
-        scores = []
+        chunks = []
         # The file has a fixed batch size: the last batch is padded.
         for chunk in torch.split(images, batch):
             padded = torch.cat([chunk, chunk[:1].expand(batch - len(chunk), *chunk.shape[1:])])
-            scores.append(run_once(padded)[: len(chunk)])
-        return torch.cat(scores)
+            chunks.append([output[: len(chunk)] for output in run_once(padded)])
+        return tuple(torch.cat(outputs) for outputs in zip(*chunks, strict=True))
 
     shape = tuple(fixed) if len(fixed) == len(entry.shape) - 1 else None
     return Runtime(name=f"{path.name} in onnxruntime", run=run, image_shape=shape)
@@ -135,9 +149,9 @@ def evaluate(runtime: Runtime, data: Iterable[tuple[Tensor, Tensor]], count: int
     """
     predictions, hits, seconds, classes = [], torch.zeros(2), 0.0, 0
     for images, labels in track(data, label=runtime.name, total=count):
-        _check_images(runtime, images)
+        check_images(runtime, images)
         start = time.perf_counter()
-        scores = runtime.run(images)
+        scores = runtime.run(images)[0]
         seconds += time.perf_counter() - start
         _check_scores(runtime, scores, labels)
         classes = scores.shape[1]
@@ -157,7 +171,12 @@ def evaluate(runtime: Runtime, data: Iterable[tuple[Tensor, Tensor]], count: int
     )
 
 
-def _check_images(runtime: Runtime, images: Tensor) -> None:
+def check_images(runtime: Runtime, images: Tensor) -> None:
+    """Checks the shape of images.
+
+    Raises:
+        DataError: the images do not fit the model.
+    """
     shape = tuple(images.shape[1:])
     if runtime.image_shape is not None and shape != runtime.image_shape:
         raise DataError(
@@ -170,7 +189,8 @@ def _check_scores(runtime: Runtime, scores: Tensor, labels: Tensor) -> None:
     if scores.ndim != 2 or len(scores) != len(labels):
         raise ModelError(
             f"{runtime.name} gives {tuple(scores.shape)} for {len(labels)} images, not scores "
-            "(images, classes); accuracy can be measured for classifiers only"
+            "(images, classes); accuracy can be measured for classifiers only. --reference "
+            "compares other outputs with the float model's"
         )
     if int(labels.max()) >= scores.shape[1]:
         raise DataError(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
+from fxquant.compiled.output_errors import OutputError, OutputKind, decibels
 from fxquant.config.spec import Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.graph.edges import edges, fed_by
 from fxquant.graph.nodes import submodule
@@ -77,19 +78,15 @@ def make_plan(gm: fx.GraphModule, notes: Iterable[Note]) -> tuple[PlanEntry, ...
 
 
 @torch.no_grad()
-def measure_sqnr(
-    gm: fx.GraphModule, images: Tensor, reference: list[Tensor]
-) -> tuple[dict[str, float], float]:
-    """Measures the signal to quantization noise of every quantizer in the quantized network.
+def measure_quantizers(gm: fx.GraphModule, images: Tensor) -> tuple[dict[str, float], list[Tensor]]:
+    """Measures the signal to noise of every quantizer in the quantized network.
 
     Args:
         gm: a graph in stage FROZEN.
         images: ``(B, …)`` on the graph's device.
-        reference: the float model's outputs for the images.
 
     Returns:
-        Quantizer name -> decibels, infinite where the quantizer changes nothing; and the decibels
-        of all outputs together, without values that are infinite in the float model.
+        Quantizer name -> decibels, and the float tensors among the outputs.
     """
     measured: dict[str, float] = {}
 
@@ -109,20 +106,22 @@ def measure_sqnr(
     finally:
         for handle in handles:
             handle.remove()
+    return measured, outputs
+
+
+def sqnr_of(reference: list[Tensor], outputs: list[Tensor]) -> float:
+    """Decibels of all outputs together, without values that are infinite in the reference."""
     finite = [value.isfinite() for value in reference]
     quantized = [value[mask] for value, mask in zip(outputs, finite, strict=True)]
     exact = [value[mask] for value, mask in zip(reference, finite, strict=True)]
-    return measured, _decibels(exact, quantized)
+    return _decibels(exact, quantized)
 
 
 def _decibels(signals: list[Tensor], quantized: list[Tensor]) -> float:
     pairs = list(zip(signals, quantized, strict=True))
     signal_energy = sum(float(signal.double().square().sum()) for signal, _ in pairs)
     noise_energy = sum(float((value - signal).double().square().sum()) for signal, value in pairs)
-    if not noise_energy:
-        return math.inf
-    ratio = signal_energy / noise_energy
-    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+    return decibels(signal_energy, noise_energy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +141,7 @@ class Report:
         notes: sites that were not changed, with reasons, and other remarks of the passes.
         comparisons: errors with the choices of passes over errors without them.
         allocation: the chosen widths; None where the policy's rules set all widths.
+        outputs: error of each output against the float model's, on the first calibration images.
     """
 
     policy: str
@@ -156,6 +156,7 @@ class Report:
     notes: tuple[Note, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     allocation: AllocationResult | None = None
+    outputs: tuple[OutputError, ...] = ()
 
     @property
     def left_float(self) -> tuple[PlanEntry, ...]:
@@ -185,16 +186,24 @@ class Report:
         remark = f" ({len(unsupported)} {have} no quantized form)" if unsupported else ""
         return (
             f"{self.policy}: {quantized} of {len(self.plan)} edges quantized{remark}, "
-            f"outputs at {self.output_sqnr:.1f} dB, {self.images} calibration images, "
-            f"parameters {self.float_bytes / 1e6:.2f} -> "
+            f"outputs at {self.output_sqnr:.1f} dB{self._output_remark()}, "
+            f"{self.images} calibration images, parameters {self.float_bytes / 1e6:.2f} -> "
             f"{self.quantized_bytes / 1e6:.2f} MB, {sum(self.seconds.values()):.1f} s"
         )
+
+    def _output_remark(self) -> str:
+        """The error of an only output that is not logits; the errors of several have lines."""
+        if len(self.outputs) != 1 or self.outputs[0].kind is OutputKind.LOGITS:
+            return ""
+        (error,) = self.outputs
+        return f" (cosine {error.cosine:.4f}, MAE {error.mae:.3g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; decibels that are not finite become texts."""
         values = asdict(self)
         values["sqnr"] = {name: _to_json(value) for name, value in self.sqnr.items()}
         values["output_sqnr"] = _to_json(self.output_sqnr)
+        values["outputs"] = [error.to_dict() for error in self.outputs]
         return values
 
     @classmethod
@@ -215,6 +224,7 @@ class Report:
                 "output_sqnr": float(values["output_sqnr"]),
                 "notes": notes,
                 "comparisons": tuple(Comparison(**item) for item in values["comparisons"]),
+                "outputs": tuple(OutputError.from_dict(e) for e in values.get("outputs", ())),
                 "allocation": None
                 if allocation is None
                 else AllocationResult.from_dict(allocation),
@@ -248,6 +258,8 @@ class Report:
             if note.site not in printed:
                 line = f"{note.step}: {note.site or '(model)'}: {note.reason}"
                 console.print(line, soft_wrap=True)
+        for error in self.outputs:
+            console.print(str(error), soft_wrap=True)
         console.print(self.summary(), soft_wrap=True)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 

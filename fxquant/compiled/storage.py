@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fxquant import quantizers
 from fxquant.compiled import integrity
 from fxquant.compiled.older_formats import READABLE, to_current_format
+from fxquant.compiled.output_errors import OutputKind
 from fxquant.compiled.report import Report, spec_from_dict
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import FileFormatError, FxQuantError
@@ -125,6 +126,19 @@ def read(folder: Path) -> Stored:
             f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} do not fit together or are damaged "
             f"({type(error).__name__}: {error}); compile and save the model again"
         ) from error
+
+
+def output_kinds(folder: Path) -> tuple[OutputKind, ...]:
+    """The kind of each output of a saved model, empty where its report has none.
+
+    Models that were saved by an older version have none, and neither has a folder without a
+    readable configuration, since this is a look at the report that people read.
+    """
+    try:
+        report = json.loads((folder / CONFIG_FILE).read_bytes())["report"]
+        return tuple(OutputKind(error["kind"]) for error in report["outputs"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ()
 
 
 def _pack(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:

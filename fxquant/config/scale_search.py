@@ -38,13 +38,17 @@ GRADIENT_METRICS = (Metric.HESSIAN, Metric.FISHER)
 
 
 class GradientLoss(StrEnum):
-    """The loss whose gradient weights errors.
+    """The loss whose gradient weights errors of logits.
+
+    Outputs that are not logits have the loss ``gaussian``, whichever loss is chosen: these are
+    outputs of another shape than ``(B, C)``, and embeddings, which differ from logits in the
+    operations that compute them (:mod:`fxquant.graph.embeddings`).
 
     ``argmax``: cross-entropy of the logits against the float model's arg-max, as in PTQ4ViT;
     ``sampled``: against a label drawn from the model's softmax, whose squared gradient is the
     Fisher information in expectation. Both gradients nearly vanish where the model is confident.
     ``margin``, the log-odds of the arg-max, has a gradient of the same order for every image.
-    ``gaussian``, for outputs that are not logits: the squared distance to outputs moved by unit
+    ``gaussian``, for all outputs, logits too: the squared distance to outputs moved by unit
     Gaussian noise, in expectation the Fisher information of a Gaussian (Gauss-Newton).
     """
 

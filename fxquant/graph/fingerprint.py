@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxquant._version import __version__
 from fxquant.graph.edges import quantized_edges
-from fxquant.graph.meta import PACKED_WEIGHT, PINNED_ARGS
+from fxquant.graph.meta import EMBEDDINGS, PACKED_WEIGHT, PINNED_ARGS
 from fxquant.observers.observer import HistogramObserver, Observer
 
 
@@ -27,6 +27,9 @@ def fingerprint(gm: fx.GraphModule, images: Tensor, *settings: object) -> str:
     digest = hashlib.sha256(repr((__version__, torch.__version__, settings)).encode())
     for node in gm.graph.nodes:
         digest.update(f"{node.name} {node.target} {node.args} {node.kwargs}\n".encode())
+    embeddings = EMBEDDINGS.get(gm)
+    if embeddings:
+        digest.update(f"embeddings {sorted(embeddings)}\n".encode())
     for edge in quantized_edges(gm):
         groups = sorted(PINNED_ARGS.get(edge.node) or ()), PACKED_WEIGHT.get(edge.node)
         digest.update(f"{edge.name} {edge.spec} {groups}\n".encode())

@@ -62,6 +62,10 @@ read and write the key: a second run changes nothing."""
 RECONSTRUCTED: MetaKey[bool] = MetaKey("reconstructed")
 """Whether ``Reconstruct`` has run, which reads and writes it: a second run changes nothing."""
 
+EMBEDDINGS: MetaKey[frozenset[int]] = MetaKey("embeddings")
+"""Positions, among the float outputs, of outputs ``(B, C)`` that are embeddings and no logits.
+Written by ``MarkEmbeddings``; read by the losses of outputs and by ``fingerprint``."""
+
 CODE_NAMES: MetaKey[Mapping[str, str]] = MetaKey("codes")
 """Name of each quantizer of the simulation -> name of what yields its codes. Written by the integer
 backend into the lowered graph, read by capture, which refuses to quantize such a graph again, and
@@ -106,6 +110,7 @@ KEYS: tuple[MetaKey[Any], ...] = (
     SMOOTHED,
     ROTATED,
     RECONSTRUCTED,
+    EMBEDDINGS,
     CODE_NAMES,
     FLOAT_BECAUSE,
     QUANT_SPECS,

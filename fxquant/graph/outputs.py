@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 
 def is_logits(output: Tensor) -> bool:
-    """Whether an output counts as logits: ``(B, C)`` with two classes or more."""
+    """Whether an output has the shape of logits: ``(B, C)`` with two classes or more."""
     return output.ndim == 2 and output.shape[1] > 1
 
 

@@ -19,6 +19,7 @@ from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.defer_softmax import DeferSoftmax
 from fxquant.passes.freeze import Freeze
 from fxquant.passes.insert_observers import InsertObservers
+from fxquant.passes.mark_embeddings import MarkEmbeddings
 from fxquant.passes.pipeline import Pipeline, run_passes
 from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.reconstruct import Reconstruct
@@ -42,6 +43,7 @@ __all__ = [
     "FoldConstants",
     "Freeze",
     "InsertObservers",
+    "MarkEmbeddings",
     "NameNodes",
     "Note",
     "NoteKind",

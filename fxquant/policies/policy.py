@@ -194,6 +194,13 @@ class Policy:
         return self.smooth or self.reparameterize or self.recovers
 
     @property
+    def compares_outputs(self) -> bool:
+        """Whether a step measures or differentiates a loss of the model's outputs."""
+        samples = self.samples
+        gradients = samples is not None and samples.metric in GRADIENT_METRICS
+        return gradients or self.smooth or self.reconstruction is not None
+
+    @property
     def samples(self) -> ScaleSearch | None:
         """Options for sampling rows of products; None where no step needs rows.
 

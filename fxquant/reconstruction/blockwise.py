@@ -24,6 +24,7 @@ from fxquant.graph.blocks import Block
 from fxquant.graph.capture import device_of
 from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.liveness import dead_after
+from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.nodes import submodule
 from fxquant.graph.outputs import float_outputs
 from fxquant.graph.shapes import image_node
@@ -302,18 +303,30 @@ def tensors_of(block: Block, values: Mapping[str, Any]) -> Values:
     outputs: Values = {}
     for node in block.outputs:
         value = values[node.name]
-        tensors = _by_image(node, value) if node.op == "output" else [value]
+        tensors = [value]
+        if node.op == "output":
+            tensors = [float_outputs(value)[i] for i in _by_image(node)]
         outputs |= {f"{node.name}.{i}" if i else node.name: x for i, x in enumerate(tensors)}
     return outputs
 
 
-def _by_image(output: fx.Node, value: Any) -> list[Tensor]:
-    """The float tensors among a model's outputs whose first axis is the batch."""
+def embedding_names(gm: fx.GraphModule) -> frozenset[str]:
+    """Names, as :func:`tensors_of` has them, of outputs ``(B, C)`` that are embeddings."""
+    embeddings, output = EMBEDDINGS.get(gm) or frozenset[int](), gm.graph.output_node()
+    return frozenset(
+        f"{output.name}.{i}" if i else output.name
+        for i, position in enumerate(_by_image(output))
+        if position in embeddings
+    )
+
+
+def _by_image(output: fx.Node) -> list[int]:
+    """Positions, among a model's float outputs, of those whose first axis is the batch."""
     batch = str(image_node(output.graph).meta["val"].shape[0])
     traced = fx.node.map_arg(output.args[0], lambda node: node.meta["val"])
     return [
-        x
-        for x, example in zip(float_outputs(value), float_outputs(traced), strict=True)
+        i
+        for i, example in enumerate(float_outputs(traced))
         if example.ndim and str(example.shape[0]) == batch
     ]
 

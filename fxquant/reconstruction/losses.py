@@ -15,6 +15,7 @@ from fxquant.config.recovery import BlockLoss, Reconstruction
 from fxquant.errors import PolicyError
 from fxquant.graph.blocks import Block
 from fxquant.graph.capture import device_of
+from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.outputs import is_logits
 from fxquant.reconstruction.blockwise import (
     ActivationStore,
@@ -22,6 +23,7 @@ from fxquant.reconstruction.blockwise import (
     BlockRunner,
     Values,
     chunks,
+    embedding_names,
 )
 
 # Replaces minus infinity where both networks mask a value: its share of a softmax is 0.
@@ -54,10 +56,18 @@ class SquaredError(Criterion):
     Args:
         importance: weights by name of the value; a value without weights is not weighted.
         divergence: compare logits by KL(float || quantized).
+        embeddings: names of values ``(B, C)`` that are not logits.
     """
 
-    def __init__(self, importance: Importance, *, divergence: bool) -> None:
+    def __init__(
+        self,
+        importance: Importance,
+        *,
+        divergence: bool,
+        embeddings: frozenset[str] = frozenset(),
+    ) -> None:
         self._importance, self._divergence = importance, divergence
+        self._embeddings = embeddings
 
     def __call__(self, outputs: Values, float_outputs: Values, index: Tensor) -> Tensor:
         """Losses ``(B,)`` of images; zero where no output of the network is a float tensor."""
@@ -69,7 +79,7 @@ class SquaredError(Criterion):
     def _value_loss(self, name: str, output: Tensor, target: Tensor) -> Tensor:
         masked = output.isneginf() & target.isneginf()
         output, target = (value.masked_fill(masked, _MASKED_LOGIT) for value in (output, target))
-        if self._divergence and is_logits(target):
+        if self._divergence and is_logits(target) and name not in self._embeddings:
             expected, actual = target.log_softmax(1), output.log_softmax(1)
             return kl_div(actual, expected, log_target=True, reduction="none").sum(1)
         error = (output - target).square()
@@ -152,7 +162,8 @@ def criterion(options: Reconstruction, measured: Measured, context: BlockContext
     if measured.features is not None and context.rest:
         return Feature(context, measured.features)
     divergence = options.block_loss is not BlockLoss.MSE and not context.rest
-    return SquaredError(measured.importance, divergence=divergence)
+    embeddings = embedding_names(context.teacher.graph_module)
+    return SquaredError(measured.importance, divergence=divergence, embeddings=embeddings)
 
 
 def measure_importance(
@@ -170,7 +181,8 @@ def measure_importance(
         options: the loss of the outputs.
     """
     device = device_of(teacher.graph_module)
-    loss = OutputLoss(options.gradient, options.seed, device)
+    embeddings = EMBEDDINGS.get(teacher.graph_module)
+    loss = OutputLoss(options.gradient, options.seed, device, embeddings)
     sums: Importance = {}
     for batch in torch.split(images, _GRADIENT_BATCH):
         with torch.enable_grad():

@@ -17,6 +17,7 @@ class NoteKind(StrEnum):
         ADJUSTED: an edge is quantized in another way than its rule asks for.
         RULE: a rule decides nothing.
         SKIPPED: a pass looked at a site and did not change it.
+        OUTPUT: errors of an output are compared in another way than errors of logits.
         MODEL: the model itself has something odd, which the compiled model may not keep.
     """
 
@@ -25,6 +26,7 @@ class NoteKind(StrEnum):
     ADJUSTED = "adjusted"
     RULE = "rule"
     SKIPPED = "skipped"
+    OUTPUT = "output"
     MODEL = "model"
 
 

@@ -43,6 +43,7 @@ LATE = replace(
 )
 NAMES = [
     *(type(item).__name__ for item in CANONICAL),
+    "MarkEmbeddings",
     "Reparameterize",
     "AssignSpecs",
     "InsertObservers",
