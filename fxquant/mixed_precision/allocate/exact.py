@@ -14,6 +14,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 
 from fxquant.mixed_precision.allocate.greedy import greedy
 from fxquant.mixed_precision.allocate.problem import CostFunction, Floats, Ints, Problem, within
+from fxquant.utils.quiet import quiet_c_stdout
 
 # Largest number of solver runs. A solution may exceed a bound by the solver's tolerance; the bound
 # is then lowered by the excess for the next run.
@@ -126,13 +127,14 @@ class _Program:
             unit = max(float(cost.sum()), 1.0) / 1000
             upper_bound = (limit - cost_function.constant) / unit
             constraints.append(LinearConstraint(cost / unit, -np.inf, upper_bound))
-        result: OptimizeResult = milp(
-            objective,
-            integrality=np.ones(self._size),  # also of y, for branching, although y is whole anyway
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 1e-6},
-        )
+        with quiet_c_stdout():  # HiGHS 1.12 prints debug lines, whatever option ``disp`` says
+            result: OptimizeResult = milp(
+                objective,
+                integrality=np.ones(self._size),  # also of y, for branching, although y is whole
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 1e-6},
+            )
         if result.x is None:
             return None
         chosen = result.x[:count].reshape(self._groups, -1).argmax(1)
