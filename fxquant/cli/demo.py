@@ -40,7 +40,8 @@ _FLOAT, _SIMULATION, _ONNX, _INTEGER = (
     "onnxruntime",
     "integer kernels*",
 )
-_NEXT = (
+# The last line, where no folder is kept.
+NEXT = (
     "next: fxquant compile timm/deit_small_patch16_224 --pretrained --data FOLDER --out DIR, "
     "then fxquant eval DIR --data FOLDER"
 )
@@ -63,7 +64,7 @@ def run_demo(options: Namespace) -> int:
             _compare(options.model, options.images, options.out or Path(temporary), threads)
     finally:
         torch.set_num_threads(threads_before)
-    print(_NEXT if options.out is None else f"next: fxquant eval {options.out} --data {DEMO}")
+    print(NEXT if options.out is None else f"next: fxquant eval {options.out} --data {DEMO}")
     return 0
 
 

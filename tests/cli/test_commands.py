@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 import fxquant
 from fxquant.backends.onnx_qdq.difference import Difference
-from fxquant.cli import commands, main
+from fxquant.cli import commands, demo, main
 from fxquant.cli.data import read_image
 from fxquant.cli.evaluation import Score
 from fxquant.cli.preprocess import read_preprocessing, timm_preprocessing
@@ -274,6 +275,19 @@ def test_presets_take_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert fxquant.load(out).report.policy == "minmax_w8a6"
 
 
+def assert_readme_lists(printed: str) -> None:
+    """README has the demo's output: the same lines but for figures and what comes next."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    listing = readme.partition("The demo prints:\n\n```\n")[2].partition("\n```\n")[0].splitlines()
+    # Figures have other digits here, and thus other spaces around them.
+    texts = [
+        [re.sub(r"[\d. ]+", " ", line) for line in lines]
+        for lines in (listing, printed.splitlines())
+    ]
+    assert texts[0][:-1] == texts[1][:-1]
+    assert listing[-1] == demo.NEXT
+
+
 def test_the_demo_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     assert main(["demo", "--images", "40", "--out", str(out)]) == 0
@@ -281,6 +295,7 @@ def test_the_demo_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture
     for row in ("torch float32", "torch simulation", "onnxruntime", "integer kernels"):
         assert f"│ {row}" in printed
     assert printed.rstrip().endswith(f"next: fxquant eval {out} --data demo")
+    assert_readme_lists(printed)
     assert main(["eval", str(out), "--data", "demo", "--images", "40"]) == 0
     assert "40 images" in capsys.readouterr().out
 
