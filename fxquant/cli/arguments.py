@@ -53,7 +53,11 @@ def _add_compile(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     _add_weights(parser)
-    parser.add_argument("--data", metavar="FOLDER", help=f"calibration: {_DATA_HELP}")
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help=f"calibration: {_DATA_HELP}, which glyph_vit and glyph_swin use without --data",
+    )
     parser.add_argument(
         "--images",
         type=_count,

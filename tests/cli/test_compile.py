@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import fxquant
 from fxquant.cli import commands, main
 from fxquant.cli.preprocess import timm_preprocessing, torchvision_preprocessing
-from fxquant.errors import LoweringError
+from fxquant.errors import DataError, LoweringError
 from tests.helpers.cli_helpers import ARGS, TINY, VIT, draw, fails
 
 
@@ -230,6 +230,22 @@ def test_data_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "file").touch()
     assert "file is a file" in fails(capsys, *start, "--data", tmp_path / "file")
     assert "(3, 32, 32); give a folder" in fails(capsys, *start, "--data", "demo")
+
+
+def test_a_demo_model_without_data_is_calibrated_on_images_of_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration: list[torch.Tensor] = []
+
+    def record(_: torch.nn.Module, images: list[torch.Tensor], *__: object, **___: object) -> None:
+        calibration.append(torch.cat(images))
+        raise DataError("recorded")
+
+    monkeypatch.setattr(commands, "compile", record)
+    start = ["compile", "glyph_vit", "--images", "4", "--out", tmp_path]
+    for arguments in ([], ["--data", "demo"]):
+        assert "recorded" in fails(capsys, *start, *arguments)
+    assert calibration[0].shape == (4, 3, 64, 64) and torch.equal(*calibration)
 
 
 @pytest.mark.parametrize("nested", [False, True])
