@@ -35,10 +35,15 @@ _ALL_ROWS = 1 << 40
 
 def recipe(options: argparse.Namespace) -> Policy:
     """The policy of the options."""
-    widths = {"weight_bits": options.bits, "act_bits": options.bits} if options.bits else {}
-    policy = policies.preset(options.policy, **widths)
-    if options.mean_bits and not options.brute_force:
-        budget = Budget(mean_bits=options.mean_bits)
+    bits, effort = options.bits, options.effort
+    budget = Budget(mean_bits=options.mean_bits) if options.mean_bits else None
+    if options.brute_force:
+        budget = None
+    # As on the command line: a preset that takes a budget may have more steps with one.
+    own_budget = budget if policies.takes(options.policy, "budget") else None
+    values = {"weight_bits": bits, "act_bits": bits, "effort": effort, "budget": own_budget}
+    policy = policies.preset(options.policy, **values)
+    if budget is not None and policy.allocation is None:
         policy = replace(policy, allocation=Allocation(budget=budget))
     if options.brute_force and policy.search is not None:
         whole = replace(policy.search, stride=1, rows=_ALL_ROWS, memory_bytes=1 << 60)
@@ -101,6 +106,7 @@ def main() -> None:
     parser.add_argument("--policy", default="w8a8", help="preset")
     parser.add_argument("--bits", type=int, help="width of a preset that takes one")
     parser.add_argument("--mean-bits", type=float, help="mixed precision of that mean width")
+    parser.add_argument("--effort", help="effort of preset best")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, help="blocks; the model's own if not given")
     parser.add_argument("--width", type=int, help="channels; the model's own if not given")

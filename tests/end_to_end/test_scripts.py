@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,31 @@ def test_the_ablation_refuses_a_width_that_no_method_has(
     name = "benchmarks/accuracy.py"
     said = fails(name, "--widths", "1", monkeypatch=monkeypatch, capsys=capsys)
     assert "argument --widths: invalid choice: 1 (choose from" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "mean_bits", "trains"),
+    [
+        ({"policy": "best", "mean_bits": 5}, "best_mixed_seconds", 5, True),
+        ({"policy": "best", "bits": 4, "effort": "minutes"}, "best_w4a4_minutes", None, True),
+        ({"policy": "ptq4vit", "mean_bits": 4}, "ptq4vit_w8a8", 4, False),
+        ({"policy": "ptq4vit", "mean_bits": 4, "brute_force": True}, "ptq4vit_w8a8", None, False),
+        ({"policy": "w8a8"}, "w8a8", None, False),
+    ],
+)
+def test_compile_time_measures_the_policy_of_the_command_line(
+    changes: dict[str, object],
+    name: str,
+    mean_bits: float | None,
+    trains: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = ROOT / "benchmarks" / "compile_time.py"
+    monkeypatch.syspath_prepend(path.parent)
+    defaults = {"bits": None, "mean_bits": None, "effort": None, "brute_force": False}
+    policy = runpy.run_path(str(path))["recipe"](Namespace(**{**defaults, **changes}))
+    assert policy.name == name and (policy.reconstruction is not None) == trains
+    assert (policy.allocation and policy.allocation.budget.mean_bits) == mean_bits
 
 
 @pytest.mark.parametrize("made", [(), ("train/cat",), ("train", "val/cat")])
