@@ -47,6 +47,15 @@ _PARTS = {
     "compensation": Compensation,
     "reconstruction": Reconstruction,
 }
+# Place in a file of the fields of each class.
+_PLACES: dict[type, str] = {
+    Policy: "at the top level",
+    **{kind: f"under `{name}:`" for name, kind in _PARTS.items()},
+    Allocation: "under `allocation:`",
+    Budget: "under `budget:` of `allocation:`",
+    Rule: "in a rule of `rules:`",
+    TensorSpec: "under `spec:` of a rule",
+}
 # Levels of nesting. A policy needs four: rules, number, spec, bits.
 _DEEPEST = 20
 _TOO_DEEP = "nested too deeply, or an alias (*name) is inside what it names: write values out"
@@ -264,10 +273,7 @@ def _mapping(
                 raise both_names_error(place, name, key)
             warn_renamed(place, name, key)
         if key not in known:
-            raise UnknownKeyError(
-                f"{where((*at, str(key)))}: unknown key {key!r}{did_you_mean(str(key), known)}; "
-                f"a {cls.__name__} has {', '.join(known)}"
-            )
+            raise _unknown_key(str(key), cls, where((*at, str(key))))
         enum = _ENUMS.get(key)
         if enum is not None and value is not None and value not in list(enum):
             raise UnknownKeyError(
@@ -276,6 +282,28 @@ def _mapping(
             )
         parsed[key] = enum(value) if enum is not None and value is not None else value
     return parsed
+
+
+def _unknown_key(key: str, cls: type, place: str) -> UnknownKeyError:
+    """The error for a key that ``cls`` does not have; it names the section that has the key."""
+    known = [item.name for item in fields(cls)]
+    homes = [
+        home
+        for kind, home in _PLACES.items()
+        if key in new_names_of(kind) or any(item.name == key for item in fields(kind))
+    ]
+    if homes:
+        return UnknownKeyError(
+            f"{place}: unknown key {key!r} {_PLACES[cls]}; it belongs {' or '.join(homes)}",
+            got=key,
+            expected=" or ".join(homes),
+        )
+    return UnknownKeyError(
+        f"{place}: unknown key {key!r}{did_you_mean(key, known)}; a {cls.__name__} has "
+        f"{', '.join(known)}",
+        got=key,
+        expected=", ".join(known),
+    )
 
 
 def _build(

@@ -108,6 +108,48 @@ def test_a_malformed_file_is_explained(
         assert part in str(caught.value)
 
 
+RULES = "rules:\n  - spec: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "home", "here"),
+    [
+        (
+            f"search_region_ratio: true\n{RULES}",
+            1,
+            "search_region_ratio",
+            "search",
+            "at the top level",
+        ),
+        (f"opt_m: true\n{RULES}", 1, "opt_m", "search", "at the top level"),
+        (f"{RULES}rank: 4\n", 3, "rank", "low_rank", "at the top level"),
+        (f"{RULES}ridge: true\n", 3, "ridge", "compensation", "at the top level"),
+        (f"{RULES}iterations: 9\n", 3, "iterations", "reconstruction", "at the top level"),
+        (f"{RULES}budget: {{mean_bits: 4}}\n", 3, "budget", "allocation", "at the top level"),
+        (f"{RULES}mean_bits: 4\n", 3, "mean_bits", "budget:` of `allocation", "at the top level"),
+        (f"{RULES}fed_by: softmax\n", 3, "fed_by", "rules", "at the top level"),
+        (f"{RULES}symmetric: true\n", 3, "symmetric", "spec", "at the top level"),
+        (f"{RULES}    bits: 4\n", 3, "bits", "low_rank:` or under `spec", "in a rule of `rules:`"),
+        (f"search: {{gptq: true}}\n{RULES}", 1, "gptq", "compensation", "under `search:`"),
+        (f"{ALLOCATION}  mean_bits: 4\n", 4, "mean_bits", "budget", "under `allocation:`"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_its_section(
+    tmp_path: Path, text: str, line: int, key: str, home: str, here: str
+) -> None:
+    with pytest.raises(UnknownKeyError) as caught:
+        read_policy(written(tmp_path, text))
+    assert caught.value.got == key and f"`{home}:`" in str(caught.value.expected)
+    message = str(caught.value)
+    assert f"mine.yaml:{line}: unknown key {key!r} {here}; it belongs " in message
+    assert message.endswith(str(caught.value.expected))
+
+
+def test_a_key_of_the_top_level_in_a_section(tmp_path: Path) -> None:
+    with pytest.raises(UnknownKeyError, match="`search:`; it belongs at the top level"):
+        read_policy(written(tmp_path, f"search: {{smooth: true}}\n{RULES}"))
+
+
 @pytest.mark.parametrize("number", ["1e13", "1.0e+13", "10000000000000"])
 def test_numbers_with_an_exponent(tmp_path: Path, number: str) -> None:
     part = f"{{scope: network, max_macs: {number}}}"
