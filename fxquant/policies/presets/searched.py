@@ -10,7 +10,7 @@ from fxquant.config.spec import Scheme, TensorSpec
 from fxquant.config.validation import check_flags
 from fxquant.errors import PolicyError
 from fxquant.policies.policy import Policy, Rule
-from fxquant.policies.presets.shared_rules import elementwise_rules, searched_rules
+from fxquant.policies.presets.shared_rules import check_act_bits, elementwise_rules, searched_rules
 
 
 def base_ptq(weight_bits: int = 8, act_bits: int = 8, *, image_bits: int = 8) -> Policy:
@@ -78,6 +78,7 @@ def ptq4vit(
         )
     twins: tuple[Rule, ...] = ()
     if twin:
+        check_act_bits(act_bits, Scheme.TWIN_UNIFORM, "ptq4vit(twin=False)")
         spec = TensorSpec(bits=act_bits, scheme=Scheme.TWIN_UNIFORM)
         twins = tuple(
             Rule(fed_by=name, spec=spec, optional=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fxquant.config.spec import Granularity, ObserverKind, TensorSpec
+from fxquant.config.spec import MAX_BITS, MIN_BITS, Granularity, ObserverKind, Scheme, TensorSpec
+from fxquant.config.validation import is_whole
 from fxquant.config.vocabulary import Arg, End, OpKind
+from fxquant.errors import BitWidthError
 from fxquant.policies.policy import Rule
 
 
@@ -34,6 +36,28 @@ def searched_rules(weight_bits: int, act_bits: int, image_bits: int) -> tuple[Ru
         ),
         Rule(spec=TensorSpec(bits=act_bits)),
     )
+
+
+def check_act_bits(act_bits: int, scheme: Scheme, call: str) -> None:
+    """Checks the width of a preset's activations against the quantizers of a scheme.
+
+    Args:
+        act_bits: width of activations; a width that no quantizer has is left to TensorSpec.
+        scheme: scheme of some of the activations.
+        call: call of the preset that uses uniform quantizers in place of this scheme.
+
+    Raises:
+        BitWidthError: the scheme does not allow the width.
+    """
+    widest = scheme.limits.max_bits
+    if is_whole(act_bits) and widest < act_bits <= MAX_BITS:
+        raise BitWidthError(
+            f"act_bits (--act-bits) must be at most {widest} with {scheme} quantizers, got "
+            f"{act_bits}: choose at most {widest} bits, use policies.{call} in Python, or preset "
+            f"best, which takes {MIN_BITS} to {MAX_BITS} bits",
+            got=act_bits,
+            expected=f"{MIN_BITS}..{widest}",
+        )
 
 
 def end_rules(bits: int = 8) -> tuple[Rule, ...]:

@@ -10,7 +10,7 @@ from fxquant.config.spec import ObserverKind, Scheme, TensorSpec
 from fxquant.config.validation import check_flags
 from fxquant.errors import PolicyError
 from fxquant.policies.policy import Policy, Rule
-from fxquant.policies.presets.shared_rules import searched_rules
+from fxquant.policies.presets.shared_rules import check_act_bits, searched_rules
 
 # As in the paper: squared error of the block's output, no drops.
 _PAPER = Reconstruction(block_loss=BlockLoss.MSE, drop=0.0)
@@ -56,13 +56,16 @@ def aiqvit(
     if not isinstance(reconstruction, Reconstruction):
         raise PolicyError(f"reconstruction must be a Reconstruction, got {reconstruction!r:.80}")
     weights = WeightTraining.LOW_RANK if low_rank else WeightTraining.NONE
-    focus = TensorSpec(
-        bits=act_bits,
-        scheme=Scheme.DYNAMIC_FOCUSING,
-        observer=ObserverKind.PERCENTILE,
-        percentile=99.8,
-    )
-    rules = (Rule(fed_by="softmax", spec=focus, optional=True),) if focusing else ()
+    rules: tuple[Rule, ...] = ()
+    if focusing:
+        check_act_bits(act_bits, Scheme.DYNAMIC_FOCUSING, "aiqvit(focusing=False)")
+        focus = TensorSpec(
+            bits=act_bits,
+            scheme=Scheme.DYNAMIC_FOCUSING,
+            observer=ObserverKind.PERCENTILE,
+            percentile=99.8,
+        )
+        rules = (Rule(fed_by="softmax", spec=focus, optional=True),)
     options = {"_no_low_rank": low_rank, "_no_focusing": focusing, "_no_curriculum": curriculum}
     suffixes = "".join(suffix for suffix, on in options.items() if not on)
     return Policy(
