@@ -28,7 +28,7 @@ def test_fields_are_none_unless_named(error: type[FxQuantError]) -> None:
 
 
 def test_copies_keep_the_fields() -> None:
-    """Copies go by what pickling goes by, and so stand for errors of other processes."""
+    """Copies use the same methods as pickling, and represent errors of other processes."""
     error = CalibrationError("fc1__input: why", edge="fc1__input", got=-0.5)
     again = copy.deepcopy(error)
     assert type(again) is CalibrationError and str(again) == "fc1__input: why"

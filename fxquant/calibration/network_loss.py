@@ -30,7 +30,7 @@ class OutputDistance:
     Args:
         reference: the float outputs.
         loss: the loss of the policy's search.
-        embeddings: positions, among the float outputs, of outputs ``(B, C)`` that are no logits.
+        embeddings: positions, among the float outputs, of outputs ``(B, C)`` that are not logits.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class NetworkLoss(GraphInterpreter):
         return self._distance(self._run(dict(self._float), start))
 
     @torch.no_grad()
-    def anew(self, overrides: Mapping[fx.Node, Override]) -> float:
+    def changed_anywhere(self, overrides: Mapping[fx.Node, Override]) -> float:
         """The loss with any nodes changed, from a run of the whole network."""
         self._overrides = overrides
         return self._distance(self._run({}, 0))

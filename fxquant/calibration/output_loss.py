@@ -20,7 +20,7 @@ class OutputLoss:
         kind: the loss.
         seed: seed of sampled labels and noise.
         device: device of the outputs.
-        embeddings: positions, among the float outputs, of outputs ``(B, C)`` that are no logits.
+        embeddings: positions, among the float outputs, of outputs ``(B, C)`` that are not logits.
     """
 
     def __init__(

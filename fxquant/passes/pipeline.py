@@ -171,7 +171,7 @@ def _run(item: Pass, gm: fx.GraphModule, before: Iterable[str]) -> PassResult:
 
 
 def _call_back(on_pass: OnPass, name: str, gm: fx.GraphModule) -> None:
-    """Calls the user's callback; its errors name the pass, and so does the error for an edit."""
+    """Calls the user's callback; its errors, and the error for an edit, name the pass."""
     before = _state(gm)
     try:
         on_pass(name, gm)

@@ -53,7 +53,7 @@ class Family:
             scale for the tensor; quantizers with an axis are made by ``fit`` alone. None where
             each scale is searched on its own, by the parameters of :class:`UniformQuantizer`.
         trained: maps ``(quantizer, drop)`` to the form of the quantizer under training; None where
-            scales of the scheme are not trained, and the report says so.
+            scales of the scheme are not trained, which the report notes.
     """
 
     quantizer: type[Quantizer]

@@ -25,8 +25,8 @@ class PowerOfTwoQuantizer(UniformQuantizer):
 
     Between powers of two exact ties are common, and a runtime may add the zero_point before it
     rounds half to even, as onnxruntime's addition of codes does: the result is the same where the
-    zero_point is even. So the zero_point of this class is even, which moves the range by at most
-    one step.
+    zero_point is even. The zero_point of this class is therefore even, which moves the range by at
+    most one step.
 
     Invariants, beyond those of the class it derives from: every scale is a power of two, every
     zero_point even.

@@ -1,10 +1,10 @@
 """Records of how channels flow through a graph: streams, and everything that they touch.
 
 A *stream* is a set of values that turn together. Each linear and each convolution begins a stream
-of its output channels. Sums, concatenations and data movement pass streams on and join them, and so
-does a norm over exactly the channels. Where a stream ends, its reader is either a *consumer*, a
-product whose columns can undo the rotation, or an *exit*, which needs the values as they were.
-A value from outside that is added to a stream is an *entry*.
+of its output channels. Sums, concatenations, data movement and norms over exactly the channels pass
+streams on and join them. Where a stream ends, its reader is either a *consumer*, a product whose
+columns can undo the rotation, or an *exit*, which needs the values as they were. A value from
+outside that is added to a stream is an *entry*.
 
 The weight and bias of a norm are folded into the consumers of its output. Where this is impossible,
 as the output is added to another value, the norm itself is an entry: a new stream begins behind it.

@@ -120,7 +120,7 @@ def choose_smoothing(
 def _choose(
     network: NetworkLoss, site: Site, consumers: list[ConsumerSample], metric: Metric
 ) -> FoldDecision:
-    """The finalist of least loss; the first finalist is no change."""
+    """The finalist of least loss; the first finalist changes nothing."""
     candidates = finalists(consumers, metric, shiftable=site.shiftable)
     losses = []
     for smoothing in candidates:

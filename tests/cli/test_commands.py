@@ -279,7 +279,7 @@ def assert_readme_lists(printed: str) -> None:
     """README has the demo's output: the same lines but for figures and what comes next."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     listing = readme.partition("The demo prints:\n\n```\n")[2].partition("\n```\n")[0].splitlines()
-    # Figures have other digits here, and thus other spaces around them.
+    # Figures have other digits here, and therefore other spaces around them.
     texts = [
         [re.sub(r"[\d. ]+", " ", line) for line in lines]
         for lines in (listing, printed.splitlines())

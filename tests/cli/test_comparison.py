@@ -1,4 +1,4 @@
-"""``fxquant eval`` of outputs that are no classes: compared with the float model's."""
+"""``fxquant eval`` of outputs that are not classes: compared with the float model's."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def change(folder: Path, *, settle: bool = True, **changed: Tensor | None) -> No
 
 
 def first(folder: Path, end: str) -> tuple[str, Tensor]:
-    """The first tensor whose name ends so."""
+    """The first tensor whose name contains ``end``."""
     return next(item for item in sorted(load_file(folder / WEIGHTS_FILE).items()) if end in item[0])
 
 

@@ -69,7 +69,7 @@ def test_methods_named_in_the_text_are_those_of_the_ablation() -> None:
 
 
 def tables() -> dict[tuple[str, str, str], list[float]]:
-    """Columns of top-1 beside float32's, by model, method and width: in order of the page."""
+    """Points of top-1 lost against float32, by model, method and width: in order of the page."""
     found: dict[tuple[str, str, str], list[float]] = {}
     model, float32, widths = "", 0.0, list[str]()
     for line in (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines():

@@ -22,7 +22,7 @@ from fxquant.testing import Block, images, seeded, tokens
 from tests.helpers.agreement import assert_same_codes
 from tests.helpers.integer_helpers import assert_integer_equals_simulation
 from tests.helpers.softmax_nets import NETS, SCHEMES, compiled, found, policy
-from tests.helpers.through import beside, through
+from tests.helpers.through import through, with_neighbours
 
 LOGS = [Scheme.LOG2, Scheme.ADALOG]
 
@@ -133,7 +133,7 @@ def test_a_clip_and_a_uniform_quantizer_give_the_same_value_to_the_last_bit(
     own = DynamicFocusingQuantizer(torch.tensor(scale), start=start, bits=bits)
     gm = through(own)
     borders = torch.arange(-3, 2 * (start + 2**bits) + 5) / 2 * own.scale
-    x = beside(borders)
+    x = with_neighbours(borders)
     expected = gm(x)
     assert rewrite_quantizers(gm) == ()
     gm.recompile()

@@ -29,7 +29,7 @@ def draw_classes(folder: Path) -> Path:
 
 
 def draw_flat(folder: Path) -> Path:
-    """Three images, and a file that is no image."""
+    """Three images, and a file that is not an image."""
     for i in range(3):
         draw(folder / f"{i}.jpg", i)
     (folder / "notes.txt").write_text("no image")

@@ -15,7 +15,7 @@ from fxquant.quantizers import Quantizer, UniformQuantizer
 
 
 class Through(nn.Module):
-    """A product with one, whose output so is its quantized input."""
+    """A product with one, whose output is therefore its quantized input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def through(quantizer: Quantizer, weight_bits: int | None = None) -> fx.GraphMod
     return gm
 
 
-def beside(borders: Tensor) -> Tensor:
+def with_neighbours(borders: Tensor) -> Tensor:
     """Values ``(n,)`` and their neighbours in float32, as the net takes them: ``(1, 3n, 1)``."""
     infinity = torch.tensor(torch.inf)
     both = borders.nextafter(infinity), borders.nextafter(-infinity)

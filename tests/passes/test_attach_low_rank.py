@@ -66,7 +66,7 @@ def attach(gm: fx.GraphModule, samples: dict[str, ProductSample], **options: obj
 
 
 def ranks(gm: fx.GraphModule) -> dict[str, int]:
-    """Rank of the branch beside each linear that has one."""
+    """Rank of the branch next to each linear that has one."""
     return {
         edge.node.name.removesuffix("_up"): int(edge.node.args[0].meta["val"].shape[-1])
         for edge in edges(gm)
@@ -247,7 +247,7 @@ def test_an_error_counts_for_all_rows_of_an_image() -> None:
     each, head = sites["each"], sites["head"]
     assert not isinstance(each, Refusal) and not isinstance(head, Refusal)
     assert (each.worth(by_loss=True), head.worth(by_loss=True)) == (TOKENS, 1)
-    # Without the loss, an error counts beside the size of the output.
+    # Without the loss, an error counts relative to the size of the output.
     size = float((each.inputs @ each.weight.t()).square().sum(1).mean())
     assert each.worth(by_loss=False) == pytest.approx(1 / size, rel=1e-4)
 

@@ -87,7 +87,7 @@ def test_a_scale_that_q_k_and_v_share_is_searched_for_all_three() -> None:
     scales = set()
     for kept in ([0], [1], [2], [0, 1, 2]):
         # Of a product that the loss does not depend on, only the others count.
-        weighed = {
+        with_gradients = {
             edge.node.name: replace(
                 samples[edge.node.name],
                 gradient=samples[edge.node.name].gradient if i in kept else None,
@@ -95,7 +95,7 @@ def test_a_scale_that_q_k_and_v_share_is_searched_for_all_three() -> None:
             for i, edge in enumerate(readers)
         }
         again = copy.deepcopy(gm)
-        search(again, {**samples, **weighed}, rounds=1)
+        search(again, {**samples, **with_gradients}, rounds=1)
         scales.add(float(again.get_submodule(name).scale))
     assert len(scales) > 1
 

@@ -44,7 +44,7 @@ def test_values_lie_on_the_plain_grid_of_8_bit_codes(case: Case[DynamicFocusingQ
 
 @given(focusing_cases())
 def test_each_value_goes_to_the_nearest_of_the_grid(case: Case[DynamicFocusingQuantizer]) -> None:
-    """Values below b1 too, which so read as b1 and not as zero."""
+    """Values below b1 too, which are read as b1 and not as zero."""
     quantizer = case.quantizer
     grid = (quantizer.start + torch.arange(2**quantizer.bits)) * quantizer.scale
     nearest = (case.x.unsqueeze(-1) - grid).abs().amin(-1)

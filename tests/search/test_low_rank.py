@@ -35,12 +35,12 @@ def output_error(error: Tensor, rows: Tensor, importance: Tensor) -> float:
     return float(((rows @ error.t()) * importance).double().square().sum() / len(rows))
 
 
-@given(n=sizes, k=sizes, rows=st.integers(1, 30), seed=seeds, weighed=st.booleans())
+@given(n=sizes, k=sizes, rows=st.integers(1, 30), seed=seeds, weighted=st.booleans())
 def test_at_full_rank_nothing_of_the_error_is_left(
-    n: int, k: int, rows: int, seed: int, weighed: bool
+    n: int, k: int, rows: int, seed: int, weighted: bool
 ) -> None:
     error, x, importance = drawn(n, k, rows, seed)
-    found = spectrum(error, x, importance if weighed else None)
+    found = spectrum(error, x, importance if weighted else None)
     assert found.values.shape == (min(n, k),)
     torch.testing.assert_close(found.up @ found.down, error, rtol=0, atol=1e-5)
     exact, restored = x @ error.t(), x @ (found.up @ found.down).t()

@@ -49,7 +49,7 @@ class MeasuredSensitivity:
         overrides: dict[fx.Node, Override] = {}
         for group, width in zip(groups, bits, strict=True):
             overrides |= self._overrides(group, width)
-        return _checked(self._network.anew(overrides), "all groups")
+        return _checked(self._network.changed_anywhere(overrides), "all groups")
 
     def _overrides(self, group: EdgeGroup, bits: int) -> dict[fx.Node, Override]:
         if not group.is_weight:

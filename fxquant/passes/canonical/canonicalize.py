@@ -104,7 +104,7 @@ def canonicalize(pipeline: Pipeline, images: Tensor) -> FloatModel:
         if any(not torch.equal(old, new) for old, new in zip(before, again, strict=True)):
             raise CaptureError(
                 "the model gives other outputs when run again: it draws random numbers or changes "
-                "a buffer in eval mode, and cannot be compiled so: turn that off"
+                "a buffer in eval mode, which cannot be compiled: turn that off"
             )
         notes = [Note(NoteKind.MODEL, path, HOOKS_NOTE) for path in HOOKED_MODULES.get(gm) or ()]
         notes += [Note(NoteKind.MODEL, "model", r) for r in _notes_of_batches(gm, images, before)]

@@ -30,7 +30,7 @@ FUNCTIONS = {
     "a factor of each channel": lambda x: torch.linspace(-1, 1, 16) * x,
     "parts put together again": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
     "padding of a sum": lambda x: functional.pad((x + x.roll(1, -1))[..., :9], (3, 4)),
-    "a mean beside values": lambda x: x + x.relu().mean(-1, keepdim=True),
+    "a mean next to values": lambda x: x + x.relu().mean(-1, keepdim=True),
     "a pool of each channel": lambda x: x + functional.adaptive_avg_pool2d(x.relu(), 1),
     "a pool of each row": lambda x: (
         x + functional.adaptive_avg_pool1d(x.relu().flatten(1, 2), 1).view(-1, 3, 16, 1)

@@ -84,7 +84,7 @@ def test_every_code_of_a_width_is_unpacked(bits: int, signed: bool) -> None:
 
 
 class Odd(nn.Module):
-    """Layers whose number of weights is no multiple of 8, and a convolution that is no product."""
+    """Layers with numbers of weights not divisible by 8; the convolution is not a product."""
 
     def __init__(self) -> None:
         super().__init__()

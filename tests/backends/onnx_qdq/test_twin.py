@@ -26,7 +26,7 @@ from fxquant.quantizers.ops import twin_threshold
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.helpers.agreement import assert_same_codes
 from tests.helpers.integer_helpers import assert_integer_equals_simulation
-from tests.helpers.through import beside, through
+from tests.helpers.through import through, with_neighbours
 from tests.helpers.twin_nets import NETS, compiled, found, twins
 
 Export = Callable[[str, int, int | None], OnnxExport]
@@ -151,14 +151,14 @@ def test_the_comparison_of_codes_sees_one_wrong_constant(
 def test_every_form_gives_the_same_value_to_the_last_bit(
     bits: int, shift: int, two_sided: bool, scale: float, weight_bits: int | None
 ) -> None:
-    """One product, two products and values in float, on and beside every border."""
+    """One product, two products and values in float, on and next to every border."""
     twin = TwinUniformQuantizer(torch.tensor(scale), shift=shift, bits=bits, two_sided=two_sided)
     gm = through(twin, weight_bits)
     halves = torch.arange(-2 * twin.levels, 2 * twin.levels + 2) / 2
     borders = torch.cat([halves * twin.scale, halves * twin.coarse_scale])
     if not two_sided:
         borders = torch.cat([borders, (twin.scale * twin_threshold(shift, bits)).view(1)])
-    x = beside(borders)
+    x = with_neighbours(borders)
     expected = gm(x)
     (form,) = rewrite_quantizers(gm)
     gm.recompile()

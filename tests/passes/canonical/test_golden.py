@@ -126,7 +126,7 @@ def test_a_text_shows_that_its_pass_does_something(name: str) -> None:
 
 
 def regenerate() -> None:
-    """Writes all texts anew, from the passes as they are now."""
+    """Writes all texts again, from the passes as they are now."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in PASSES:
         (FOLDER / f"{name}.txt").write_text(golden_text(name), encoding="utf-8")

@@ -86,7 +86,7 @@ def test_batch_norm_between_two_layers_folds_into_the_first() -> None:
 
 
 class Shared(nn.Module):
-    """The convolution feeds a sum beside its batch norm."""
+    """The convolution feeds a sum as well as its batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
