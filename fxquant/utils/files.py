@@ -25,7 +25,9 @@ def as_path(value: object, name: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise PathTypeError(
-            f"{name} must be a path as text or pathlib.Path, got {value!r:.80}", got=value
+            f"{name} must be a path as text or pathlib.Path, got {value!r:.80}",
+            got=value,
+            expected=(str, Path),
         )
     return Path(value)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant import Policy, Rule, TensorSpec, policies
+from fxquant import Policy, Reconstruction, Rule, TensorSpec, policies
 from fxquant.config.allocation import Allocation, Budget
 from fxquant.config.scale_search import ScaleSearch
 from fxquant.config.vocabulary import OpKind
@@ -27,8 +27,10 @@ from fxquant.errors import (
 from fxquant.policies.policy_file import read_policy
 from fxquant.testing import DIM, TOKENS, images, relative_error, seeded, tokens
 from fxquant.utils.notes import NoteKind
+from tests.helpers.refusals import refused
 
 X = images(4, 16)
+SEEDS = f"0..{2**63 - 1}"  # that torch's generators accept
 
 
 @pytest.mark.parametrize(
@@ -250,24 +252,54 @@ def test_the_result_can_be_exported_again(quantized: fxquant.CompiledModel, stri
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "got", "expected", "text"),
     [
-        (lambda: policies.w8a8(full="no"), "full must be true or false, got 'no'"),
-        (lambda: policies.mptq_vit(full="no"), "full must be true or false"),
-        (lambda: policies.mptq_vit(budget=5), "budget must be a Budget, got 5"),
-        (lambda: policies.ptq4vit(twin="no"), "twin must be true or false"),
-        (lambda: policies.ptq4vit(reparameterize=1), "reparameterize must be true or false"),
-        (lambda: policies.ptq4vit(bias_correction=None), "bias_correction must be true or false"),
-        (lambda: policies.ptq4vit(search="fast"), "search must be a ScaleSearch, .* got 'fast'"),
-        (lambda: policies.ptq4vit(search=None), "search must be a ScaleSearch"),
-        (lambda: ScaleSearch(seed=2**70), r"seed must be at most 2\^63 - 1"),
-        (lambda: Allocation(budget=Budget(mean_bits=4), seed=2**63), "seed must be at most"),
-        (lambda: ScaleSearch(low=1e-300), "the grid needs 1e-06 <= low < 1"),
+        (lambda: policies.mptq_vit(budget=5), 5, Budget, None),
+        (
+            lambda: policies.ptq4vit(search="fast"),
+            "fast",
+            ScaleSearch,
+            "^search must be a ScaleSearch, .* got 'fast'",
+        ),
+        (lambda: policies.ptq4vit(search=None), None, ScaleSearch, None),
+        (
+            lambda: policies.aiqvit(reconstruction=5),
+            5,
+            Reconstruction,
+            "^reconstruction must be a Reconstruction, got 5",
+        ),
+        (lambda: ScaleSearch(seed=2**70), 2**70, SEEDS, r"^seed must be at most 2\^63 - 1"),
+        (lambda: Allocation(budget=Budget(mean_bits=4), seed=2**63), 2**63, SEEDS, None),
+        (
+            lambda: ScaleSearch(low=1e-300),
+            (1e-300, ScaleSearch().high),
+            "1e-06 <= low < 1 <= high <= 10",
+            "^the grid needs 1e-06 <= low < 1",
+        ),
     ],
 )
-def test_wrong_options_of_presets_raise(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
+def test_wrong_options_of_presets_raise(
+    make: Callable[[], object], got: object, expected: object, text: str | None
+) -> None:
+    with refused(PolicyError, text, got=got, expected=expected):
         make()
+
+
+@pytest.mark.parametrize(
+    ("preset", "flag", "value"),
+    [
+        (policies.w8a8, "full", "no"),
+        (policies.mptq_vit, "full", "no"),
+        (policies.ptq4vit, "twin", "no"),
+        (policies.ptq4vit, "reparameterize", 1),
+        (policies.ptq4vit, "bias_correction", None),
+    ],
+)
+def test_wrong_flags_of_presets_raise(
+    preset: Callable[..., Policy], flag: str, value: object
+) -> None:
+    with refused(PolicyError, got=value, expected=(True, False)):
+        preset(**{flag: value})
 
 
 @pytest.mark.parametrize(

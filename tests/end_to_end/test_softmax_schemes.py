@@ -20,6 +20,7 @@ from fxquant.search.metrics import Unit
 from fxquant.search.product_loss import Consumer, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.testing import Block, seeded, tokens
+from tests.helpers.refusals import refused
 from tests.helpers.softmax_nets import SCHEMES, compiled, found
 from tests.helpers.stages import EIGHT, annotated
 
@@ -31,14 +32,18 @@ SEARCH = ScaleSearch(metric=Metric.MSE, stride=1, candidates=20)
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_spec_that_does_not_go_with_the_scheme_is_refused(scheme: Scheme) -> None:
-    with pytest.raises(BitWidthError, match=f"scheme {scheme} takes 2 to 8 bits, got 9") as caught:
+    with refused(
+        BitWidthError, f"scheme {scheme} takes 2 to 8 bits, got 9", got=9, expected="2..8"
+    ):
         TensorSpec(bits=9, scheme=scheme)
-    assert (caught.value.got, caught.value.expected) == (9, "2..8")
-    with pytest.raises(PolicyError, match=f"scheme {scheme} is neither symmetric"):
+    limits = (False, Granularity.TENSOR)
+    text = f"scheme {scheme} is neither symmetric nor finer than per tensor"
+    with refused(PolicyError, text, got=(True, Granularity.TENSOR), expected=limits):
         TensorSpec(scheme=scheme, symmetric=True)
-    with pytest.raises(PolicyError, match="finer than per tensor"):
+    with refused(PolicyError, got=(False, Granularity.HEAD), expected=limits):
         TensorSpec(scheme=scheme, granularity=Granularity.HEAD)
-    with pytest.raises(PolicyError, match="belongs to scheme twin_uniform"):
+    text = "^max_shift belongs to scheme twin_uniform alone"
+    with refused(PolicyError, text, got=scheme, expected=Scheme.TWIN_UNIFORM):
         TensorSpec(scheme=scheme, max_shift=2)
 
 

@@ -95,12 +95,18 @@ def best(
     if effort not in list(Effort):
         raise UnknownKeyError(
             f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
-            f"{', '.join(Effort)}"
+            f"{', '.join(Effort)}",
+            got=effort,
+            expected=tuple(Effort),
         )
     for bits in (weight_bits, act_bits):
         TensorSpec(bits=bits)  # checks the width
     if budget is not None and end_bits is not None:
-        raise PolicyError("set either end_bits or budget: a budget chooses the width of each edge")
+        raise PolicyError(
+            "set either end_bits or budget: a budget chooses the width of each edge",
+            got=(end_bits, budget),
+            expected="end_bits or budget",
+        )
     wide = end_rules(_END_BITS if end_bits is None else end_bits)
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
