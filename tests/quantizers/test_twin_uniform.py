@@ -99,9 +99,10 @@ def test_a_bound_on_the_shift_keeps_all_values_on_an_8_bit_grid() -> None:
 
 
 def test_bad_parameters_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="finite positive"):
-        TwinUniformQuantizer(torch.tensor(0.0), shift=1, bits=4, two_sided=True)
-    with pytest.raises(CalibrationError, match="too small"):
+    scale = torch.tensor(0.0)
+    with refused(CalibrationError, "twin quantizer is one finite positive number", got=scale):
+        TwinUniformQuantizer(scale, shift=1, bits=4, two_sided=True)
+    with refused(CalibrationError, "too small: 0", got=0, expected=">= 1"):
         TwinUniformQuantizer(torch.tensor(1.0), shift=0, bits=4, two_sided=False)
     with refused(BitWidthError, got=9, expected="2..8"):
         TensorSpec(bits=9, scheme=Scheme.TWIN_UNIFORM)

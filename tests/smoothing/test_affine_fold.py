@@ -17,6 +17,7 @@ from fxquant.smoothing.fold_sites import norm_sites
 from fxquant.smoothing.norm_ranges import norm_ranges
 from fxquant.testing import DIM, TOKENS, assert_same_function, seeded, tokens
 from tests.helpers.norms import Norm, Read, both, linear_inputs, padded, site_of
+from tests.helpers.refusals import refused
 
 # The fold
 
@@ -163,11 +164,11 @@ def test_ranges_of_a_graph_without_sites_need_no_data() -> None:
 
 def test_ranges_tell_what_is_wrong_with_the_data() -> None:
     gm = capture(seeded(Norm(both)), tokens())
-    with pytest.raises(NonFiniteError, match=r"^norm: NaN or infinity during calibration"):
+    with refused(NonFiniteError, edge="norm"):
         norm_ranges(gm, [tokens() * torch.nan])
-    with pytest.raises(CalibrationError, match="norm: no calibration data"):
+    with refused(CalibrationError, edge="norm"):
         norm_ranges(gm, [])
-    with pytest.raises(BatchError, match=r"does not accept a batch of shape \(2, 3\)"):
+    with refused(BatchError, r"does not accept a batch of shape \(2, 3\)", got=(2, 3)):
         norm_ranges(gm, [torch.zeros(2, 3)])
     gm.meta["stage"] = Stage.OBSERVED
     with pytest.raises(PassError, match="takes stage FLOAT, got OBSERVED"):

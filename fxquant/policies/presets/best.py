@@ -92,21 +92,9 @@ def best(
             ``end_bits`` are set.
     """
     check_flags(full=full)
-    if effort not in list(Effort):
-        raise UnknownKeyError(
-            f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
-            f"{', '.join(Effort)}",
-            got=effort,
-            expected=tuple(Effort),
-        )
+    _check(effort, end_bits, budget)
     for bits in (weight_bits, act_bits):
         TensorSpec(bits=bits)  # checks the width
-    if budget is not None and end_bits is not None:
-        raise PolicyError(
-            "set either end_bits or budget: a budget chooses the width of each edge",
-            got=(end_bits, budget),
-            expected="end_bits or budget",
-        )
     wide = end_rules(_END_BITS if end_bits is None else end_bits)
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
@@ -137,3 +125,20 @@ def best(
         compensation=Compensation(images=_IMAGES, ridge=effort != Effort.SECONDS),
         reconstruction=_TRAINING[Effort(effort)],
     )
+
+
+def _check(effort: Effort | str, end_bits: int | None, budget: Budget | None) -> None:
+    """Raises UnknownKeyError for an unknown effort, PolicyError where both options are set."""
+    if effort not in list(Effort):
+        raise UnknownKeyError(
+            f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
+            f"{', '.join(Effort)}",
+            got=effort,
+            expected=tuple(Effort),
+        )
+    if budget is not None and end_bits is not None:
+        raise PolicyError(
+            "set either end_bits or budget: a budget chooses the width of each edge",
+            got=(end_bits, budget),
+            expected="end_bits or budget",
+        )
