@@ -87,10 +87,13 @@ def _describe(batch: Any) -> str:
     return type(batch).__name__
 
 
-_READ_TWICE = (
-    "this policy reads the calibration data more than once, and calib_loader can be read only "
-    "once; pass a list or a DataLoader instead of a generator"
-)
+def _read_twice(loader: Iterable[Any]) -> BatchError:
+    return BatchError(
+        "this policy reads the calibration data more than once, and calib_loader can be read only "
+        "once; pass a list or a DataLoader instead of a generator",
+        got=loader,
+        expected="an iterable that can be read again",
+    )
 
 
 class CalibrationImages:
@@ -123,7 +126,7 @@ class CalibrationImages:
         self._iterator = iter(loader)
         self._rereadable = self._iterator is not loader
         if twice and not self._rereadable:
-            raise BatchError(_READ_TWICE)
+            raise _read_twice(loader)
         try:
             batch = next(self._iterator)
         except StopIteration as end:
@@ -161,7 +164,7 @@ class CalibrationImages:
         elif self._rereadable:
             batches, start = self._reread(), 0
         else:
-            raise BatchError(_READ_TWICE)
+            raise _read_twice(self._loader)
         for number, batch in enumerate(batches, start):
             yield self._checked(batch, self.first, number)
 
