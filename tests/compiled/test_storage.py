@@ -25,6 +25,7 @@ from fxquant.errors import FileFormatError, OutputError
 from fxquant.graph.edges import edges
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.helpers import compiled
+from tests.helpers.refusals import refused
 from tests.helpers.round_trip import assert_round_trip
 
 
@@ -99,14 +100,14 @@ def test_saving_again_replaces(small: fxquant.CompiledModel, saved: Path) -> Non
 def test_a_folder_that_cannot_be_made(small: fxquant.CompiledModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "model"):
-        with pytest.raises(OutputError, match=r"cannot write .*model\.safetensors"):
+        with refused(OutputError, r"cannot write .*model\.safetensors", got=folder / WEIGHTS_FILE):
             small.save(folder)
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_in_the_place_of_a_file(small: fxquant.CompiledModel, tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).mkdir()
-    with pytest.raises(OutputError, match=r"quant_config\.json is a folder"):
+    with refused(OutputError, r"quant_config\.json is a folder", got=tmp_path / CONFIG_FILE):
         small.save(tmp_path)
     assert os.listdir(tmp_path) == [CONFIG_FILE]
 
@@ -146,8 +147,9 @@ def test_a_full_disk_leaves_what_was_there(
         (folder / WEIGHTS_FILE).write_bytes(b"old")
     with monkeypatch.context() as patch:
         patch.setattr(target, failure)
-        with pytest.raises(OutputError, match=r"No space left.*enough free space"):
+        with refused(OutputError, r"No space left.*enough free space") as caught:
             small.save(folder)
+        assert caught.value.got in (folder / WEIGHTS_FILE, folder / CONFIG_FILE)
     if existing:
         assert sorted(os.listdir(folder)) == sorted([CONFIG_FILE, WEIGHTS_FILE])
         assert all(file.read_bytes() == b"old" for file in folder.iterdir())
@@ -159,10 +161,12 @@ def test_a_full_disk_leaves_what_was_there(
 
 
 def test_missing_files(saved: Path) -> None:
-    with pytest.raises(FileFormatError, match=r"cannot read .*No such file.*CompiledModel\.save"):
+    text, path = r"cannot read .*No such file.*CompiledModel\.save", saved / "nowhere" / CONFIG_FILE
+    with refused(FileFormatError, text, got=path):
         fxquant.load(saved / "nowhere")
     (saved / WEIGHTS_FILE).unlink()
-    with pytest.raises(FileFormatError, match=r"cannot read .*model\.safetensors.*missing"):
+    text = r"cannot read .*model\.safetensors.*missing"
+    with refused(FileFormatError, text, got=saved / WEIGHTS_FILE):
         fxquant.load(saved)
 
 
@@ -171,14 +175,24 @@ def test_missing_files(saved: Path) -> None:
 def test_truncated_files(saved: Path, name: str, share: float) -> None:
     data = (saved / name).read_bytes()
     (saved / name).write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(FileFormatError, match="truncated"):
+    with refused(FileFormatError, "truncated", got=saved / name):
         fxquant.load(saved)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"format": 99}', "\x00\x01", '"model"'])
-def test_foreign_files(saved: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "file_format"),
+    [("{}", None), ("[]", None), ('{"format": 99}', 99), ('"model"', None)],
+)
+def test_foreign_files(saved: Path, text: str, file_format: int | None) -> None:
     (saved / CONFIG_FILE).write_text(text)
-    with pytest.raises(FileFormatError, match=r"quant_config\.json is"):
+    message = rf"quant_config\.json is not of format 5 or 4 \(found {file_format}\)"
+    with refused(FileFormatError, message, got=file_format, expected=(4, 5)):
+        fxquant.load(saved)
+
+
+def test_a_config_that_is_not_json(saved: Path) -> None:
+    (saved / CONFIG_FILE).write_text("\x00\x01")
+    with refused(FileFormatError, r"quant_config\.json is not JSON", got=saved / CONFIG_FILE):
         fxquant.load(saved)
 
 
@@ -209,13 +223,14 @@ def test_a_damaged_part_of_the_config(saved: Path, key: str, value: Any) -> None
 def test_an_unknown_operator_is_named(saved: Path) -> None:
     text = (saved / CONFIG_FILE).read_text().replace("aten.gelu.default", "aten.gelo.default")
     (saved / CONFIG_FILE).write_text(text)
-    with pytest.raises(FileFormatError, match=r"'aten\.gelo\.default' is unknown to this torch"):
+    text = r"'aten\.gelo\.default' is unknown to this torch"
+    with refused(FileFormatError, text, got="aten.gelo.default"):
         fxquant.load(saved)
 
 
 def test_a_config_of_brackets_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "quant_config.json").write_text("[" * 100_000)
-    with pytest.raises(FileFormatError, match="is not JSON"):
+    with refused(FileFormatError, got=tmp_path / CONFIG_FILE):
         fxquant.load(tmp_path)
 
 
@@ -238,41 +253,50 @@ def first(folder: Path, end: str) -> tuple[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "damage", "message"),
+    ("kind", "damage", "got", "message"),
     [
-        (".scale", lambda x: x * 0, r"quantizer \S+: its scale is 0\.0, not positive"),
-        (".scale", lambda x: -x, r"its scale is -\S+, not positive"),
-        (".scale", lambda x: x + torch.inf, "its scale is inf, not positive"),
-        (".scale", lambda x: x + torch.nan, r"tensor \S+scale holds NaN"),
-        (".scale", lambda x: torch.ones(7, 7), "do not fit together"),
-        (".zero_point", lambda x: x + 0.5, "a zero_point is not a whole number in"),
-        (".zero_point", lambda x: x + 1000, "a zero_point is not a whole number in"),
-        ("bias", lambda x: x + torch.nan, r"tensor \S+bias holds NaN"),
+        (".scale", lambda x: x * 0, None, r"quantizer \S+: its scale is 0\.0, not positive"),
+        (".scale", lambda x: -x, None, r"its scale is -\S+, not positive"),
+        (".scale", lambda x: x + torch.inf, None, "its scale is inf, not positive"),
+        (".scale", lambda x: x + torch.nan, None, r"tensor \S+scale holds NaN"),
+        (".zero_point", lambda x: x + 0.5, None, "a zero_point is not a whole number in"),
+        (".zero_point", lambda x: x + 1000, None, "a zero_point is not a whole number in"),
+        ("bias", lambda x: x + torch.nan, None, r"tensor \S+bias holds NaN"),
         (
             "codes.",
             lambda x: x.to(torch.int16) + 300,
+            "reach",
             r"from \d+ to \d+, and 8 bits hold -128",
         ),
-        ("codes.", lambda x: x.float(), "are torch.float32, not integers"),
+        ("codes.", lambda x: x.float(), torch.float32, "are torch.float32, not integers"),
     ],
 )
 def test_damaged_tensors_are_recognised(
-    saved: Path, kind: str, damage: Callable[[Tensor], Tensor], message: str
+    saved: Path, kind: str, damage: Callable[[Tensor], Tensor], got: object, message: str
 ) -> None:
     name, tensor = first(saved, kind)
-    change(saved, **{name: damage(tensor)})
-    with pytest.raises(FileFormatError, match=message):
+    damaged = damage(tensor)
+    change(saved, **{name: damaged})
+    got = (int(damaged.min()), int(damaged.max())) if got == "reach" else got
+    with refused(FileFormatError, message, got=got) as caught:
+        fxquant.load(saved)
+    assert str(caught.value.edge) in name
+
+
+def test_a_scale_of_another_shape_is_recognised(saved: Path) -> None:
+    change(saved, **{first(saved, ".scale")[0]: torch.ones(7, 7)})
+    with refused(FileFormatError, "do not fit together", got=saved):
         fxquant.load(saved)
 
 
 def test_a_tensor_too_many_or_too_few_is_recognised(saved: Path) -> None:
     change(saved, stray=torch.ones(3))
-    with pytest.raises(FileFormatError, match="no node of the graph reads tensor stray"):
+    with refused(FileFormatError, "no node of the graph reads tensor stray", edge="stray"):
         fxquant.load(saved)
     change(saved, stray=None)
     fxquant.load(saved)
     change(saved, **{first(saved, "bias")[0]: None})
-    with pytest.raises(FileFormatError, match="do not fit together"):
+    with refused(FileFormatError, got=saved):
         fxquant.load(saved)
 
 
@@ -310,7 +334,10 @@ def test_a_configuration_may_be_laid_out_anew(saved: Path) -> None:
 def test_a_tensor_that_was_changed_is_recognised(saved: Path) -> None:
     name, tensor = first(saved, "bias")
     change(saved, settle=False, **{name: tensor + 1})
-    with pytest.raises(FileFormatError, match="two saves are mixed or one file was changed"):
+    text = "two saves are mixed or one file was changed; use both files of one save"
+    expected = json.loads((saved / CONFIG_FILE).read_text())["tensors_sha256"]
+    actual = hashlib.sha256((saved / WEIGHTS_FILE).read_bytes()).hexdigest()
+    with refused(FileFormatError, text, got=actual, expected=expected):
         fxquant.load(saved)
 
 
@@ -319,7 +346,8 @@ def test_files_of_two_saves_are_not_mixed(saved: Path, tmp_path: Path) -> None:
     other.save(tmp_path / "other")
     assert torch.equal(fxquant.load(tmp_path / "other")(tokens()), other(tokens()))
     os.replace(tmp_path / "other" / WEIGHTS_FILE, saved / WEIGHTS_FILE)
-    with pytest.raises(FileFormatError, match="use both files of one save"):
+    expected = json.loads((saved / CONFIG_FILE).read_text())["tensors_sha256"]
+    with refused(FileFormatError, expected=expected):
         fxquant.load(saved)
 
 

@@ -149,7 +149,8 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(
 
     monkeypatch.setattr("fxquant.passes.pipeline.capture", capture)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file is a file; choose another folder"):
+    text = "file is a file; choose another folder"
+    with refused(OutputError, text, got=tmp_path / "file"):
         fxquant.compile(
             testing.seeded(testing.Block()),
             [testing.tokens()],

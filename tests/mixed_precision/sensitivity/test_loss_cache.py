@@ -94,8 +94,9 @@ def test_another_fingerprint_is_another_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="Choose a writable folder"):
+    with refused(OutputError, "Choose a writable folder") as caught:
         LossCache(tmp_path / "file", "f" * 64, {})
+    assert caught.value.got.parent == tmp_path / "file"
 
 
 def test_the_fingerprint_follows_everything_a_loss_depends_on() -> None:
