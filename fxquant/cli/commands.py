@@ -293,7 +293,8 @@ def _find_preprocessing(
     if size is None or options.mean is None or options.std is None:
         raise DataError(
             f"how images are prepared for {options.path} is unknown: there is no {file}. Give "
-            "--model NAME, or --image-size, --mean and --std"
+            "--model NAME, or --image-size, --mean and --std",
+            got=options.path,
         )
     return plain_preprocessing(str(options.path), size, options.mean, options.std)
 

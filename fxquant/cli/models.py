@@ -156,7 +156,8 @@ def _construct(source: Source, pretrained: bool, arguments: Mapping[str, Any]) -
     except _CONSTRUCTION_ERRORS as error:
         listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         raise ModelError(
-            f"{source.library} cannot make {source.name} with {listed}: {error}. Check --model-arg"
+            f"{source.library} cannot make {source.name} with {listed}: {error}. Check --model-arg",
+            got=dict(arguments),
         ) from error
     return model
 
@@ -165,7 +166,8 @@ def _demo_model(name: str, weights: Weights, arguments: Mapping[str, Any]) -> nn
     if weights != Weights() or arguments:
         raise ModelError(
             f"{name} is already trained and has no arguments; remove --checkpoint, --pretrained, "
-            "--random-weights and --model-arg"
+            "--random-weights and --model-arg",
+            got=name,
         )
     from fxquant.demo.models import build
 

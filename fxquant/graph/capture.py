@@ -259,28 +259,33 @@ def _builtin_containers(spec: pytree.TreeSpec) -> bool:
 
 def _explain(error: Exception, model: nn.Module, shape: tuple[int, ...]) -> CaptureError:
     """An error with module path, source line and advice, for an error of torch.export."""
-    where = _where(error, model)
+    path, line = _place(error, model)
+    where = f"module {path or '(root)'} at {line or 'unknown line'}"
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     kind = f"{type(error).__name__}: {first}"
     if "DataDependent" in type(error).__name__ or "data-dependent" in str(error):
         return ControlFlowError(
             f"{where}: the model branches on the values of a tensor, which a graph cannot hold "
-            f"({kind}). Rewrite the branch with torch.where, or move it out of the model"
+            f"({kind}). Rewrite the branch with torch.where, or move it out of the model",
+            edge=path,
         )
     if "batch" in str(error) and ("Constraints violated" in str(error) or "speciali" in str(error)):
         return CaptureError(
             f"{where}: the model fixes its batch size ({kind}). Use x.shape[0] or -1 instead of "
-            "a number in view, reshape and expand"
+            "a number in view, reshape and expand",
+            edge=path,
         )
     return CaptureError(
         f"{where}: torch.export cannot capture the model for an input of shape {shape} ({kind}). "
         "Check first that model(images) itself runs for this shape; else rewrite that line in "
-        "plain tensor operations"
+        "plain tensor operations",
+        edge=path,
+        got=shape,
     )
 
 
-def _where(error: BaseException, model: nn.Module) -> str:
+def _place(error: BaseException, model: nn.Module) -> tuple[str, str]:
     """Module path and source line of the user's code that raised ``error``."""
     paths = {id(module): name for name, module in model.named_modules()}
     torch_root = str(Path(torch.__file__).parent)
@@ -292,4 +297,4 @@ def _where(error: BaseException, model: nn.Module) -> str:
             path = paths[id(owner)]
         if not file.startswith(torch_root) and not file.startswith(str(Path(__file__).parent)):
             line = f"{file}:{number}"
-    return f"module {path or '(root)'} at {line or 'unknown line'}"
+    return path, line
