@@ -205,7 +205,6 @@ def test_a_bad_activation_names_its_edge() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x.log())
 
-    with pytest.raises(NonFiniteError) as error:
+    with refused(NonFiniteError, edge="fc__input") as error:
         sampled(seeded(Log()), -tokens(4)[:, 0].abs())
-    assert str(error.value).startswith("fc__input: NaN or infinity during calibration")
     assert "While executing" not in str(error.value)

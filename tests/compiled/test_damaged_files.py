@@ -100,7 +100,7 @@ def test_an_unknown_operator_is_named(saved: Path) -> None:
 
 def test_a_config_of_brackets_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "quant_config.json").write_text("[" * 100_000)
-    with refused(FileFormatError, got=tmp_path / CONFIG_FILE):
+    with refused(FileFormatError, "is not JSON", got=tmp_path / CONFIG_FILE):
         fxquant.load(tmp_path)
 
 

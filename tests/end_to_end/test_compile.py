@@ -230,7 +230,7 @@ def test_unusable_models_are_explained() -> None:
     damaged.fc1.weight.data[0] = float("nan")
     with refused(NonFiniteError, edge="fc1.weight"):
         fxquant.compile(damaged, [tokens()])
-    with pytest.raises(NothingToQuantizeError, match="was the right module passed"):
+    with refused(NothingToQuantizeError):
         fxquant.compile(nn.ReLU().eval(), [tokens()])
     with refused(CaptureError, got="vit", expected=nn.Module):
         fxquant.compile("vit", [tokens()])  # type: ignore[arg-type]

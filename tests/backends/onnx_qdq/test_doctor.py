@@ -63,15 +63,14 @@ def test_data_of_the_users_is_used(tmp_path: Path) -> None:
 def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
-    text = "truncated or of another format" if content == b"not a model" else None
-    with refused(FileFormatError, text, got=path):
+    with refused(FileFormatError, "truncated or of another format", got=path):
         doctor(path)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = gemm_file(tmp_path / "m.onnx")
     path.write_bytes(path.read_bytes()[:-40])
-    with refused(FileFormatError, got=path):
+    with refused(FileFormatError, "truncated", got=path):
         doctor(path)
 
 
