@@ -92,9 +92,7 @@ def best(
             ``end_bits`` are set.
     """
     check_flags(full=full)
-    _check(effort, end_bits, budget)
-    for bits in (weight_bits, act_bits):
-        TensorSpec(bits=bits)  # checks the width
+    _check(effort, (weight_bits, act_bits), end_bits, budget)
     wide = end_rules(_END_BITS if end_bits is None else end_bits)
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
@@ -127,8 +125,10 @@ def best(
     )
 
 
-def _check(effort: Effort | str, end_bits: int | None, budget: Budget | None) -> None:
-    """Raises UnknownKeyError for an unknown effort, PolicyError where both options are set."""
+def _check(
+    effort: Effort | str, widths: tuple[int, int], end_bits: int | None, budget: Budget | None
+) -> None:
+    """Checks the options of :func:`best`, which lists the errors."""
     if effort not in list(Effort):
         raise UnknownKeyError(
             f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
@@ -136,6 +136,8 @@ def _check(effort: Effort | str, end_bits: int | None, budget: Budget | None) ->
             got=effort,
             expected=tuple(Effort),
         )
+    for bits in widths:
+        TensorSpec(bits=bits)  # checks the width
     if budget is not None and end_bits is not None:
         raise PolicyError(
             "set either end_bits or budget: a budget chooses the width of each edge",
