@@ -18,7 +18,7 @@ from fxquant.compiled.report import Report, make_plan, measure_quantizers, sqnr_
 from fxquant.config.scale_search import GRADIENT_METRICS
 from fxquant.config.validation import check_flags
 from fxquant.errors import OutputError, PassError, PolicyError
-from fxquant.graph.capture import check_model
+from fxquant.graph.check_model import check_model
 from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.parameter_bytes import quantized_bytes
 from fxquant.mixed_precision.allocate.result import AllocationResult
@@ -148,10 +148,16 @@ def _checked_recipe(
     if on_pass is not None and not callable(on_pass):
         raise PassError(
             "on_pass must be a function that is called with the name of a pass and the graph, got "
-            f"{on_pass!r:.80}"
+            f"{on_pass!r:.80}",
+            got=on_pass,
+            expected="a function",
         )
     if cache is not None and not isinstance(cache, str | Path):
-        raise OutputError(f"cache must be the path of a folder, or None, got {cache!r:.80}")
+        raise OutputError(
+            f"cache must be the path of a folder, or None, got {cache!r:.80}",
+            got=cache,
+            expected=(str, Path, None),
+        )
     if cache is not None and (recipe.allocation or recipe.reconstruction):
         check_writable(Path(cache))
     samples = recipe.samples
@@ -160,7 +166,9 @@ def _checked_recipe(
     if loss is not None and (samples is None or samples.metric not in GRADIENT_METRICS):
         raise PolicyError(
             f"policy {recipe.name!r} uses no gradient of the given loss: give the policy a search "
-            f"whose metric is {' or '.join(GRADIENT_METRICS)}, or do not pass a loss"
+            f"whose metric is {' or '.join(GRADIENT_METRICS)}, or do not pass a loss",
+            got=None if samples is None else samples.metric,
+            expected=GRADIENT_METRICS,
         )
     check_model(model)
     return recipe

@@ -9,9 +9,11 @@ class FxQuantError(Exception):
     """Base of all errors of this package.
 
     Attributes:
-        edge: name of the edge that the error is about, None where the error is not about one edge.
-        got: the refused value, None where the error is not about one value.
-        expected: the accepted value, or the accepted range in words.
+        edge: name of the edge or node, or path of the module or tensor, that the error is about
+            ("" is the whole model); None where the error is not about one of these.
+        got: the refused value itself, such as a number, a shape, a type or the path of a file; None
+            where the error is not about one value.
+        expected: the accepted value or class, a tuple of these, or the accepted range in words.
     """
 
     edge: str | None

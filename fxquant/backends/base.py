@@ -57,7 +57,9 @@ def load_backend(name: str, flags: Mapping[str, Any]) -> Backend:
     if name not in BACKENDS:
         raise LoweringError(
             f"no backend {name!r}{did_you_mean(str(name), BACKENDS)}; there are "
-            f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime"
+            f"{', '.join(BACKENDS)}, and export_onnx() for onnxruntime",
+            got=name,
+            expected=tuple(BACKENDS),
         )
     for flag in flags:
         owners = [other for other in BACKENDS if flag in _flags(_load(other))]
@@ -66,7 +68,9 @@ def load_backend(name: str, flags: Mapping[str, Any]) -> Backend:
             raise LoweringError(
                 f"backend {name!r} has no flag {flag!r}, which {verb}"
                 f"{did_you_mean(flag, _flags(_load(name)))}; backend {name} has "
-                f"{', '.join(_flags(_load(name))) or 'none'}"
+                f"{', '.join(_flags(_load(name))) or 'none'}",
+                got=flag,
+                expected=tuple(_flags(_load(name))),
             )
     return _load(name)
 

@@ -22,5 +22,6 @@ def errors_as_input_error(images: Tensor) -> Iterator[None]:
     except (RuntimeError, TypeError, AssertionError) as error:
         raise BatchError(
             f"the model does not accept a batch of shape {tuple(images.shape)} ({error}); "
-            "resize the images to the model's input size"
+            "resize the images to the model's input size",
+            got=tuple(images.shape),
         ) from error

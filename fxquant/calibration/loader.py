@@ -32,19 +32,29 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     if not isinstance(images, Tensor):
         raise BatchError(
             f"a calibration batch must be a tensor, (images, labels) or a dict with one of "
-            f"{', '.join(IMAGE_KEYS)}; got {_describe(batch)}"
+            f"{', '.join(IMAGE_KEYS)}; got {_describe(batch)}",
+            got=batch,
+            expected=Tensor,
         )
     if not images.is_floating_point():
         raise BatchError(
             f"images must be float tensors, as the model's input is, got {images.dtype}; "
-            "convert and normalise them first (for example torchvision's ToTensor, Normalize)"
+            "convert and normalise them first (for example torchvision's ToTensor, Normalize)",
+            got=images.dtype,
+            expected=torch.float32,
         )
     if images.dtype is torch.float64:
-        raise BatchError("images are float64, the model takes float32; call images.float()")
+        raise BatchError(
+            "images are float64, the model takes float32; call images.float()",
+            got=images.dtype,
+            expected=torch.float32,
+        )
     if images.ndim < 2 or images.shape[0] == 0:
         raise BatchError(
             f"images must be (B, …) with B >= 1, got shape {tuple(images.shape)}; "
-            "add a batch dimension with images.unsqueeze(0) or use a DataLoader"
+            "add a batch dimension with images.unsqueeze(0) or use a DataLoader",
+            got=tuple(images.shape),
+            expected="(B, …) with B >= 1",
         )
     return images, _as_labels(labels, len(images))
 
@@ -77,10 +87,13 @@ def _describe(batch: Any) -> str:
     return type(batch).__name__
 
 
-_READ_TWICE = (
-    "this policy reads the calibration data more than once, and calib_loader can be read only "
-    "once; pass a list or a DataLoader instead of a generator"
-)
+def _read_twice(loader: Iterable[Any]) -> BatchError:
+    return BatchError(
+        "this policy reads the calibration data more than once, and calib_loader can be read only "
+        "once; pass a list or a DataLoader instead of a generator",
+        got=loader,
+        expected="an iterable that can be read again",
+    )
 
 
 class CalibrationImages:
@@ -105,13 +118,15 @@ class CalibrationImages:
         if isinstance(loader, Tensor | str | bytes | Mapping) or not isinstance(loader, Iterable):
             raise BatchError(
                 f"calib_loader must be an iterable of batches, got {_describe(loader)}; "
-                "wrap a single batch in a list: compile(model, [images])"
+                "wrap a single batch in a list: compile(model, [images])",
+                got=loader,
+                expected="an iterable of batches",
             )
         self._loader = loader
         self._iterator = iter(loader)
         self._rereadable = self._iterator is not loader
         if twice and not self._rereadable:
-            raise BatchError(_READ_TWICE)
+            raise _read_twice(loader)
         try:
             batch = next(self._iterator)
         except StopIteration as end:
@@ -149,7 +164,7 @@ class CalibrationImages:
         elif self._rereadable:
             batches, start = self._reread(), 0
         else:
-            raise BatchError(_READ_TWICE)
+            raise _read_twice(self._loader)
         for number, batch in enumerate(batches, start):
             yield self._checked(batch, self.first, number)
 
@@ -176,12 +191,16 @@ class CalibrationImages:
         if first is not None and images.shape[1:] != first.shape[1:]:
             raise BatchError(
                 f"a batch has images of shape {tuple(images.shape[1:])}, the first batch "
-                f"{tuple(first.shape[1:])}; resize all images to the model's input size"
+                f"{tuple(first.shape[1:])}; resize all images to the model's input size",
+                got=tuple(images.shape[1:]),
+                expected=tuple(first.shape[1:]),
             )
         if first is not None and images.dtype != first.dtype:
             raise BatchError(
                 f"a batch has images of type {images.dtype}, the first batch {first.dtype}; give "
-                f"all images one type, for example by images.to({first.dtype})"
+                f"all images one type, for example by images.to({first.dtype})",
+                got=images.dtype,
+                expected=first.dtype,
             )
         finite = torch.isfinite(images).flatten(1).all(1)
         if not bool(finite.all()):

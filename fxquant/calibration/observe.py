@@ -62,7 +62,11 @@ def observe(
     earlier_samples = samples or {}
     sampler = None if search is None or earlier_samples else ProductSampler(gm, search, loss)
     if sampler is None and stage(gm) is not Stage.OBSERVED:
-        raise PassError(f"observe requires stage OBSERVED, got {stage(gm).name}")
+        raise PassError(
+            f"observe requires stage OBSERVED, got {stage(gm).name}",
+            got=stage(gm),
+            expected=Stage.OBSERVED,
+        )
     device, count = device_of(gm), 0
     for images, labels in batches if reservoir is None else reservoir.observe(batches):
         if sampler is not None:

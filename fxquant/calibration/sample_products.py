@@ -116,7 +116,9 @@ def _samplers(
     if total_bytes(fewest) > search.memory_bytes:
         raise CalibrationError(
             f"memory_bytes is {search.memory_bytes:,}, and {fewest} rows of each product need "
-            f"{total_bytes(fewest):,}: raise it in the policy's search"
+            f"{total_bytes(fewest):,}: raise it in the policy's search",
+            got=search.memory_bytes,
+            expected=f">= {total_bytes(fewest)}",
         )
     possible = range(search.rows + 1)
     rows = bisect_right(possible, search.memory_bytes, lo=fewest, key=total_bytes) - 1
@@ -182,7 +184,10 @@ def _check_gradients(samplers: dict[str, RowSampler]) -> None:
                 f"the gradient of the loss at product {name} reaches {largest:.1e} "
                 f"in a batch, and must be finite and at most {_LARGEST_GRADIENT:.0e}, so that its "
                 "square can weight errors: divide the loss by a constant, or look for a root, "
-                "logarithm or division at zero in the loss or the model"
+                "logarithm or division at zero in the loss or the model",
+                edge=name,
+                got=largest,
+                expected=f"<= {_LARGEST_GRADIENT:g}",
             )
 
 

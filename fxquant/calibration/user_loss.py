@@ -29,7 +29,9 @@ def check_callable(loss: Any) -> None:
         raise CalibrationError(
             f"loss must be a function of the model's outputs and the labels, got "
             f"{type(loss).__name__} {loss!r:.80}; to choose one by name, set the loss of the "
-            "policy's search"
+            "policy's search",
+            got=loss,
+            expected="a function of outputs and labels",
         )
 
 
@@ -73,10 +75,14 @@ def check_scalar_loss(value: Any) -> None:
     ):
         raise CalibrationError(
             "the loss must be one real number with a gradient, computed in torch from the model's "
-            f"outputs; got {value!r:.80}"
+            f"outputs; got {value!r:.80}",
+            got=value,
+            expected="one real number with a gradient",
         )
     if not bool(value.isfinite()):
         raise CalibrationError(
             f"the loss of a batch is {value.item()}, so that its gradient is useless; look for "
-            "infinite outputs of the model, or a logarithm of zero or division by zero in the loss"
+            "infinite outputs of the model, or a logarithm of zero or division by zero in the loss",
+            got=value.item(),
+            expected="a finite number",
         )

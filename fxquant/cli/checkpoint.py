@@ -42,7 +42,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     if misfit:
         raise ModelError(
             f"{path} does not fit the model: {misfit}. Check the model's name, and --model-arg "
-            "(for example num_classes or img_size)"
+            "(for example num_classes or img_size)",
+            got=path,
         )
     model.load_state_dict(state)
 
@@ -62,7 +63,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         what = f"a dict with keys {names[:_NAMED]}" if names else type(content).__name__
         raise FileFormatError(
             f"{path} holds no state dict but {what}; expected tensors by name, plain or under "
-            f"one of {', '.join(WRAPPERS)}"
+            f"one of {', '.join(WRAPPERS)}",
+            got=path,
         )
     return state
 
@@ -76,12 +78,14 @@ def _read(path: Path) -> Any:
         if type(error).__name__ == "UnpicklingError":
             raise FileFormatError(
                 f"{path} is damaged or holds Python objects, which would run code when loaded. "
-                "Write it again with torch.save(model.state_dict(), path)"
+                "Write it again with torch.save(model.state_dict(), path)",
+                got=path,
             ) from error
         first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileFormatError(
             f"{path} is truncated, unreadable or not a checkpoint ({first}); copy or download it "
-            "again"
+            "again",
+            got=path,
         ) from error
 
 

@@ -192,7 +192,8 @@ def run_eval(options: Namespace) -> int:
         raise ModelError(
             f"{runtime.name} gives {_described(kinds)}, which have no accuracy: give --reference "
             "MODEL (a name with --checkpoint or --pretrained, or an .onnx file) to compare them "
-            "with the float model's, or --outputs logits where the first output is scores"
+            "with the float model's, or --outputs logits where the first output is scores",
+            got=kinds,
         )
     figures: dict[str, Any] = {}
     if scored and (options.reference is None or not isinstance(data, FlatFolder)):
@@ -255,11 +256,15 @@ def _note_classes(data: Dataset[Any], score: Score) -> None:
 def _open_runtime(path: Path, backend: str | None, threads: int | None) -> tuple[Runtime, Path]:
     """The runtime, and the folder where its preprocessing may be."""
     if not path.exists():
-        raise FileFormatError(f"{path} does not exist; give the folder from compile, or an .onnx")
+        raise FileFormatError(
+            f"{path} does not exist; give the folder from compile, or an .onnx", got=path
+        )
     if not path.is_dir():
         if backend not in (None, "onnx"):
             raise ModelError(
-                f"{path} is an ONNX file, backend {backend} needs the folder that compile wrote"
+                f"{path} is an ONNX file, backend {backend} needs the folder that compile wrote",
+                got=backend,
+                expected="onnx",
             )
         return onnx_runtime(path, threads), path.parent
     if backend is None:
@@ -288,7 +293,8 @@ def _find_preprocessing(
     if size is None or options.mean is None or options.std is None:
         raise DataError(
             f"how images are prepared for {options.path} is unknown: there is no {file}. Give "
-            "--model NAME, or --image-size, --mean and --std"
+            "--model NAME, or --image-size, --mean and --std",
+            got=options.path,
         )
     return plain_preprocessing(str(options.path), size, options.mean, options.std)
 

@@ -136,5 +136,7 @@ def _check_outputs(
         raise ModelError(
             f"{runtime.name} has outputs of shapes {shapes}, {reference.name} of shapes "
             f"{other_shapes}; --reference must be the float form of the same model: check "
-            "--model-arg (for example num_classes)"
+            "--model-arg (for example num_classes)",
+            got=shapes,
+            expected=other_shapes,
         )

@@ -43,7 +43,7 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{path} cannot be read as an image ({error}); repair or remove the file"
+            f"{path} cannot be read as an image ({error}); repair or remove the file", got=path
         ) from error
 
 
@@ -93,15 +93,21 @@ def open_data(
     folder = Path(name)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"--data {folder} {problem}; give a folder of images, or `{DEMO}`")
+        raise DataError(
+            f"--data {folder} {problem}; give a folder of images, or `{DEMO}`", got=folder
+        )
     try:
         data = _folder_data(folder, preprocessing.transform())
     except OSError as error:
-        raise DataError(f"--data {folder} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"--data {folder} cannot be read: {error.strerror or error}", got=folder
+        ) from error
     if not len(data):
         raise DataError(
             f"--data {folder} holds no images, directly or in subfolders; expected files ending "
-            f"in {', '.join(IMG_EXTENSIONS)}"
+            f"in {', '.join(IMG_EXTENSIONS)}",
+            got=folder,
+            expected=IMG_EXTENSIONS,
         )
     if labelled:
         check_labelled(name, data)
@@ -121,7 +127,8 @@ def check_labelled(name: str, data: Dataset[Any]) -> None:
     if isinstance(data, FlatFolder):
         raise DataError(
             f"--data {name} has images but no subfolders of images; accuracy needs one "
-            "subfolder per class, sorted by name in the order of the model's outputs"
+            "subfolder per class, sorted by name in the order of the model's outputs",
+            got=name,
         )
 
 
@@ -137,7 +144,9 @@ def _demo_data(preprocessing: Preprocessing, split: Split, count: int) -> Datase
     if preprocessing.image_shape != DEMO_SHAPE:
         raise DataError(
             f"--data {DEMO} has images of shape {DEMO_SHAPE}, {preprocessing.model} takes "
-            f"{preprocessing.image_shape}; give a folder of images"
+            f"{preprocessing.image_shape}; give a folder of images",
+            got=DEMO_SHAPE,
+            expected=preprocessing.image_shape,
         )
     from fxquant.demo.glyphs import GlyphDataset
 

@@ -52,7 +52,9 @@ def run_demo(options: Namespace) -> int:
     if options.model not in DEMO_MODELS:
         raise ModelError(
             f"no demo model {options.model!r}{did_you_mean(options.model, DEMO_MODELS)}; there "
-            f"are {', '.join(DEMO_MODELS)}. For others: fxquant compile"
+            f"are {', '.join(DEMO_MODELS)}. For others: fxquant compile",
+            got=options.model,
+            expected=DEMO_MODELS,
         )
     if options.out is not None:
         check_writable(options.out)

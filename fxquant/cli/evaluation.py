@@ -118,7 +118,8 @@ def onnx_runtime(path: Path, threads: int | None) -> Runtime:
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise ModelError(
                 f"{path} does not run on images of shape {tuple(images.shape)}: "
-                f"{str(error)[:200]}. It must take float32 images (B, 3, H, W) as its one input"
+                f"{str(error)[:200]}. It must take float32 images (B, 3, H, W) as its one input",
+                got=tuple(images.shape),
             ) from error
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
@@ -181,7 +182,9 @@ def check_images(runtime: Runtime, images: Tensor) -> None:
     if runtime.image_shape is not None and shape != runtime.image_shape:
         raise DataError(
             f"{runtime.name} takes images of shape {runtime.image_shape}, the preprocessing gives "
-            f"{shape}; set --image-size"
+            f"{shape}; set --image-size",
+            got=shape,
+            expected=runtime.image_shape,
         )
 
 
@@ -190,13 +193,17 @@ def _check_scores(runtime: Runtime, scores: Tensor, labels: Tensor) -> None:
         raise ModelError(
             f"{runtime.name} gives {tuple(scores.shape)} for {len(labels)} images, not scores "
             "(images, classes); accuracy can be measured for classifiers only. --reference "
-            "compares other outputs with the float model's"
+            "compares other outputs with the float model's",
+            got=tuple(scores.shape),
+            expected="(images, classes)",
         )
     if int(labels.max()) >= scores.shape[1]:
         raise DataError(
             f"label {int(labels.max())} (class folders are numbered by name, from 0) is beyond "
             f"the {scores.shape[1]} outputs of {runtime.name}; give the data that it was "
-            "trained for"
+            "trained for",
+            got=int(labels.max()),
+            expected=f"< {scores.shape[1]}",
         )
 
 

@@ -83,12 +83,15 @@ def find_model(text: str) -> Source:
     if library not in known:
         raise ModelError(
             f"no library {library!r} (in {text!r}){did_you_mean(library, ['timm', 'torchvision'])}"
-            "; write timm/NAME or torchvision/NAME"
+            "; write timm/NAME or torchvision/NAME",
+            got=library,
+            expected=("timm", "torchvision"),
         )
     raise ModelError(
         f"no model {name!r} in {library or 'timm or torchvision'}"
         f"{did_you_mean(name, known[library])}"
-        "; timm.list_models() and torchvision.models.list_models() name them all"
+        "; timm.list_models() and torchvision.models.list_models() name them all",
+        got=name,
     )
 
 
@@ -131,7 +134,7 @@ def build_model(source: Source, weights: Weights, arguments: Mapping[str, Any]) 
             "download them, or --random-weights if only speed and coverage matter"
         )
     if weights.checkpoint is not None and not weights.checkpoint.is_file():
-        raise ModelError(f"--checkpoint {weights.checkpoint} is not a file")
+        raise ModelError(f"--checkpoint {weights.checkpoint} is not a file", got=weights.checkpoint)
     model = _construct(source, weights.pretrained, arguments)
     if weights.checkpoint is not None:
         load_checkpoint(model, weights.checkpoint)
@@ -153,7 +156,8 @@ def _construct(source: Source, pretrained: bool, arguments: Mapping[str, Any]) -
     except _CONSTRUCTION_ERRORS as error:
         listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         raise ModelError(
-            f"{source.library} cannot make {source.name} with {listed}: {error}. Check --model-arg"
+            f"{source.library} cannot make {source.name} with {listed}: {error}. Check --model-arg",
+            got=dict(arguments),
         ) from error
     return model
 
@@ -162,7 +166,8 @@ def _demo_model(name: str, weights: Weights, arguments: Mapping[str, Any]) -> nn
     if weights != Weights() or arguments:
         raise ModelError(
             f"{name} is already trained and has no arguments; remove --checkpoint, --pretrained, "
-            "--random-weights and --model-arg"
+            "--random-weights and --model-arg",
+            got=name,
         )
     from fxquant.demo.models import build
 

@@ -28,7 +28,10 @@ def policy_of(options: Namespace) -> Policy:
         return resolve(options.policy)
     if Path(options.policy).suffix in (".yaml", ".yml"):
         names = ", ".join(f"--{k.replace('_', '-')}" for k, v in values.items() if v is not None)
-        raise PolicyError(f"{names} are for presets; {options.policy} has its own widths and rules")
+        raise PolicyError(
+            f"{names} are for presets; {options.policy} has its own widths and rules",
+            got=options.policy,
+        )
     return policies.preset(options.policy, **values)
 
 

@@ -50,7 +50,8 @@ class Preprocessing:
                 advice = "; divide those of values in 0..255 by 255" if max(values) > 1 else ""
                 raise DataError(
                     f"{name} must be of values in 0..1{', above 0' if name == 'std' else ''}, got "
-                    f"{', '.join(map(str, values))}{advice}"
+                    f"{', '.join(map(str, values))}{advice}",
+                    got=values,
                 )
 
     @property
@@ -155,16 +156,22 @@ def read_preprocessing(path: Path) -> Preprocessing:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format") != FORMAT:
-            raise FileFormatError(f"{path} is not of format {FORMAT}; compile the model again")
+        file_format = values.pop("format")
+        if file_format != FORMAT:
+            raise FileFormatError(
+                f"{path} is not of format {FORMAT}; compile the model again",
+                got=file_format,
+                expected=FORMAT,
+            )
         preprocessing = Preprocessing(**values)
         preprocessing.transform()
         assert len(preprocessing.image_shape) == 3
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}", got=path) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DataError) as error:
         raise FileFormatError(
             f"{path} is damaged ({type(error).__name__}: {error}); compile the model again, or "
-            "remove the file and give --model"
+            "remove the file and give --model",
+            got=path,
         ) from error
     return preprocessing

@@ -49,7 +49,8 @@ def run_pareto(options: Namespace) -> int:
     if allocation is None:
         raise PolicyError(
             f"{options.path} was compiled without a budget, so it has no sensitivities: compile "
-            f"with {_BUDGETS}"
+            f"with {_BUDGETS}",
+            got=options.path,
         )
     cost = Cost(options.cost)
     points = sweep(allocation.problem, cost, options.steps)

@@ -19,11 +19,17 @@ def check_images(images: Any) -> Tensor:
         BatchError: the images are not a float tensor.
     """
     if not isinstance(images, Tensor):
-        raise BatchError(f"the model takes a tensor of images, got {type(images).__name__}")
+        raise BatchError(
+            f"the model takes a tensor of images, got {type(images).__name__}",
+            got=images,
+            expected=Tensor,
+        )
     if not images.is_floating_point():
         raise BatchError(
             f"the model takes float images, got {images.dtype}: convert and normalise them in the "
-            "same way as the calibration images"
+            "same way as the calibration images",
+            got=images.dtype,
+            expected=torch.float32,
         )
     return images
 
@@ -39,7 +45,7 @@ def check_shape(images: Tensor, image_shape: tuple[int, ...]) -> None:
         BatchError: the images are not ``(B, *image_shape)``.
     """
     if images.ndim == 0 or images.shape[1:] != image_shape:
-        raise _shape_error(tuple(images.shape), image_shape)
+        raise _shape_error(images, image_shape)
 
 
 def batch_error(images: Tensor, image_shape: tuple[int, ...]) -> BatchError | None:
@@ -50,19 +56,21 @@ def batch_error(images: Tensor, image_shape: tuple[int, ...]) -> BatchError | No
         image_shape: shape of one image that the model was compiled for.
     """
     if not len(images):
-        return _shape_error(f"{tuple(images.shape)}, no image", image_shape)
+        return _shape_error(images, image_shape, ", no image")
     if images.dtype is not torch.float32:
         return BatchError(
-            f"the model computes in float32, got images in {images.dtype}: call images.float()"
+            f"the model computes in float32, got images in {images.dtype}: call images.float()",
+            got=images.dtype,
+            expected=torch.float32,
         )
     return None
 
 
-def _shape_error(actual: object, image_shape: tuple[int, ...]) -> BatchError:
-    expected = ", ".join(map(str, image_shape))
+def _shape_error(images: Tensor, image_shape: tuple[int, ...], note: str = "") -> BatchError:
+    actual, expected = tuple(images.shape), ", ".join(map(str, image_shape))
     return BatchError(
-        f"the model was compiled for images of shape (B, {expected}), got {actual}: resize them, "
-        "or compile for that size",
+        f"the model was compiled for images of shape (B, {expected}), got {actual}{note}: "
+        "resize them, or compile for that size",
         got=actual,
         expected=image_shape,
     )

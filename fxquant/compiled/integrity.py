@@ -51,7 +51,9 @@ def check_tensors(path: Path, config: Mapping[str, Any]) -> None:
         raise FileFormatError(
             f"{path} is not the file that the configuration next to it was saved with (SHA-256 "
             f"{actual}, expected {expected!s:.64}): two saves are mixed or one file was changed; "
-            "use both files of one save"
+            "use both files of one save",
+            got=actual,
+            expected=expected,
         )
 
 
@@ -64,7 +66,9 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     with safe_open(path, framework="pt") as file:
         saved_metadata = file.metadata() or {}
     if saved_metadata != metadata(config):
-        raise FileFormatError(f"the configuration is not what {path} was saved with; {_ADVICE}")
+        raise FileFormatError(
+            f"the configuration is not what {path} was saved with; {_ADVICE}", got=path
+        )
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
@@ -75,7 +79,7 @@ def check_numbers(tensors: dict[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise FileFormatError(f"tensor {name} holds NaN; {_ADVICE}")
+            raise FileFormatError(f"tensor {name} holds NaN; {_ADVICE}", edge=name)
 
 
 def check_quantizer(name: str, quantizer: Quantizer) -> None:
@@ -86,7 +90,7 @@ def check_quantizer(name: str, quantizer: Quantizer) -> None:
     """
     fault = quantizer.fault()
     if fault is not None:
-        raise FileFormatError(f"quantizer {name}: {fault}; {_ADVICE}")
+        raise FileFormatError(f"quantizer {name}: {fault}; {_ADVICE}", edge=name)
 
 
 def check_codes(name: str, codes: Tensor, bits: int) -> None:
@@ -97,12 +101,20 @@ def check_codes(name: str, codes: Tensor, bits: int) -> None:
     """
     half = 1 << (bits - 1)
     if codes.dtype not in (torch.int8, torch.int16):
-        raise FileFormatError(f"the codes of {name} are {codes.dtype}, not integers; {_ADVICE}")
+        raise FileFormatError(
+            f"the codes of {name} are {codes.dtype}, not integers; {_ADVICE}",
+            edge=name,
+            got=codes.dtype,
+            expected=(torch.int8, torch.int16),
+        )
     low, high = (int(value) for value in codes.aminmax())
     if low < -half or high >= half:
         raise FileFormatError(
             f"the codes of {name} reach from {low} to {high}, and {bits} bits hold {-half} to "
-            f"{half - 1}; {_ADVICE}"
+            f"{half - 1}; {_ADVICE}",
+            edge=name,
+            got=(low, high),
+            expected=f"{-half}..{half - 1}",
         )
 
 
@@ -143,4 +155,6 @@ def check_all_read(names: Iterable[str], graph: fx.Graph) -> None:
     """
     extra = sorted(set(names) - {str(n.target) for n in graph.nodes if n.op == "get_attr"})
     if extra:
-        raise FileFormatError(f"no node of the graph reads tensor {extra[0]}; {_ADVICE}")
+        raise FileFormatError(
+            f"no node of the graph reads tensor {extra[0]}; {_ADVICE}", edge=extra[0]
+        )

@@ -58,7 +58,9 @@ class CompiledModel(nn.Module):
         if dtype is not torch.float32:
             raise LoweringError(
                 f"the model was quantized in float32, got a cast to {dtype}, which would change "
-                "its codes; export_onnx() and lower() make small and fast models"
+                "its codes; export_onnx() and lower() make small and fast models",
+                got=dtype,
+                expected=torch.float32,
             )
         model: CompiledModel = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return model

@@ -124,7 +124,8 @@ def read(folder: Path) -> Stored:
     ) as error:
         raise FileFormatError(
             f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} do not fit together or are damaged "
-            f"({type(error).__name__}: {error}); compile and save the model again"
+            f"({type(error).__name__}: {error}); compile and save the model again",
+            got=folder,
         ) from error
 
 
@@ -190,7 +191,8 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModu
             module = root.get_submodule(config["coded_weights"][weight_name])
             if not isinstance(module, Quantizer):
                 raise FileFormatError(
-                    f"{weight_name} is stored as codes of {module}, which is not a quantizer"
+                    f"{weight_name} is stored as codes of {module}, which is not a quantizer",
+                    edge=weight_name,
                 )
             integrity.check_codes(weight_name, codes, module.bits)
             value = module.dequantize(codes.float() + _code_shift(module))
@@ -215,16 +217,20 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FileFormatError(f"cannot read {path}: {error.strerror}; {advice}") from error
+        raise FileFormatError(
+            f"cannot read {path}: {error.strerror}; {advice}", got=path
+        ) from error
     except (ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{path} is not JSON ({error}): truncated or not fxquant's; {advice}"
+            f"{path} is not JSON ({error}): truncated or not fxquant's; {advice}", got=path
         ) from error
     if not isinstance(config, dict) or config.get("format") not in READABLE:
         file_format = config.get("format") if isinstance(config, dict) else None
         raise FileFormatError(
             f"{path} is not of format {FORMAT} or {READABLE[0]} (found {file_format!r}); {advice}, "
-            "with this version or the version before"
+            "with this version or the version before",
+            got=file_format,
+            expected=READABLE,
         )
     return config
 
@@ -234,5 +240,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise FileFormatError(
-            f"cannot read {path}: {error}; it is missing, truncated or not a safetensors file"
+            f"cannot read {path}: {error}; it is missing, truncated or not a safetensors file",
+            got=path,
         ) from error

@@ -85,9 +85,15 @@ class Budget:
         for cost in Cost:
             value = getattr(self, cost)
             if value is not None and not (is_number(value) and 0 < value < math.inf):
-                raise PolicyError(f"{cost} must be a positive number or null, got {value!r}")
+                raise PolicyError(
+                    f"{cost} must be a positive number or null, got {value!r}",
+                    got=value,
+                    expected="a positive number or null",
+                )
         if not self.limits:
-            raise PolicyError(f"the budget is empty: give at least one of {', '.join(Cost)}")
+            raise PolicyError(
+                f"the budget is empty: give at least one of {', '.join(Cost)}", expected=tuple(Cost)
+            )
 
     @property
     def limits(self) -> dict[Cost, float]:
@@ -137,17 +143,25 @@ class Allocation:
         parse_field(self, "method", Method)
         parse_field(self, "sensitivity", Sensitivity)
         if not isinstance(self.budget, Budget):
-            raise PolicyError(f"budget must be a Budget, got {self.budget!r:.80}")
+            raise PolicyError(
+                f"budget must be a Budget, got {self.budget!r:.80}",
+                got=self.budget,
+                expected=Budget,
+            )
         if not isinstance(self.widths, tuple | list) or not self.widths:
             raise PolicyError(
                 "widths must be a tuple of widths, such as (4, 8), or a list in a policy file, "
-                f"such as `widths: [4, 8]`, got {self.widths!r:.80}"
+                f"such as `widths: [4, 8]`, got {self.widths!r:.80}",
+                got=self.widths,
+                expected="a tuple or list of widths",
             )
         for bits in self.widths:
             if not is_whole(bits) or not MIN_BITS <= bits <= MAX_KERNEL_BITS:
                 raise BitWidthError(
                     f"widths must be whole numbers in {MIN_BITS}..{MAX_KERNEL_BITS}, got "
-                    f"{bits!r}; for a wider edge give its rule `pinned: true`"
+                    f"{bits!r}; for a wider edge give its rule `pinned: true`",
+                    got=bits,
+                    expected=f"{MIN_BITS}..{MAX_KERNEL_BITS}",
                 )
         object.__setattr__(self, "widths", tuple(sorted(set(self.widths))))
         check_whole(self, "recheck", 0)
@@ -156,4 +170,8 @@ class Allocation:
             check_whole(self, "images", 1)
         check_number(self, "max_macs")
         if not 0 < self.max_macs < math.inf:
-            raise PolicyError(f"max_macs must be a positive number, got {self.max_macs}")
+            raise PolicyError(
+                f"max_macs must be a positive number, got {self.max_macs}",
+                got=self.max_macs,
+                expected="a positive number",
+            )

@@ -37,19 +37,31 @@ class LowRank:
         for name in ("rank", "share"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and value > 0):
-                raise PolicyError(f"{name} must be a positive number, got {value!r}")
+                raise PolicyError(
+                    f"{name} must be a positive number, got {value!r}",
+                    got=value,
+                    expected="a positive number",
+                )
         if (self.rank is None) == (self.share is None):
             raise PolicyError(
                 "low_rank takes either a rank for every layer or a share of the weights' bytes, "
-                f"got rank={self.rank!r} and share={self.share!r}"
+                f"got rank={self.rank!r} and share={self.share!r}",
+                got=(self.rank, self.share),
+                expected="a rank or a share",
             )
         if isinstance(self.rank, float) and self.rank >= 1:
             raise PolicyError(
-                f"rank must be a whole number, or a share below 1 of the channels, got {self.rank}"
+                f"rank must be a whole number, or a share below 1 of the channels, got {self.rank}",
+                got=self.rank,
+                expected="a whole number, or a share below 1",
             )
         if not is_whole(self.bits):
-            raise BitWidthError(f"bits must be an integer, got {self.bits!r}")
+            raise BitWidthError(
+                f"bits must be an integer, got {self.bits!r}", got=self.bits, expected=int
+            )
         if not MIN_BITS <= self.bits <= MAX_KERNEL_BITS:
             raise BitWidthError(
-                f"bits of a branch must be in {MIN_BITS}..{MAX_KERNEL_BITS}, got {self.bits}"
+                f"bits of a branch must be in {MIN_BITS}..{MAX_KERNEL_BITS}, got {self.bits}",
+                got=self.bits,
+                expected=f"{MIN_BITS}..{MAX_KERNEL_BITS}",
             )

@@ -195,22 +195,30 @@ class Reconstruction:
         if not whole or not self.ranks or min(self.ranks) < 1:
             raise PolicyError(
                 "ranks must be a tuple of whole numbers >= 1, such as (16,), or a list in a policy "
-                f"file, such as `ranks: [16]`, got {self.ranks!r:.80}"
+                f"file, such as `ranks: [16]`, got {self.ranks!r:.80}",
+                got=self.ranks,
+                expected="a tuple or list of whole numbers >= 1",
             )
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if self.max_macs is not None and self.scope is not Scope.NETWORK:
             raise PolicyError(
                 "max_macs bounds the training of a whole network: set scope to 'network', or "
-                "max_macs to None and iterations to fewer steps for each block"
+                "max_macs to None and iterations to fewer steps for each block",
+                got=self.scope,
+                expected=Scope.NETWORK,
             )
         if self.augment and self.scope is not Scope.NETWORK:
             raise PolicyError(
                 "augment changes the images, but a block reads the outputs of earlier blocks: "
-                "set scope to 'network', or augment to False"
+                "set scope to 'network', or augment to False",
+                got=self.scope,
+                expected=Scope.NETWORK,
             )
         if self.weights is WeightTraining.SCALES and not self.scales:
             raise PolicyError(
-                "weights 'scales' trains scales: set scales to True, or weights to 'none'"
+                "weights 'scales' trains scales: set scales to True, or weights to 'none'",
+                got=self.scales,
+                expected=True,
             )
         if self.weights is WeightTraining.NONE and not (self.scales or self.biases):
             raise PolicyError("reconstruction trains nothing: turn on weights, scales or biases")

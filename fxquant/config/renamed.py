@@ -71,7 +71,11 @@ def warn_renamed(where: str, old: str, new: str) -> None:
 
 def both_names_error(where: str, old: str, new: str) -> PolicyError:
     """The error for an option given under both of its names; arguments as in `warn_renamed`."""
-    return PolicyError(f"{where}: {old} is the old name of {new}, and both are given; keep {new}")
+    return PolicyError(
+        f"{where}: {old} is the old name of {new}, and both are given; keep {new}",
+        got=old,
+        expected=new,
+    )
 
 
 def _user_level() -> int:

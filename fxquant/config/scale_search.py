@@ -112,5 +112,7 @@ class ScaleSearch:
         if not LEAST_LOW <= self.low < 1 <= self.high <= 10:
             raise PolicyError(
                 f"the grid needs {LEAST_LOW} <= low < 1 <= high <= 10, got {self.low} and "
-                f"{self.high}: the min-max scale itself is a candidate"
+                f"{self.high}: the min-max scale itself is a candidate",
+                got=(self.low, self.high),
+                expected=f"{LEAST_LOW} <= low < 1 <= high <= 10",
             )

@@ -148,7 +148,9 @@ class TensorSpec:
         parse_field(self, "observer", ObserverKind)
         check_flag(self, "symmetric")
         if not is_whole(self.bits):
-            raise BitWidthError(f"bits must be an integer, got {self.bits!r}", got=self.bits)
+            raise BitWidthError(
+                f"bits must be an integer, got {self.bits!r}", got=self.bits, expected=int
+            )
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise BitWidthError(
                 f"bits must be in {MIN_BITS}..{MAX_BITS}, got {self.bits}; "
@@ -165,11 +167,17 @@ class TensorSpec:
             return
         check_number(self, "percentile")
         if not 50 < self.percentile <= 100:
-            raise PolicyError(f"percentile must be in (50, 100], got {self.percentile}")
+            raise PolicyError(
+                f"percentile must be in (50, 100], got {self.percentile}",
+                got=self.percentile,
+                expected="(50, 100]",
+            )
         if self.observer is not ObserverKind.PERCENTILE:
             raise PolicyError(
                 "percentile belongs to observer percentile alone, and the observer is "
-                f"{self.observer}: name that observer, or leave percentile out"
+                f"{self.observer}: name that observer, or leave percentile out",
+                got=self.observer,
+                expected=ObserverKind.PERCENTILE,
             )
 
     def _check_shift(self) -> None:
@@ -177,11 +185,23 @@ class TensorSpec:
         if shift is None:
             return
         if not is_whole(shift):
-            raise PolicyError(f"max_shift must be a whole number or null, got {shift!r}")
+            raise PolicyError(
+                f"max_shift must be a whole number or null, got {shift!r}",
+                got=shift,
+                expected="a whole number or null",
+            )
         if not self.scheme.limits.has_regions:
-            raise PolicyError("max_shift belongs to scheme twin_uniform alone")
+            raise PolicyError(
+                "max_shift belongs to scheme twin_uniform alone",
+                got=self.scheme,
+                expected=Scheme.TWIN_UNIFORM,
+            )
         if not 1 <= shift <= MAX_SHIFT:
-            raise PolicyError(f"max_shift must be in 1..{MAX_SHIFT}, got {shift}")
+            raise PolicyError(
+                f"max_shift must be in 1..{MAX_SHIFT}, got {shift}",
+                got=shift,
+                expected=f"1..{MAX_SHIFT}",
+            )
 
     def _check_limits(self) -> None:
         limits = self.scheme.limits
@@ -198,12 +218,20 @@ class TensorSpec:
         if not (limits.allows_symmetric or limits.allows_finer):
             raise PolicyError(
                 f"scheme {self.scheme} is neither symmetric nor finer than per tensor: leave out "
-                "`symmetric` and `granularity`"
+                "`symmetric` and `granularity`",
+                got=(self.symmetric, self.granularity),
+                expected=(False, Granularity.TENSOR),
             )
         if limits.allows_finer:
-            raise PolicyError(f"scheme {self.scheme} is not symmetric: leave out `symmetric`")
+            raise PolicyError(
+                f"scheme {self.scheme} is not symmetric: leave out `symmetric`",
+                got=self.symmetric,
+                expected=False,
+            )
         raise PolicyError(
-            f"scheme {self.scheme} is not finer than per tensor: leave out `granularity`"
+            f"scheme {self.scheme} is not finer than per tensor: leave out `granularity`",
+            got=self.granularity,
+            expected=Granularity.TENSOR,
         )
 
     @property

@@ -23,7 +23,11 @@ def parse_field(item: Any, name: str, enum: type[StrEnum]) -> None:
         # utils/suggest.py has this for higher floors: config imports errors alone.
         nearest = difflib.get_close_matches(str(value), list(enum), n=1, cutoff=0.5)
         hint = f"; did you mean {str(nearest[0])!r}?" if nearest else ""
-        raise UnknownKeyError(f"{name} must be one of {', '.join(enum)}, got {value!r}{hint}")
+        raise UnknownKeyError(
+            f"{name} must be one of {', '.join(enum)}, got {value!r}{hint}",
+            got=value,
+            expected=tuple(enum),
+        )
     object.__setattr__(item, name, enum(value))
 
 
@@ -40,7 +44,9 @@ def check_flags(**flags: Any) -> None:
     """Checks that keyword arguments are true or false; raises as :func:`check_flag`."""
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise PolicyError(f"{name} must be true or false, got {value!r}")
+            raise PolicyError(
+                f"{name} must be true or false, got {value!r}", got=value, expected=(True, False)
+            )
 
 
 def is_number(value: Any) -> bool:
@@ -62,7 +68,9 @@ def check_number(item: Any, name: str, within: tuple[float, float] | None = None
     value = getattr(item, name)
     if not is_number(value) or (within is not None and not within[0] <= value <= within[1]):
         where = "" if within is None else f" in [{within[0]:g}, {within[1]:g}]"
-        raise PolicyError(f"{name} must be a number{where}, got {value!r}")
+        raise PolicyError(
+            f"{name} must be a number{where}, got {value!r}", got=value, expected=f"a number{where}"
+        )
 
 
 def check_whole(item: Any, name: str, least: int) -> None:
@@ -73,7 +81,11 @@ def check_whole(item: Any, name: str, least: int) -> None:
     """
     value = getattr(item, name)
     if not is_whole(value) or value < least:
-        raise PolicyError(f"{name} must be a whole number >= {least}, got {value!r}")
+        raise PolicyError(
+            f"{name} must be a whole number >= {least}, got {value!r}",
+            got=value,
+            expected=f"a whole number >= {least}",
+        )
 
 
 def check_seed(item: Any) -> None:
@@ -84,4 +96,8 @@ def check_seed(item: Any) -> None:
     """
     check_whole(item, "seed", 0)
     if item.seed > _MAX_SEED:
-        raise PolicyError(f"seed must be at most 2^63 - 1, got {item.seed}")
+        raise PolicyError(
+            f"seed must be at most 2^63 - 1, got {item.seed}",
+            got=item.seed,
+            expected=f"0..{_MAX_SEED}",
+        )

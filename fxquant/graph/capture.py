@@ -20,12 +20,10 @@ from fxquant.errors import (
     BatchError,
     CaptureError,
     ControlFlowError,
-    NonFiniteError,
-    TrainingModeError,
 )
-from fxquant.graph.meta import CODE_NAMES, HOOKED_MODULES, STAGE
+from fxquant.graph.check_model import check_model
+from fxquant.graph.meta import HOOKED_MODULES, STAGE
 from fxquant.graph.nodes import module_path, source_line
-from fxquant.quantizers import Quantizer
 from fxquant.utils.quiet import quiet
 
 # torch.export would treat a size of 0 or 1 as a constant.
@@ -83,7 +81,8 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
     if len(inputs) > 1:
         raise CaptureError(
             f"the model takes {len(inputs)} inputs ({', '.join(inputs)}), and one image tensor is "
-            "supported: wrap it in a module whose forward(images) gives the others a fixed value"
+            "supported: wrap it in a module whose forward(images) gives the others a fixed value",
+            got=tuple(inputs),
         )
     try:
         model(images.to(device_of(model)))
@@ -91,7 +90,8 @@ def _check_images(model: nn.Module, images: Tensor) -> None:
         raise BatchError(
             f"the model does not take images of shape {tuple(images.shape)} and type "
             f"{images.dtype} ({error}); give them as model(images) takes them, (B, C, H, W) of "
-            "its input size"
+            "its input size",
+            got=tuple(images.shape),
         ) from error
 
 
@@ -156,61 +156,6 @@ def device_of(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-@torch.no_grad()
-def check_model(model: nn.Module) -> None:
-    """Checks a model without running it.
-
-    Raises:
-        CaptureError: not a module, TorchScript, on the meta device, quantized, or not float32.
-        TrainingModeError: the model or a submodule is in training mode.
-        NonFiniteError: a parameter holds NaN or infinity, or a buffer NaN.
-    """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            "TorchScript cannot be captured: give the nn.Module that the model was made from"
-        )
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise CaptureError(
-            "weights are on the meta device, which holds no numbers: build the model on the CPU, "
-            "or call model.to_empty(device='cpu'), and load a checkpoint"
-        )
-    quantized = [name for name, module in model.named_modules() if _is_quantized(module)]
-    if quantized:
-        raise CaptureError(
-            f"the model is quantized already (module {quantized[0] or '(root)'}): give compile() "
-            "the float model that it was made from"
-        )
-    training = [name or "the model itself" for name, m in model.named_modules() if m.training]
-    if training:
-        raise TrainingModeError(
-            f"in training mode: {', '.join(training[:3])}"
-            f"{' …' if len(training) > 3 else ''}; call model.eval() before compile()"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
-            raise CaptureError(
-                f"weight {name} is {parameter.dtype}; quantization starts from float32: call "
-                "model.float() before compile(), and give float32 images"
-            )
-    # A buffer may hold infinity: attention masks do.
-    bad = [(name, torch.isfinite(value).logical_not()) for name, value in model.named_parameters()]
-    bad += [(n, v.isnan()) for n, v in model.named_buffers() if v.is_floating_point()]
-    for name, wrong in bad:
-        if bool(wrong.any()):
-            raise NonFiniteError(
-                f"weight {name} holds NaN or infinity; the checkpoint is damaged or training "
-                "diverged: load another"
-            )
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a quantizer, or a graph that a backend lowered to integer codes."""
-    lowered = isinstance(module, fx.GraphModule) and CODE_NAMES.get(module) is not None
-    return lowered or isinstance(module, Quantizer)
-
-
 @contextmanager
 def _plain_attention() -> Iterator[None]:
     """Turns off the fused inference kernel of nn.MultiheadAttention, which export cannot open."""
@@ -272,7 +217,8 @@ def _inline_regions(gm: fx.GraphModule) -> None:
             if node.args[2]:
                 raise CaptureError(
                     f"module {module_path(node) or '(root)'} at {source_line(node)}: autocast is "
-                    "on inside the model; quantization starts from float32: take the region out"
+                    "on inside the model; quantization starts from float32: take the region out",
+                    edge=module_path(node),
                 )
             body, operands = node.args[4], node.args[5:]
         else:
@@ -313,28 +259,33 @@ def _builtin_containers(spec: pytree.TreeSpec) -> bool:
 
 def _explain(error: Exception, model: nn.Module, shape: tuple[int, ...]) -> CaptureError:
     """An error with module path, source line and advice, for an error of torch.export."""
-    where = _where(error, model)
+    path, line = _place(error, model)
+    where = f"module {path or '(root)'} at {line or 'unknown line'}"
     text = str(error).strip().splitlines()
     first = text[0] if text else type(error).__name__
     kind = f"{type(error).__name__}: {first}"
     if "DataDependent" in type(error).__name__ or "data-dependent" in str(error):
         return ControlFlowError(
             f"{where}: the model branches on the values of a tensor, which a graph cannot hold "
-            f"({kind}). Rewrite the branch with torch.where, or move it out of the model"
+            f"({kind}). Rewrite the branch with torch.where, or move it out of the model",
+            edge=path,
         )
     if "batch" in str(error) and ("Constraints violated" in str(error) or "speciali" in str(error)):
         return CaptureError(
             f"{where}: the model fixes its batch size ({kind}). Use x.shape[0] or -1 instead of "
-            "a number in view, reshape and expand"
+            "a number in view, reshape and expand",
+            edge=path,
         )
     return CaptureError(
         f"{where}: torch.export cannot capture the model for an input of shape {shape} ({kind}). "
         "Check first that model(images) itself runs for this shape; else rewrite that line in "
-        "plain tensor operations"
+        "plain tensor operations",
+        edge=path,
+        got=shape,
     )
 
 
-def _where(error: BaseException, model: nn.Module) -> str:
+def _place(error: BaseException, model: nn.Module) -> tuple[str, str]:
     """Module path and source line of the user's code that raised ``error``."""
     paths = {id(module): name for name, module in model.named_modules()}
     torch_root = str(Path(torch.__file__).parent)
@@ -346,4 +297,4 @@ def _where(error: BaseException, model: nn.Module) -> str:
             path = paths[id(owner)]
         if not file.startswith(torch_root) and not file.startswith(str(Path(__file__).parent)):
             line = f"{file}:{number}"
-    return f"module {path or '(root)'} at {line or 'unknown line'}"
+    return path, line

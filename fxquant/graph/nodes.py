@@ -129,7 +129,12 @@ def get_parameter(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     for name in str(node.target).split("."):
         value = getattr(value, name)
     if not isinstance(value, Tensor):
-        raise PassError(f"{node.target} must be a tensor, got {type(value).__name__}")
+        raise PassError(
+            f"{node.target} must be a tensor, got {type(value).__name__}",
+            edge=str(node.target),
+            got=value,
+            expected=Tensor,
+        )
     return value
 
 

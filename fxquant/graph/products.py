@@ -95,7 +95,9 @@ class Product:
             PassError: the weight is computed at run time (``has_constant_weight``).
         """
         if not self.has_constant_weight:
-            raise PassError(f"the weight of {self.node.name} is computed at run time")
+            raise PassError(
+                f"the weight of {self.node.name} is computed at run time", edge=self.node.name
+            )
         return get_parameter(self.gm, self.weight_node)
 
     @property

@@ -70,7 +70,8 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
         except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             raise FileFormatError(
                 f"graph node {entry!r:.200} is malformed ({type(error).__name__}: {error}); "
-                "the file is damaged or of another version: compile the model again"
+                "the file is damaged or of another version: compile the model again",
+                got=entry,
             ) from error
     return graph
 
@@ -92,7 +93,11 @@ def _target_name(node: fx.Node) -> str:
         return str(node.target)
     if node.target in _NAMES:
         return _NAMES[node.target]
-    raise FxQuantError(f"{node.name}: {node.target} cannot be saved: it is not a torch operator")
+    raise FxQuantError(
+        f"{node.name}: {node.target} cannot be saved: it is not a torch operator",
+        edge=node.name,
+        got=node.target,
+    )
 
 
 def _target(op: str, name: str) -> Any:
@@ -106,7 +111,8 @@ def _target(op: str, name: str) -> Any:
     except (AttributeError, RuntimeError) as error:
         raise FileFormatError(
             f"operator {name!r} is unknown to this torch ({torch.__version__}); import the "
-            "package that registers it, or upgrade torch"
+            "package that registers it, or upgrade torch",
+            got=name,
         ) from error
 
 
@@ -130,7 +136,9 @@ def _encode(value: Any) -> Any:
             return {"torch": str(value).removeprefix("torch.")}
         case torch.device():
             return {"device": str(value)}
-    raise FxQuantError(f"an argument of type {type(value).__name__} cannot be saved: {value!r}")
+    raise FxQuantError(
+        f"an argument of type {type(value).__name__} cannot be saved: {value!r}", got=value
+    )
 
 
 def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
@@ -154,11 +162,11 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
             return _torch_constant(inner)
         case "device":
             return torch.device(inner)
-    raise FileFormatError(f"argument kind {kind!r} is unknown to this version of fxquant")
+    raise FileFormatError(f"argument kind {kind!r} is unknown to this version of fxquant", got=kind)
 
 
 def _torch_constant(name: str) -> Any:
     value = getattr(torch, name, None)
     if not isinstance(value, torch.dtype | torch.memory_format | torch.layout):
-        raise FileFormatError(f"torch.{name} is not a dtype, layout or memory format")
+        raise FileFormatError(f"torch.{name} is not a dtype, layout or memory format", got=name)
     return value

@@ -213,7 +213,8 @@ def _needed(
     if missing:
         raise CalibrationError(
             f"{missing[0]}: its loss cannot be estimated, since no rows of its product were "
-            "sampled: choose measured sensitivities, or pin its width with a rule (pinned: true)"
+            "sampled: choose measured sensitivities, or pin its width with a rule (pinned: true)",
+            edge=missing[0],
         )
     return [tuple(estimates[group] or ()) for group in width_groups.groups]
 

@@ -94,6 +94,7 @@ class Observer(nn.Module, ABC):
                 "uniform",
                 edge=self.where,
                 got=least,
+                expected=">= 0",
             )
 
     def _rows(self, x: Tensor) -> Tensor:

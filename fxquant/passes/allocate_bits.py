@@ -44,7 +44,9 @@ class AllocateBits:
         edges_by_name = {edge.name: edge for edge in edges(gm)}
         missing = sorted(set(self.widths) - set(edges_by_name))
         if missing:
-            raise PassError(f"AllocateBits: the graph has no edges {', '.join(missing)}")
+            raise PassError(
+                f"AllocateBits: the graph has no edges {', '.join(missing)}", edge=missing[0]
+            )
         notes = [
             skipped(name, "gets no width: the edge is float")
             for name in self.widths
@@ -65,7 +67,10 @@ class AllocateBits:
             if bits_of_observer.setdefault(edge.source, bits) != bits:
                 raise PassError(
                     f"AllocateBits: {name} shares its observer with an edge of "
-                    f"{bits_of_observer[edge.source]} bits, got {bits}: give both the same width"
+                    f"{bits_of_observer[edge.source]} bits, got {bits}: give both the same width",
+                    edge=name,
+                    got=bits,
+                    expected=bits_of_observer[edge.source],
                 )
 
     def _set(self, gm: fx.GraphModule, edge: Edge, bits: int) -> bool:

@@ -195,5 +195,6 @@ class AssignSpecs:
                 raise UnusedRuleError(
                     f"rule {i + 1} ({rule}) matches no edge. Mark it optional, remove it, or "
                     f"correct it: this model's module paths are {shown}; its edges are fed by "
-                    f"{', '.join(feeds)}"
+                    f"{', '.join(feeds)}",
+                    got=rule,
                 )

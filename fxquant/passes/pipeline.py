@@ -152,7 +152,9 @@ def _run(item: Pass, gm: fx.GraphModule, before: Iterable[str]) -> PassResult:
     if stage(gm) is not item.requires:
         raise PassError(
             f"{name} requires a graph in stage {item.requires.name}, got {stage(gm).name}; "
-            f"already run: {already}"
+            f"already run: {already}",
+            got=stage(gm),
+            expected=item.requires,
         )
     try:
         result = item.run(gm)

@@ -58,7 +58,9 @@ def preset(name: str, **options: Any) -> Policy:
     if name not in PRESETS:
         raise UnknownPresetError(
             f"no preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}. "
-            "compile takes policy files as well, which must exist and end in .yaml or .yml"
+            "compile takes policy files as well, which must exist and end in .yaml or .yml",
+            got=name,
+            expected=tuple(PRESETS),
         )
     chosen = {key: value for key, value in options.items() if value is not None}
     for key in chosen:
@@ -67,7 +69,9 @@ def preset(name: str, **options: Any) -> Policy:
             parameters = inspect.signature(PRESETS[name]).parameters
             verb = "takes" if len(takers) == 1 else "take"
             hint = f": {', '.join(takers)} {verb} it" if takers else did_you_mean(key, parameters)
-            raise PolicyError(f"preset {name} has no {key}{hint}")
+            raise PolicyError(
+                f"preset {name} has no {key}{hint}", got=key, expected=tuple(parameters)
+            )
     return PRESETS[name](**chosen)
 
 

@@ -75,7 +75,9 @@ class Rule:
         """
         if self.spec is not None and not isinstance(self.spec, TensorSpec):
             raise PolicyError(
-                f"spec must be a TensorSpec, or None to keep edges float, got {self.spec!r:.80}"
+                f"spec must be a TensorSpec, or None to keep edges float, got {self.spec!r:.80}",
+                got=self.spec,
+                expected=(TensorSpec, None),
             )
         if self.op is not None:
             parse_field(self, "op", OpKind)
@@ -86,16 +88,26 @@ class Rule:
         check_flag(self, "optional")
         check_flag(self, "pinned")
         if not isinstance(self.path, str):
-            raise PolicyError(f"path must be a regular expression as text, got {self.path!r}")
+            raise PolicyError(
+                f"path must be a regular expression as text, got {self.path!r}",
+                got=self.path,
+                expected=str,
+            )
         try:
             re.compile(self.path)
         except re.error as error:
-            raise PolicyError(f"path {self.path!r} is not a regular expression: {error}") from error
+            raise PolicyError(
+                f"path {self.path!r} is not a regular expression: {error}",
+                got=self.path,
+                expected="a regular expression",
+            ) from error
         if self.fed_by is not None and self.fed_by not in list(PRODUCER_NAMES):
             raise UnknownKeyError(
                 f"fed_by {self.fed_by!r} is unknown"
                 f"{did_you_mean(str(self.fed_by), PRODUCER_NAMES)}; one of "
-                f"{', '.join(sorted(PRODUCER_NAMES))}"
+                f"{', '.join(sorted(PRODUCER_NAMES))}",
+                got=self.fed_by,
+                expected=tuple(sorted(PRODUCER_NAMES)),
             )
 
     def matches(self, edge: Edge) -> bool:
@@ -162,25 +174,39 @@ class Policy:
         for name, kind in _PARTS.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise PolicyError(f"{name} must be {kind.__name__} or None, got {value!r:.80}")
+                raise PolicyError(
+                    f"{name} must be {kind.__name__} or None, got {value!r:.80}",
+                    got=value,
+                    expected=(kind, None),
+                )
         for name in FLAGS:
             check_flag(self, name)
         if not isinstance(self.name, str) or not isinstance(self.description, str):
             raise PolicyError(
-                f"name and description must be text, got {self.name!r} and {self.description!r}"
+                f"name and description must be text, got {self.name!r} and {self.description!r}",
+                got=(self.name, self.description),
+                expected=str,
             )
         if not isinstance(self.rules, tuple | list):
-            raise PolicyError(f"rules must be a tuple of Rule, got {self.rules!r:.80}")
+            raise PolicyError(
+                f"rules must be a tuple of Rule, got {self.rules!r:.80}",
+                got=self.rules,
+                expected="a tuple of Rule",
+            )
         object.__setattr__(self, "rules", tuple(self.rules))
         for i, rule in enumerate(self.rules):
             if not isinstance(rule, Rule):
-                raise PolicyError(f"rule {i + 1} must be a Rule, got {rule!r:.80}")
+                raise PolicyError(
+                    f"rule {i + 1} must be a Rule, got {rule!r:.80}", got=rule, expected=Rule
+                )
         if not self.rules:
             raise PolicyError(f"policy {self.name!r} has no rules, so it would quantize nothing")
         if self.low_rank is not None and self.recovers:
             raise PolicyError(
                 "low_rank adds branches, which compensation and reconstruction do not support: "
-                "remove either (reconstruction has low-rank factors of its own)"
+                "remove either (reconstruction has low-rank factors of its own)",
+                got=self.low_rank,
+                expected=None,
             )
 
     @property

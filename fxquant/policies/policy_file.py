@@ -89,7 +89,9 @@ def resolve(policy: str | Path | Policy | Mapping[str, Any]) -> Policy:
     if not isinstance(policy, str | Path):
         raise PolicyError(
             f"policy must be a preset name, a Policy, a dict or a path of a YAML file, got "
-            f"{type(policy).__name__}"
+            f"{type(policy).__name__}",
+            got=policy,
+            expected=(str, Policy, dict, Path),
         )
     if Path(policy).suffix in (".yaml", ".yml"):
         return read_policy(policy)
@@ -109,19 +111,23 @@ def read_policy(path: str | Path) -> Policy:
         root = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, Loader=_Loader)
     except OSError as error:
-        raise PolicyError(f"cannot read policy file {path}: {error.strerror}") from error
+        raise PolicyError(f"cannot read policy file {path}: {error.strerror}", got=path) from error
     except UnicodeDecodeError as error:
-        raise PolicyError(f"policy file {path} is not UTF-8 text") from error
+        raise PolicyError(
+            f"policy file {path} is not UTF-8 text", got=path, expected="UTF-8 text"
+        ) from error
     except yaml.YAMLError as error:
-        raise PolicyError(f"policy file {path} is not YAML: {error}") from error
+        raise PolicyError(
+            f"policy file {path} is not YAML: {error}", got=path, expected="YAML"
+        ) from error
     except RecursionError as error:
-        raise PolicyError(f"policy file {path} is {_TOO_DEEP}") from error
+        raise PolicyError(f"policy file {path} is {_TOO_DEEP}", got=path) from error
     lines: dict[Location, int] = {}
     if root is not None:
         try:
             _collect_lines(root, (), lines)
         except PolicyError as error:
-            raise PolicyError(f"policy file {path}, {error}") from error
+            raise PolicyError(f"policy file {path}, {error}", got=error.got) from error
     return _policy(values, lambda at: f"{path}:{_nearest(lines, at)}")
 
 
@@ -199,7 +205,8 @@ def _collect_lines(node: yaml.Node, at: Location, lines: dict[Location, int]) ->
         for key, value in node.value:
             if (*at, key.value) in lines:
                 raise PolicyError(
-                    f"line {key.start_mark.line + 1}: {key.value!r} is there twice; keep one"
+                    f"line {key.start_mark.line + 1}: {key.value!r} is there twice; keep one",
+                    got=key.value,
                 )
             _collect_lines(value, (*at, key.value), lines)
             lines[(*at, key.value)] = key.start_mark.line + 1
@@ -218,7 +225,7 @@ def _policy(values: Any, where: Callable[[Location], str]) -> Policy:
     items = _mapping(values, Policy, (), where)
     rules = items.pop("rules", [])
     if not isinstance(rules, list):
-        raise PolicyError(f"{where(('rules',))}: rules must be a list")
+        raise PolicyError(f"{where(('rules',))}: rules must be a list", got=rules, expected=list)
     items["rules"] = tuple(_rule(rule, ("rules", i), where) for i, rule in enumerate(rules))
     for name, kind in _PARTS.items():
         if items.get(name) is not None:
@@ -261,7 +268,9 @@ def _mapping(
     """``values`` as a dict from current names of fields of ``cls`` to values, enums parsed."""
     if not isinstance(values, Mapping):
         raise PolicyError(
-            f"{where(at)}: expected the fields of a {cls.__name__}, got {values!r:.80}"
+            f"{where(at)}: expected the fields of a {cls.__name__}, got {values!r:.80}",
+            got=values,
+            expected=f"the fields of a {cls.__name__}",
         )
     known, new_names = [item.name for item in fields(cls)], new_names_of(cls)
     parsed: dict[str, Any] = {}
@@ -278,7 +287,9 @@ def _mapping(
         if enum is not None and value is not None and value not in list(enum):
             raise UnknownKeyError(
                 f"{where((*at, key))}: {key} {value!r} is unknown"
-                f"{did_you_mean(str(value), list(enum))}; one of {', '.join(enum)}"
+                f"{did_you_mean(str(value), list(enum))}; one of {', '.join(enum)}",
+                got=value,
+                expected=tuple(enum),
             )
         parsed[key] = enum(value) if enum is not None and value is not None else value
     return parsed
@@ -302,7 +313,7 @@ def _unknown_key(key: str, cls: type, place: str) -> UnknownKeyError:
         f"{place}: unknown key {key!r}{did_you_mean(key, known)}; a {cls.__name__} has "
         f"{', '.join(known)}",
         got=key,
-        expected=", ".join(known),
+        expected=tuple(known),
     )
 
 

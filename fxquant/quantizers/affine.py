@@ -41,10 +41,13 @@ class AffineQuantizer(Quantizer):
         if scale.shape != zero_point.shape or (scale.ndim == 0) != (axis is None):
             raise CalibrationError(
                 f"scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)} and axis "
-                f"{axis} do not fit together: () with axis None, or (C,) with an axis"
+                f"{axis} do not fit together: () with axis None, or (C,) with an axis",
+                got=(tuple(scale.shape), tuple(zero_point.shape), axis),
             )
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise CalibrationError("a scale is not finite and positive")
+            raise CalibrationError(
+                "a scale is not finite and positive", got=scale, expected="finite and positive"
+            )
 
     @property
     def bits(self) -> int:

@@ -44,7 +44,9 @@ class DynamicFocusingQuantizer(AffineQuantizer):
         if not 0 <= start <= largest_start(bits):
             raise CalibrationError(
                 f"an interval of {bits}-bit codes starts 0 to {largest_start(bits)} steps above "
-                f"zero, got {start}"
+                f"zero, got {start}",
+                got=start,
+                expected=f"0..{largest_start(bits)}",
             )
 
     @classmethod

@@ -139,5 +139,7 @@ def from_config(config: dict[str, object]) -> Quantizer:
             return family.quantizer.from_config(config)
     raise FileFormatError(
         f"quantizer type {str(config.get('type'))!r} is unknown to this version of fxquant; "
-        "upgrade fxquant or compile the model again"
+        "upgrade fxquant or compile the model again",
+        got=config.get("type"),
+        expected=tuple(f.quantizer.type_name for f in FAMILIES.values()),
     )

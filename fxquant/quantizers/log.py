@@ -44,11 +44,17 @@ class LogQuantizer(Quantizer):
         super().__init__()
         self._bits, self.n, self.d = bits, n, d
         if scale.ndim != 0 or not bool(torch.isfinite(scale) & (scale > 0)):
-            raise CalibrationError("the scale of a log quantizer is one finite positive number")
+            raise CalibrationError(
+                "the scale of a log quantizer is one finite positive number",
+                got=scale,
+                expected="one finite positive number",
+            )
         if n < 1 or not 1 <= d <= _LARGEST_DENOMINATOR or math.gcd(n, d) > 1:
             raise CalibrationError(
                 f"codes lie n / d octaves apart, in lowest terms and d at most "
-                f"{_LARGEST_DENOMINATOR}; got {n} / {d}"
+                f"{_LARGEST_DENOMINATOR}; got {n} / {d}",
+                got=(n, d),
+                expected=f"n / d in lowest terms, d at most {_LARGEST_DENOMINATOR}",
             )
         self.register_buffer("scale", scale.detach().float())
 

@@ -44,9 +44,17 @@ class PowerOfTwoQuantizer(UniformQuantizer):
         """
         super().__init__(scale, zero_point, bits=bits, signed=signed, axis=axis)
         if not bool(_is_power(self.scale).all()):
-            raise CalibrationError("a scale of a power-of-two quantizer is not a power of two")
+            raise CalibrationError(
+                "a scale of a power-of-two quantizer is not a power of two",
+                got=self.scale,
+                expected="powers of two",
+            )
         if bool((self.zero_point % 2 != 0).any()):
-            raise CalibrationError("a zero_point of a power-of-two quantizer is not even")
+            raise CalibrationError(
+                "a zero_point of a power-of-two quantizer is not even",
+                got=self.zero_point,
+                expected="even",
+            )
 
     @classmethod
     def affine_parameters(cls, lo: Tensor, hi: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,17 @@ class TwinUniformQuantizer(Quantizer):
         super().__init__()
         self._bits, self.shift, self.two_sided = bits, shift, two_sided
         if scale.ndim != 0 or not bool(torch.isfinite(scale) & (scale > 0)):
-            raise CalibrationError("the scale of a twin quantizer is one finite positive number")
+            raise CalibrationError(
+                "the scale of a twin quantizer is one finite positive number",
+                got=scale,
+                expected="one finite positive number",
+            )
         if shift < (0 if two_sided else 1):
-            raise CalibrationError(f"the shift of a twin quantizer is too small: {shift}")
+            raise CalibrationError(
+                f"the shift of a twin quantizer is too small: {shift}",
+                got=shift,
+                expected=">= 0" if two_sided else ">= 1",
+            )
         self.register_buffer("scale", scale.detach().float())
 
     @classmethod

@@ -35,7 +35,9 @@ def _digest(path: Path, text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> FileFormatError:
-    return FileFormatError(f"{path} is damaged ({error}): delete it to train its block again")
+    return FileFormatError(
+        f"{path} is damaged ({error}): delete it to train its block again", got=path
+    )
 
 
 class StateFile:
@@ -109,7 +111,8 @@ class Checkpoints:
     def _not_written(self, error: OSError) -> OutputError:
         return OutputError(
             f"cannot write {self._folder}: {error.strerror or error}. Choose a writable folder "
-            "with enough free space; the blocks that are saved already are kept"
+            "with enough free space; the blocks that are saved already are kept",
+            got=self._folder,
         )
 
     def state_file(self, number: int) -> StateFile | None:

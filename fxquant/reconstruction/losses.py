@@ -236,7 +236,8 @@ def measure_features(
     if not same_shape or not torch.allclose(of_one[0], of_two[0], atol=tolerance):
         raise PolicyError(
             f"block_loss 'feature' compares the input of {blocks[-1].products[-1].name} image by "
-            "image, but that input is not laid out image by image: choose 'fisher' or 'mse'"
+            "image, but that input is not laid out image by image: choose 'fisher' or 'mse'",
+            edge=blocks[-1].products[-1].name,
         )
     for chunk in chunks(len(images)):
         features = last_input(teacher, blocks, {start.name: images[chunk].to(device)})

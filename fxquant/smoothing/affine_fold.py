@@ -82,9 +82,22 @@ def _check(site: Site, shape: torch.Size, divide: Tensor, shift: Tensor) -> None
         if value.shape != shape or not bool(torch.isfinite(value).all()):
             raise PassError(
                 f"{where}: {name} must be {tuple(shape)} finite numbers, one a channel, "
-                f"got shape {tuple(value.shape)}"
+                f"got shape {tuple(value.shape)}",
+                edge=where,
+                got=tuple(value.shape),
+                expected=tuple(shape),
             )
     if not bool((divide > 0).all()):
-        raise PassError(f"{where}: every channel must be divided by a number above zero")
+        raise PassError(
+            f"{where}: every channel must be divided by a number above zero",
+            edge=where,
+            got=divide,
+            expected="> 0",
+        )
     if not site.shiftable and bool(shift.any()):
-        raise PassError(f"{where} cannot be shifted; pass zeros where not site.shiftable")
+        raise PassError(
+            f"{where} cannot be shifted; pass zeros where not site.shiftable",
+            edge=where,
+            got=shift,
+            expected="zeros",
+        )

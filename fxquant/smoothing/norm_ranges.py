@@ -40,7 +40,11 @@ def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, tupl
         PassError: the graph is in another stage.
     """
     if stage(gm) is not Stage.FLOAT:
-        raise PassError(f"norm_ranges takes stage FLOAT, got {stage(gm).name}")
+        raise PassError(
+            f"norm_ranges takes stage FLOAT, got {stage(gm).name}",
+            got=stage(gm),
+            expected=Stage.FLOAT,
+        )
     sites = [site for _, site in norm_sites(gm) if isinstance(site, Site)]
     recorder, device = _Recorder(gm, sites), device_of(gm)
     with torch.no_grad():

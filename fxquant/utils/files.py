@@ -25,7 +25,9 @@ def as_path(value: object, name: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise PathTypeError(
-            f"{name} must be a path as text or pathlib.Path, got {value!r:.80}", got=value
+            f"{name} must be a path as text or pathlib.Path, got {value!r:.80}",
+            got=value,
+            expected=(str, Path),
         )
     return Path(value)
 
@@ -74,7 +76,8 @@ def write_together(files: Mapping[Path, Callable[[Path], object]]) -> None:
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Choose a writable "
-            "folder with enough free space; nothing half-written was left"
+            "folder with enough free space; nothing half-written was left",
+            got=path,
         ) from error
     finally:
         for leftover in temporary.values():
@@ -117,11 +120,14 @@ def check_writable(folder: Path) -> None:
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise OutputError(f"cannot write in {folder}: {nearest} is a file; choose another folder")
+        raise OutputError(
+            f"cannot write in {folder}: {nearest} is a file; choose another folder", got=folder
+        )
     try:
         with tempfile.TemporaryDirectory(prefix=".fxquant.", dir=nearest):
             pass
     except OSError as error:
         raise OutputError(
-            f"cannot write in {folder}: {error.strerror} for {nearest}; choose another folder"
+            f"cannot write in {folder}: {error.strerror} for {nearest}; choose another folder",
+            got=folder,
         ) from error

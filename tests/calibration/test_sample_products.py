@@ -17,6 +17,7 @@ from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.errors import CalibrationError
 from fxquant.search.product_loss import ProductSample
 from fxquant.testing import DIM, HEADS, images, seeded, tokens
+from tests.helpers.refusals import refused
 from tests.helpers.sampling import ALL, argmax_loss, sampled
 
 
@@ -256,12 +257,14 @@ def test_too_small_a_budget_raises_and_tells_the_least(swin: nn.Module) -> None:
     def run(budget: int) -> dict[str, ProductSample]:
         return sampled(swin, images(4, 32), search=ScaleSearch(memory_bytes=budget))
 
-    with pytest.raises(CalibrationError, match="memory_bytes is 1,000, and 16 rows") as error:
+    text = r"memory_bytes is 1,000, and 16 rows of each product need [\d,]+: raise it in the policy"
+    with refused(CalibrationError, text, got=1000) as caught:
         run(1000)
-    (least,) = re.findall(r"need ([\d,]+):", str(error.value))
-    assert run(int(least.replace(",", "")))
-    with pytest.raises(CalibrationError):
-        run(int(least.replace(",", "")) - 1)
+    (least,) = map(int, re.findall(r"^>= (\d+)$", str(caught.value.expected)))
+    assert f"need {least:,}:" in str(caught.value)
+    assert run(least)
+    with refused(CalibrationError, got=least - 1, expected=f">= {least}"):
+        run(least - 1)
 
 
 def test_attention_rows_that_the_loss_reaches_come_first(vit: nn.Module) -> None:

@@ -23,6 +23,7 @@ from fxquant.cli.evaluation import Score
 from fxquant.cli.preprocess import read_preprocessing, timm_preprocessing
 from fxquant.errors import DataError, FileFormatError
 from tests.helpers.cli_helpers import ARGS, TINY, VIT, draw, draw_flat, fails
+from tests.helpers.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,8 @@ def test_sixteen_bits_of_gray_are_scaled_not_clipped(tmp_path: Path, name: str) 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_images_of_numbers_without_a_range_are_refused(tmp_path: Path, kind: type) -> None:
     Image.fromarray(np.ones((16, 16), dtype=kind)).save(tmp_path / "x.tif")
-    with pytest.raises(DataError, match=r"x\.tif cannot be read .*have no known range"):
+    text = r"x\.tif cannot be read .*have no known range"
+    with refused(DataError, text, got=tmp_path / "x.tif"):
         read_image(tmp_path / "x.tif")
 
 
@@ -133,10 +135,10 @@ def test_a_preprocessing_file_with_a_deviation_of_zero_is_damaged(tmp_path: Path
     plain = timm_preprocessing("vit_tiny_patch16_224")
     file = tmp_path / "preprocessing.json"
     file.write_text(plain.to_json().replace('"std": [\n   0.5', '"std": [\n   0.0'))
-    with pytest.raises(FileFormatError, match=r"is damaged .*std must be of values"):
+    with refused(FileFormatError, r"is damaged .*std must be of values", got=file):
         read_preprocessing(file)
     file.write_text("[" * 100_000)
-    with pytest.raises(FileFormatError, match="is damaged"):
+    with refused(FileFormatError, "is damaged", got=file):
         read_preprocessing(file)
 
 

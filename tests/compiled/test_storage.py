@@ -1,30 +1,29 @@
-"""Saving and loading: bit for bit, whole or not at all, and damage is recognised."""
+"""Saving and loading: bit for bit, and whole or not at all."""
 
 from __future__ import annotations
 
 import copy
 import errno
-import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fxquant
 from fxquant import Rule, TensorSpec, testing
 from fxquant.compiled.storage import CONFIG_FILE, WEIGHTS_FILE
-from fxquant.errors import FileFormatError, OutputError
+from fxquant.errors import OutputError
 from fxquant.graph.edges import edges
 from fxquant.testing import DIM, images, seeded, tokens
 from tests.helpers import compiled
+from tests.helpers.refusals import refused
 from tests.helpers.round_trip import assert_round_trip
 
 
@@ -99,14 +98,14 @@ def test_saving_again_replaces(small: fxquant.CompiledModel, saved: Path) -> Non
 def test_a_folder_that_cannot_be_made(small: fxquant.CompiledModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "model"):
-        with pytest.raises(OutputError, match=r"cannot write .*model\.safetensors"):
+        with refused(OutputError, r"cannot write .*model\.safetensors", got=folder / WEIGHTS_FILE):
             small.save(folder)
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_in_the_place_of_a_file(small: fxquant.CompiledModel, tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).mkdir()
-    with pytest.raises(OutputError, match=r"quant_config\.json is a folder"):
+    with refused(OutputError, r"quant_config\.json is a folder", got=tmp_path / CONFIG_FILE):
         small.save(tmp_path)
     assert os.listdir(tmp_path) == [CONFIG_FILE]
 
@@ -146,181 +145,14 @@ def test_a_full_disk_leaves_what_was_there(
         (folder / WEIGHTS_FILE).write_bytes(b"old")
     with monkeypatch.context() as patch:
         patch.setattr(target, failure)
-        with pytest.raises(OutputError, match=r"No space left.*enough free space"):
+        with refused(OutputError, r"No space left.*enough free space") as caught:
             small.save(folder)
+        assert caught.value.got in (folder / WEIGHTS_FILE, folder / CONFIG_FILE)
     if existing:
         assert sorted(os.listdir(folder)) == sorted([CONFIG_FILE, WEIGHTS_FILE])
         assert all(file.read_bytes() == b"old" for file in folder.iterdir())
     else:
         assert os.listdir(tmp_path) == []
-
-
-# Input that is damaged
-
-
-def test_missing_files(saved: Path) -> None:
-    with pytest.raises(FileFormatError, match=r"cannot read .*No such file.*CompiledModel\.save"):
-        fxquant.load(saved / "nowhere")
-    (saved / WEIGHTS_FILE).unlink()
-    with pytest.raises(FileFormatError, match=r"cannot read .*model\.safetensors.*missing"):
-        fxquant.load(saved)
-
-
-@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_truncated_files(saved: Path, name: str, share: float) -> None:
-    data = (saved / name).read_bytes()
-    (saved / name).write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(FileFormatError, match="truncated"):
-        fxquant.load(saved)
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", '{"format": 99}', "\x00\x01", '"model"'])
-def test_foreign_files(saved: Path, text: str) -> None:
-    (saved / CONFIG_FILE).write_text(text)
-    with pytest.raises(FileFormatError, match=r"quant_config\.json is"):
-        fxquant.load(saved)
-
-
-CONFIG_KEYS = (
-    "tensors_sha256",
-    "graph",
-    "quantizers",
-    "coded_weights",
-    "specs",
-    "report",
-    "image_shape",
-    "policy",
-)
-
-
-@pytest.mark.parametrize("value", ["absent", None, 3, "x", ["x"], {"x": 1}], ids=repr)
-@pytest.mark.parametrize("key", CONFIG_KEYS)
-def test_a_damaged_part_of_the_config(saved: Path, key: str, value: Any) -> None:
-    config = json.loads((saved / CONFIG_FILE).read_text())
-    del config[key]
-    if value != "absent":
-        config[key] = value
-    (saved / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(FileFormatError):
-        fxquant.load(saved)
-
-
-def test_an_unknown_operator_is_named(saved: Path) -> None:
-    text = (saved / CONFIG_FILE).read_text().replace("aten.gelu.default", "aten.gelo.default")
-    (saved / CONFIG_FILE).write_text(text)
-    with pytest.raises(FileFormatError, match=r"'aten\.gelo\.default' is unknown to this torch"):
-        fxquant.load(saved)
-
-
-def test_a_config_of_brackets_alone_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "quant_config.json").write_text("[" * 100_000)
-    with pytest.raises(FileFormatError, match="is not JSON"):
-        fxquant.load(tmp_path)
-
-
-def change(folder: Path, *, settle: bool = True, **changed: Tensor | None) -> None:
-    """Rewrites tensors of a save, None takes one out; the digest is made to fit if ``settle``."""
-    path = folder / WEIGHTS_FILE
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = {**load_file(path), **changed}
-    save_file({name: x for name, x in tensors.items() if x is not None}, path, metadata)
-    if settle:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        config["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        (folder / CONFIG_FILE).write_text(json.dumps(config))
-
-
-def first(folder: Path, end: str) -> tuple[str, Tensor]:
-    """The first tensor whose name contains ``end``."""
-    return next(item for item in sorted(load_file(folder / WEIGHTS_FILE).items()) if end in item[0])
-
-
-@pytest.mark.parametrize(
-    ("kind", "damage", "message"),
-    [
-        (".scale", lambda x: x * 0, r"quantizer \S+: its scale is 0\.0, not positive"),
-        (".scale", lambda x: -x, r"its scale is -\S+, not positive"),
-        (".scale", lambda x: x + torch.inf, "its scale is inf, not positive"),
-        (".scale", lambda x: x + torch.nan, r"tensor \S+scale holds NaN"),
-        (".scale", lambda x: torch.ones(7, 7), "do not fit together"),
-        (".zero_point", lambda x: x + 0.5, "a zero_point is not a whole number in"),
-        (".zero_point", lambda x: x + 1000, "a zero_point is not a whole number in"),
-        ("bias", lambda x: x + torch.nan, r"tensor \S+bias holds NaN"),
-        (
-            "codes.",
-            lambda x: x.to(torch.int16) + 300,
-            r"from \d+ to \d+, and 8 bits hold -128",
-        ),
-        ("codes.", lambda x: x.float(), "are torch.float32, not integers"),
-    ],
-)
-def test_damaged_tensors_are_recognised(
-    saved: Path, kind: str, damage: Callable[[Tensor], Tensor], message: str
-) -> None:
-    name, tensor = first(saved, kind)
-    change(saved, **{name: damage(tensor)})
-    with pytest.raises(FileFormatError, match=message):
-        fxquant.load(saved)
-
-
-def test_a_tensor_too_many_or_too_few_is_recognised(saved: Path) -> None:
-    change(saved, stray=torch.ones(3))
-    with pytest.raises(FileFormatError, match="no node of the graph reads tensor stray"):
-        fxquant.load(saved)
-    change(saved, stray=None)
-    fxquant.load(saved)
-    change(saved, **{first(saved, "bias")[0]: None})
-    with pytest.raises(FileFormatError, match="do not fit together"):
-        fxquant.load(saved)
-
-
-def test_an_image_shape_that_only_seems_to_fit_is_recognised(saved: Path) -> None:
-    config = json.loads((saved / CONFIG_FILE).read_text())
-    rows, channels = config["image_shape"]
-    (saved / CONFIG_FILE).write_text(json.dumps({**config, "image_shape": [rows + 1, channels]}))
-    with pytest.raises(FileFormatError, match=r"is not what .* was saved with|do not fit together"):
-        fxquant.load(saved)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"bits": 8', '"bits": 7'),
-        ('"bits": 8', '"bits": 99'),
-        ("1e-05", "1e-04"),
-        ('"observer": "minmax"', '"observer": "mse"'),
-    ],
-)
-def test_a_number_that_was_changed_is_recognised(saved: Path, old: str, new: str) -> None:
-    text = (saved / CONFIG_FILE).read_text()
-    assert old in text
-    (saved / CONFIG_FILE).write_text(text.replace(old, new, 1))
-    with pytest.raises(FileFormatError):
-        fxquant.load(saved)
-
-
-def test_a_configuration_may_be_laid_out_anew(saved: Path) -> None:
-    config = json.loads((saved / CONFIG_FILE).read_text())
-    (saved / CONFIG_FILE).write_text(json.dumps(dict(reversed(config.items()))))
-    assert fxquant.load(saved).image_shape == tuple(config["image_shape"])
-
-
-def test_a_tensor_that_was_changed_is_recognised(saved: Path) -> None:
-    name, tensor = first(saved, "bias")
-    change(saved, settle=False, **{name: tensor + 1})
-    with pytest.raises(FileFormatError, match="two saves are mixed or one file was changed"):
-        fxquant.load(saved)
-
-
-def test_files_of_two_saves_are_not_mixed(saved: Path, tmp_path: Path) -> None:
-    other = fxquant.compile(seeded(testing.Block(), 1), [tokens(4)])
-    other.save(tmp_path / "other")
-    assert torch.equal(fxquant.load(tmp_path / "other")(tokens()), other(tokens()))
-    os.replace(tmp_path / "other" / WEIGHTS_FILE, saved / WEIGHTS_FILE)
-    with pytest.raises(FileFormatError, match="use both files of one save"):
-        fxquant.load(saved)
 
 
 def test_specs_of_edges_do_not_depend_on_the_report(

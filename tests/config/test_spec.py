@@ -8,6 +8,7 @@ from fxquant import Granularity, Rule, Scheme, TensorSpec
 from fxquant.config.spec import _LIMITS, SchemeLimits
 from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import PolicyError
+from tests.helpers.refusals import refused
 from tests.helpers.stages import EIGHT, annotated
 
 TRIAL = Scheme.TWIN_UNIFORM
@@ -20,14 +21,16 @@ def allow(monkeypatch: pytest.MonkeyPatch, limits: SchemeLimits) -> None:
 def test_a_scheme_may_be_symmetric_and_per_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     allow(monkeypatch, SchemeLimits(allows_symmetric=True))
     assert TensorSpec(scheme=TRIAL, symmetric=True).code_range == (-128, 127)
-    with pytest.raises(PolicyError, match="is not finer than per tensor: leave out `granularity`"):
+    text = "is not finer than per tensor: leave out `granularity`"
+    with refused(PolicyError, text, got=Granularity.HEAD, expected=Granularity.TENSOR):
         TensorSpec(scheme=TRIAL, symmetric=True, granularity=Granularity.HEAD)
 
 
 def test_a_scheme_may_be_finer_and_asymmetric(monkeypatch: pytest.MonkeyPatch) -> None:
     allow(monkeypatch, SchemeLimits(allows_finer=True))
     TensorSpec(scheme=TRIAL, granularity=Granularity.HEAD)
-    with pytest.raises(PolicyError, match="is not symmetric: leave out `symmetric`"):
+    text = "is not symmetric: leave out `symmetric`"
+    with refused(PolicyError, text, got=True, expected=False):
         TensorSpec(scheme=TRIAL, symmetric=True, granularity=Granularity.HEAD)
 
 
@@ -37,7 +40,7 @@ def test_a_scheme_may_be_for_weights_alone_of_the_other_edges(
     allow(monkeypatch, SchemeLimits(allows_weights=True))
     rule = Rule(spec=EIGHT)
     annotated(Rule(arg=Arg.WEIGHT, spec=TensorSpec(scheme=TRIAL)), rule)
-    with pytest.raises(PolicyError, match=r"input of layer_norm .* is for inputs of products"):
+    with refused(PolicyError, r"input of layer_norm .* is for inputs of products", got=TRIAL):
         annotated(Rule(op=OpKind.LAYER_NORM, spec=TensorSpec(scheme=TRIAL)), rule)
 
 
@@ -45,5 +48,5 @@ def test_a_scheme_may_be_for_elementwise_operations(monkeypatch: pytest.MonkeyPa
     allow(monkeypatch, SchemeLimits(allows_elementwise=True))
     rule = Rule(spec=EIGHT)
     annotated(Rule(op=OpKind.LAYER_NORM, spec=TensorSpec(scheme=TRIAL)), rule)
-    with pytest.raises(PolicyError, match="gives a weight scheme"):
+    with refused(PolicyError, edge="attn_qkv__weight", got=TRIAL):
         annotated(Rule(arg=Arg.WEIGHT, spec=TensorSpec(scheme=TRIAL)), rule)

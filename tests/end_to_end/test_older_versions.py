@@ -23,6 +23,7 @@ from fxquant.graph.edges import quantized_edges
 from fxquant.policies.policy_file import policy_to_dict, read_policy, to_yaml
 from fxquant.testing import relative_error
 from fxquant.utils.notes import NoteKind
+from tests.helpers.refusals import refused
 
 DATA = Path(__file__).parents[1] / "data"
 POLICIES = sorted((DATA / "policies").glob("*.yaml"))
@@ -69,7 +70,7 @@ def test_a_folder_of_format_4_leaves_by_every_way(tmp_path: Path) -> None:
     assert {edge.name: edge.spec for edge in quantized_edges(model.graph_module)} == specs
     lowered = model.lower("integer")(images)
     assert relative_error(lowered, model(images)) < 0.05
-    with pytest.raises(LoweringError, match="has no form of LogQuantizer"):
+    with refused(LoweringError, got="LogQuantizer"):
         model.export_onnx(tmp_path / "m.onnx")
 
 
@@ -109,19 +110,29 @@ def test_policies_of_format_4_get_the_new_names_without_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "fields", "message"),
     [
-        (lambda specs: specs.clear(), "has no spec"),
-        (lambda specs: specs.update(stray__input=next(iter(specs.values()))), "has no quantizer"),
-        (lambda specs: next(iter(specs.values())).update(bits=3), "and a .* of"),
-        (lambda specs: next(iter(specs.values())).update(scheme="power_of_two"), "power_of_two"),
+        (lambda specs: specs.clear(), {}, "has no spec"),
+        (
+            lambda specs: specs.update(stray__input=next(iter(specs.values()))),
+            {"edge": "stray__input"},
+            "has no quantizer",
+        ),
+        (lambda specs: next(iter(specs.values())).update(bits=3), {"expected": 3}, "and a .* of"),
+        (
+            lambda specs: next(iter(specs.values())).update(scheme="power_of_two"),
+            {"got": 8, "expected": 8},
+            "scheme power_of_two, and a UniformQuantizer",
+        ),
     ],
 )
-def test_specs_that_do_not_fit_the_quantizers_are_refused(change: Any, message: str) -> None:
+def test_specs_that_do_not_fit_the_quantizers_are_refused(
+    change: Any, fields: dict[str, object], message: str
+) -> None:
     model = fxquant.load(DATA / "format_4")
     specs = {e.edge: asdict(e.spec) for e in model.plan if e.spec is not None}
     change(specs)
-    with pytest.raises(FileFormatError, match=message):
+    with refused(FileFormatError, message, **fields):
         check_specs(
             model.graph_module, {name: spec_from_dict(spec) for name, spec in specs.items()}
         )

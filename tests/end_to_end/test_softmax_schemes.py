@@ -20,6 +20,7 @@ from fxquant.search.metrics import Unit
 from fxquant.search.product_loss import Consumer, ProductSample, candidate_losses
 from fxquant.search.scales import stacked
 from fxquant.testing import Block, seeded, tokens
+from tests.helpers.refusals import refused
 from tests.helpers.softmax_nets import SCHEMES, compiled, found
 from tests.helpers.stages import EIGHT, annotated
 
@@ -31,25 +32,31 @@ SEARCH = ScaleSearch(metric=Metric.MSE, stride=1, candidates=20)
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_spec_that_does_not_go_with_the_scheme_is_refused(scheme: Scheme) -> None:
-    with pytest.raises(BitWidthError, match=f"scheme {scheme} takes 2 to 8 bits, got 9") as caught:
+    with refused(
+        BitWidthError, f"scheme {scheme} takes 2 to 8 bits, got 9", got=9, expected="2..8"
+    ):
         TensorSpec(bits=9, scheme=scheme)
-    assert (caught.value.got, caught.value.expected) == (9, "2..8")
-    with pytest.raises(PolicyError, match=f"scheme {scheme} is neither symmetric"):
+    limits = (False, Granularity.TENSOR)
+    text = f"scheme {scheme} is neither symmetric nor finer than per tensor"
+    with refused(PolicyError, text, got=(True, Granularity.TENSOR), expected=limits):
         TensorSpec(scheme=scheme, symmetric=True)
-    with pytest.raises(PolicyError, match="finer than per tensor"):
+    with refused(PolicyError, got=(False, Granularity.HEAD), expected=limits):
         TensorSpec(scheme=scheme, granularity=Granularity.HEAD)
-    with pytest.raises(PolicyError, match="belongs to scheme twin_uniform"):
+    text = "^max_shift belongs to scheme twin_uniform alone"
+    with refused(PolicyError, text, got=scheme, expected=Scheme.TWIN_UNIFORM):
         TensorSpec(scheme=scheme, max_shift=2)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_rule_for_another_edge_is_refused(scheme: Scheme) -> None:
     spec = TensorSpec(bits=4, scheme=scheme)
-    with pytest.raises(PolicyError, match=f"rule 1 gives a weight scheme {scheme}"):
+    text = f"rule 1 gives a weight scheme {scheme}"
+    with refused(PolicyError, text, edge="attn_qkv__weight", got=scheme):
         annotated(Rule(arg="weight", spec=spec), Rule(spec=EIGHT))
-    with pytest.raises(PolicyError, match=r"input of layer_norm .* is for inputs of products"):
+    with refused(PolicyError, edge="norm1__input", got=scheme):
         annotated(Rule(op="layer_norm", spec=spec), Rule(spec=EIGHT))
-    with pytest.raises(PolicyError, match=r"input of a convolution .* use scheme uniform"):
+    text = r"input of a convolution .* use scheme uniform"
+    with refused(PolicyError, text, edge="_1__input", got=scheme):
         net = nn.Sequential(nn.ReLU(), nn.Conv1d(5, 3, 3))
         annotated(Rule(fed_by="relu", spec=spec), Rule(spec=EIGHT), model=net)
 
@@ -57,9 +64,9 @@ def test_a_rule_for_another_edge_is_refused(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_values_below_zero_are_refused_with_the_edge(scheme: Scheme) -> None:
     rule = Rule(fed_by="gelu", spec=TensorSpec(bits=4, scheme=scheme))
-    with pytest.raises(CalibrationError, match="from zero up") as caught:
+    text = "from zero up"
+    with refused(CalibrationError, text, edge="fc2__input", expected=">= 0") as caught:
         fxquant.compile(seeded(Block()), [tokens(6)], Policy(name="t", rules=(rule,)))
-    assert caught.value.edge == "fc2__input"
     assert f"got {caught.value.got:.3g}" in str(caught.value)
     assert -0.2 < caught.value.got < -0.1
 

@@ -17,6 +17,7 @@ from fxquant.policies import PRESETS
 from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer
 from fxquant.testing import DIM, images, tokens
+from tests.helpers.refusals import refused
 from tests.helpers.stages import EIGHT, FOUR, WEIGHT, annotated, canonical, frozen, reasons, specs
 
 
@@ -94,8 +95,9 @@ def test_the_ends_are_products_with_none_before_or_after() -> None:
 
 
 def test_an_unused_rule_is_an_error_that_shows_what_there_is() -> None:
-    with pytest.raises(UnusedRuleError) as caught:
-        annotated(Rule(spec=EIGHT), Rule(path="blocks.*", spec=FOUR))
+    rule = Rule(path="blocks.*", spec=FOUR)
+    with refused(UnusedRuleError, got=rule) as caught:
+        annotated(Rule(spec=EIGHT), rule)
     message = str(caught.value)
     assert message.startswith("rule 2 ") and "(path: blocks.*)" in message
     assert "optional" in message and "attn.qkv" in message and "softmax" in message
@@ -148,8 +150,9 @@ def test_an_axis_of_the_batch_gets_one_scale(
 
 def test_after_an_error_the_graph_is_not_annotated() -> None:
     gm = canonical(testing.Block(), tokens())
-    with pytest.raises(UnusedRuleError):
-        run_passes(gm, [AssignSpecs((Rule(spec=EIGHT), Rule(path="x", spec=FOUR)))])
+    rule = Rule(path="x", spec=FOUR)
+    with refused(UnusedRuleError, got=rule):
+        run_passes(gm, [AssignSpecs((Rule(spec=EIGHT), rule))])
     assert set(specs(gm).values()) == {None} and gm.meta["stage"] is Stage.FLOAT
 
 

@@ -27,6 +27,7 @@ from fxquant.reconstruction.losses import criterion, measure
 from fxquant.reconstruction.trained_block import TrainedBlock
 from fxquant.reconstruction.training import train_block
 from fxquant.testing import relative_error, seeded
+from tests.helpers.refusals import refused
 from tests.helpers.towers import BATCH, SHORT, Stack, Tower, frozen, reconstruct
 
 
@@ -250,12 +251,14 @@ def test_files_hold_it() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(PolicyError, match="trains nothing"):
         Reconstruction(weights="none", scales=False, biases=False)
-    with pytest.raises(PolicyError, match=r"drop must be a number in \[0, 0.95\], got 1"):
+    text = r"^drop must be a number in \[0, 0.95\], got 1"
+    with refused(PolicyError, text, got=1, expected="a number in [0, 0.95]"):
         Reconstruction(drop=1)
     for share in (1.0, -0.5, float("nan"), "half"):
-        with pytest.raises(PolicyError, match="held_out must be a number"):
+        with refused(PolicyError, got=share, expected="a number in [0, 0.5]"):
             Reconstruction(held_out=share)
-    with pytest.raises(PolicyError, match="iterations must be a whole number >= 1, got 0"):
+    text = "^iterations must be a whole number >= 1, got 0"
+    with refused(PolicyError, text, got=0, expected="a whole number >= 1"):
         Reconstruction(iterations=0)
 
 

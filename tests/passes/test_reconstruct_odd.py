@@ -22,6 +22,7 @@ from fxquant.policies.policy import Rule
 from fxquant.quantizers import UniformQuantizer
 from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.testing import DIM, seeded
+from tests.helpers.refusals import refused
 from tests.helpers.towers import BATCH, SHORT, Stack, Tower, frozen, reconstruct
 
 TRAINED = Reconstruction(scope="network", weights="scales", block_loss="mse", **SHORT)
@@ -156,9 +157,8 @@ class Crossed(Stack):
 def test_the_last_feature_is_compared_image_by_image() -> None:
     result = reconstruct(frozen(Dense()), block_loss="feature")
     assert result.changed and all(0 < gain.error_ratio < 1 for gain in result.comparisons)
-    with pytest.raises(
-        PolicyError, match="is not laid out image by image: choose 'fisher' or 'mse'"
-    ):
+    text = "is not laid out image by image: choose 'fisher' or 'mse'"
+    with refused(PolicyError, text, edge="head"):
         reconstruct(frozen(Crossed()), block_loss="feature")
     assert reconstruct(frozen(Crossed()), block_loss="mse").changed
 

@@ -13,11 +13,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxquant import testing
+from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
 from fxquant.passes import PassResult, RotateHeads, run_passes
 from fxquant.policies.policy import Rule
 from fxquant.rotation.heads import HeadSite, head_sites
 from fxquant.testing import DIM, HEADS, assert_same_function, op_names, relative_error, tokens
+from tests.helpers.refusals import refused
 from tests.helpers.residual import Attention, points, residual
 from tests.helpers.stages import EIGHT, annotated, canonical, reasons
 from tests.helpers.zoo import FAMILIES, Family
@@ -197,5 +199,5 @@ def test_heads_of_one_channel_stay() -> None:
 
 def test_the_wrong_stage_raises() -> None:
     gm, _ = annotated(Rule(spec=EIGHT))
-    with pytest.raises(PassError, match="requires a graph in stage FLOAT"):
+    with refused(PassError, got=Stage.ANNOTATED, expected=Stage.FLOAT):
         run_passes(gm, [RotateHeads()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from fxquant.policies.policy_file import (
     to_yaml,
     write_policy,
 )
+from tests.helpers.refusals import refused
+
+NOTHING = Rule(spec=None)
 
 uniform = st.builds(
     TensorSpec,
@@ -136,9 +141,8 @@ def test_minmax_takes_widths() -> None:
     policy = policies.minmax(weight_bits=4, act_bits=6)
     assert policy.name == "minmax_w4a6"
     assert [rule.spec.bits for rule in policy.rules if rule.spec] == [4, 6]
-    with pytest.raises(BitWidthError, match=r"2\.\.16, got 1") as caught:
+    with refused(BitWidthError, got=1, expected="2..16"):
         policies.minmax(weight_bits=1)
-    assert (caught.value.got, caught.value.expected) == (1, "2..16")
 
 
 def test_rules_put_before_a_preset_come_first() -> None:
@@ -148,29 +152,37 @@ def test_rules_put_before_a_preset_come_first() -> None:
 
 
 def test_a_malformed_dict_is_explained() -> None:
-    with pytest.raises(UnknownKeyError, match=r"rules\.0\.spec\.bit: .*did you mean 'bits'"):
+    with refused(
+        UnknownKeyError, r"^rules\.0\.spec\.bit: .*did you mean 'bits'", got="bit"
+    ) as caught:
         policy_from_dict({"rules": [{"spec": {"bit": 4}}]})
-    with pytest.raises(PolicyError, match=r"^policy: expected the fields of a Policy"):
+    assert "bits" in caught.value.expected
+    text = "^policy: expected the fields of a Policy"
+    with refused(PolicyError, text, got=[], expected="the fields of a Policy"):
         policy_from_dict([])  # type: ignore[arg-type]
 
 
 def test_names_that_are_no_policy(tmp_path: Path) -> None:
-    with pytest.raises(UnknownPresetError, match=r"'w8a9'; did you mean 'w8a8'\?.*minmax.*\.yaml"):
+    text, known = r"'w8a9'; did you mean 'w8a8'\?.*minmax.*\.yaml", tuple(policies.PRESETS)
+    with refused(UnknownPresetError, text, got="w8a9", expected=known):
         resolve("w8a9")
-    with pytest.raises(PolicyError, match=r"cannot read policy file .*gone\.yaml: No such file"):
-        resolve(tmp_path / "gone.yaml")
-    with pytest.raises(PolicyError, match=r"preset name, a Policy, a dict or a path .* got int"):
+    gone, binary = tmp_path / "gone.yaml", tmp_path / "binary.yml"
+    with refused(PolicyError, r"read policy file .*gone\.yaml: No such file", got=gone):
+        resolve(gone)
+    text = r"preset name, a Policy, a dict or a path .* got int"
+    with refused(PolicyError, text, got=8, expected=(str, Policy, dict, Path)):
         resolve(8)  # type: ignore[arg-type]
-    binary = tmp_path / "binary.yml"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PolicyError, match=r"binary\.yml is not UTF-8 text"):
+    with refused(PolicyError, r"binary\.yml is not UTF-8 text", got=binary, expected="UTF-8 text"):
         resolve(binary)
 
 
 def test_options_that_no_preset_takes() -> None:
-    with pytest.raises(PolicyError, match="ptq4vit has no image_bit; did you mean 'image_bits'"):
+    text = "ptq4vit has no image_bit; did you mean 'image_bits'"
+    with refused(PolicyError, text, got="image_bit") as caught:
         policies.preset("ptq4vit", image_bit=8)
-    with pytest.raises(PolicyError, match="ptq4vit has no budget: best, mptq_vit take it"):
+    assert "image_bits" in caught.value.expected
+    with refused(PolicyError, "ptq4vit has no budget: best, mptq_vit take it", got="budget"):
         policies.preset("ptq4vit", budget=4)
 
 
@@ -184,43 +196,70 @@ def test_plain_strings_are_as_good_as_enums(field: str) -> None:
     enum: Any = {"granularity": Granularity, "observer": ObserverKind, "scheme": Scheme}[field]
     for member in enum:
         assert getattr(TensorSpec(bits=MIN_BITS, **{field: str(member)}), field) is member
-    with pytest.raises(PolicyError, match=f"{field} must be one of .*got 'nonsense'"):
+    with refused(UnknownKeyError, f"^{field} must", got="nonsense", expected=tuple(enum)):
         TensorSpec(**{field: "nonsense"})  # type: ignore[arg-type]
 
 
 def test_plain_strings_are_as_good_as_enums_in_rules() -> None:
     rule = Rule(spec=None, op="matmul", arg="lhs")  # type: ignore[arg-type]
     assert rule.op is OpKind.MATMUL and rule.arg is Arg.LHS
-    with pytest.raises(PolicyError, match=r"arg must be one of .*got 'key'"):
+    with refused(
+        UnknownKeyError, r"^arg must be one of .*got 'key'", got="key", expected=tuple(Arg)
+    ):
         Rule(spec=None, arg="key")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "got", "expected", "text"),
     [
-        (lambda: TensorSpec(percentile="99"), "percentile must be a number, got '99'"),
-        (lambda: TensorSpec(percentile=True), "percentile must be a number, got True"),
         (
-            lambda: TensorSpec(percentile=float("nan")),
-            r"percentile must be in \(50, 100\], got nan",
+            lambda: TensorSpec(percentile="99"),
+            "99",
+            "a number",
+            "^percentile must be a number, got",
+        ),
+        (lambda: TensorSpec(percentile=True), True, "a number", None),
+        (
+            lambda: TensorSpec(percentile=math.nan),
+            math.nan,
+            "(50, 100]",
+            r"^percentile must be in \(",
         ),
         (
             lambda: TensorSpec(percentile=99, observer="mse"),
+            ObserverKind.MSE,
+            ObserverKind.PERCENTILE,
             "percentile belongs to observer percentile alone, and the observer is mse",
         ),
-        (lambda: TensorSpec(observer=3), "observer must be one of .*got 3"),
-        (lambda: Rule(spec="w8"), "spec must be a TensorSpec, or None .* got 'w8'"),
-        (lambda: Rule(spec=None, path=None), "path must be a regular expression as text, got None"),
-        (lambda: Rule(spec=None, fed_by=["gelu"]), r"fed_by \['gelu'\] is unknown"),
-        (lambda: Rule(spec=None, op=3), "op must be one of .*got 3"),
-        (lambda: Policy(name="p", rules=(None,)), "rule 1 must be a Rule, got None"),
+        (lambda: Rule(spec="w8"), "w8", (TensorSpec, None), "spec must be .*, or None .* got 'w8'"),
+        (lambda: Rule(spec=None, path=None), None, str, "path must be .* as text, got None"),
+        (lambda: Policy(name="p", rules=(None,)), None, Rule, "rule 1 must be a Rule, got None"),
         (
-            lambda: Policy(name="p", rules=Rule(spec=None)),
+            lambda: Policy(name="p", rules=NOTHING),
+            NOTHING,
+            "a tuple of Rule",
             "rules must be a tuple of Rule, got Rule",
         ),
-        (lambda: Policy(name=3, rules=(Rule(spec=None),)), "must be text, got 3"),
+        (lambda: Policy(name=3, rules=(NOTHING,)), (3, ""), str, "must be text, got 3"),
     ],
 )
-def test_values_of_a_wrong_type_are_policy_errors(make: Any, message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
+def test_values_of_a_wrong_type_are_policy_errors(
+    make: Callable[[], object], got: object, expected: object, text: str | None
+) -> None:
+    with refused(PolicyError, text, got=got, expected=expected):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "got", "expected"),
+    [
+        (lambda: TensorSpec(observer=3), 3, tuple(ObserverKind)),
+        (lambda: Rule(spec=None, fed_by=["gelu"]), ["gelu"], tuple(sorted(PRODUCER_NAMES))),
+        (lambda: Rule(spec=None, op=3), 3, tuple(OpKind)),
+    ],
+)
+def test_values_of_a_wrong_type_are_none_of_the_known(
+    make: Callable[[], object], got: object, expected: object
+) -> None:
+    with refused(UnknownKeyError, got=got, expected=expected):
         make()

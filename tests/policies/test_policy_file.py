@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from fxquant import policies
+from fxquant.config.allocation import Cost, Method
+from fxquant.config.spec import Granularity, ObserverKind
+from fxquant.config.vocabulary import Arg, OpKind
 from fxquant.errors import BitWidthError, OutputError, PolicyError, UnknownKeyError
+from fxquant.graph.dialect import PRODUCER_NAMES
 from fxquant.policies.policy_file import read_policy, write_policy
+from tests.helpers.refusals import refused
 
+FLAG, PRODUCERS = (True, False), sorted(PRODUCER_NAMES)
 ALLOCATION = "rules:\n  - spec: {}\nallocation:\n"
 
 
@@ -20,92 +27,115 @@ def written(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "parts"),
+    ("text", "line", "got", "parts"),
     [
         (
             "name: p\nrules:\n  - spec:\n      bitz: 4\n",
-            UnknownKeyError,
-            ["mine.yaml:4:", "'bitz'", "did you mean 'bits'?"],
+            4,
+            "bitz",
+            "unknown key 'bitz'; did you mean 'bits'?",
         ),
-        (
-            "name: p\nrulez: []\n",
-            UnknownKeyError,
-            ["mine.yaml:2:", "'rulez'", "did you mean 'rules'?"],
-        ),
+        ("name: p\nrulez: []\n", 2, "rulez", "did you mean 'rules'?"),
         (
             "rules:\n  - spec: {bits: 8}\n  - pth: a\n    spec: null\n",
-            UnknownKeyError,
-            ["mine.yaml:3:", "'pth'", "did you mean 'path'?"],
+            3,
+            "pth",
+            "did you mean 'path'?",
         ),
-        (
-            "rules:\n  - spec: {bits: 8}\n    arg: weights\n",
-            UnknownKeyError,
-            ["mine.yaml:3:", "'weights'", "did you mean 'weight'?", "lhs, rhs"],
-        ),
-        (
-            "rules:\n  - spec:\n      bits: 8\n      granularity: row\n",
-            UnknownKeyError,
-            ["mine.yaml:4:", "'row'", "tensor, channel, head"],
-        ),
-        (
-            "rules:\n  - spec: {}\n  - fed_by: sofmax\n    spec: {}\n",
-            UnknownKeyError,
-            ["mine.yaml:3:", "'sofmax'", "softmax"],
-        ),
-        ("rules:\n  - spec: {bits: 1}\n", BitWidthError, ["mine.yaml:2:", "2..16", "got 1"]),
-        ("rules:\n  - spec: {bits: 17}\n", BitWidthError, ["mine.yaml:2:", "got 17"]),
-        ("rules:\n  - spec: {bits: '8'}\n", BitWidthError, ["mine.yaml:2:", "integer", "'8'"]),
-        ("rules:\n  - spec: {bits: true}\n", BitWidthError, ["mine.yaml:2:", "integer"]),
-        ("rules:\n  - spec: {percentile: 20}\n", PolicyError, ["mine.yaml:2:", "(50, 100]"]),
-        (
-            "rules:\n  - spec: {percentile: high}\n",
-            PolicyError,
-            ["mine.yaml:2:", "number", "'high'"],
-        ),
-        ("rules:\n  - spec: {symmetric: 'no'}\n", PolicyError, ["mine.yaml:2:", "symmetric"]),
-        ("rules:\n  - spec: {observer: null}\n", UnknownKeyError, ["mine.yaml:2:", "observer"]),
-        ("rules:\n  - spec: {}\n    optional: 'no'\n", PolicyError, ["mine.yaml:2:", "optional"]),
-        ("rules:\n  - path: '['\n    spec: {}\n", PolicyError, ["mine.yaml:2:", "regular expr"]),
-        ("rules:\n  - path: 3\n    spec: {}\n", PolicyError, ["mine.yaml:2:", "text", "got 3"]),
-        ("rules:\n  - fed_by: [a]\n    spec: {}\n", UnknownKeyError, ["mine.yaml:2:", "['a']"]),
-        ("rules:\n  - op: [a]\n    spec: {}\n", UnknownKeyError, ["mine.yaml:2:", "['a']"]),
-        ("name: 3\nrules:\n  - spec: {}\n", PolicyError, ["mine.yaml:1:", "must be text", "3"]),
-        ("rules:\n  - arg: weight\n", PolicyError, ["mine.yaml:2:", "no spec", "`spec: null`"]),
-        ("rules:\n  - spec: 8\n", PolicyError, ["mine.yaml:2:", "fields of a TensorSpec", "8"]),
-        (f"{ALLOCATION}  budget: {{}}\n", PolicyError, ["mine.yaml:4:", "the budget is empty"]),
-        (f"{ALLOCATION}  widths: [4]\n", PolicyError, ["mine.yaml:3:", "has no budget"]),
-        (f"{ALLOCATION}  budget: 4\n", PolicyError, ["mine.yaml:4:", "fields of a Budget"]),
-        (
-            f"{ALLOCATION}  budget: {{mean_bit: 4}}\n",
-            UnknownKeyError,
-            ["mine.yaml:4:", "did you mean 'mean_bits'"],
-        ),
-        (
-            f"{ALLOCATION}  budget: {{mean_bits: 4}}\n  method: best\n",
-            UnknownKeyError,
-            ["mine.yaml:5:", "exact, greedy"],
-        ),
-        (
-            f"{ALLOCATION}  budget: {{mean_bits: 4}}\n  widths: [4, 9]\n",
-            BitWidthError,
-            ["mine.yaml:3:", "2..8, got 9"],
-        ),
-        ("rules: 5\n", PolicyError, ["mine.yaml:1:", "rules must be a list"]),
-        ("name: p\n", PolicyError, ["mine.yaml:1:", "has no rules"]),
-        ("", PolicyError, ["mine.yaml:1:", "fields of a Policy"]),
-        ("- a\n- b\n", PolicyError, ["mine.yaml:1:", "fields of a Policy"]),
-        ("rules: [\n", PolicyError, ["mine.yaml", "is not YAML", "line 2"]),
-        ("rules: !!python/object:os.system {}\n", PolicyError, ["mine.yaml", "is not YAML"]),
+        (f"{ALLOCATION}  budget: {{mean_bit: 4}}\n", 4, "mean_bit", "did you mean 'mean_bits'"),
+    ],
+)
+def test_unknown_keys_are_explained(
+    tmp_path: Path, text: str, line: int, got: str, parts: str
+) -> None:
+    with refused(UnknownKeyError, got=got) as caught:
+        read_policy(written(tmp_path, text))
+    assert f"mine.yaml:{line}: " in str(caught.value) and parts in str(caught.value)
+    assert parts.split("'")[-2] in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "got", "expected"),
+    [
+        ("rules:\n  - spec: {bits: 8}\n    arg: weights\n", 3, "weights", Arg),
+        ("rules:\n  - spec:\n      bits: 8\n      granularity: row\n", 4, "row", Granularity),
+        ("rules:\n  - spec: {}\n  - fed_by: sofmax\n    spec: {}\n", 3, "sofmax", PRODUCERS),
+        ("rules:\n  - spec: {observer: null}\n", 2, None, ObserverKind),
+        ("rules:\n  - fed_by: [a]\n    spec: {}\n", 2, ["a"], PRODUCERS),
+        ("rules:\n  - op: [a]\n    spec: {}\n", 2, ["a"], OpKind),
+        (f"{ALLOCATION}  budget: {{mean_bits: 4}}\n  method: best\n", 5, "best", Method),
+    ],
+)
+def test_unknown_values_are_explained(
+    tmp_path: Path, text: str, line: int, got: object, expected: Iterable[str]
+) -> None:
+    with refused(UnknownKeyError, rf"mine\.yaml:{line}: ", got=got, expected=tuple(expected)):
+        read_policy(written(tmp_path, text))
+
+
+def test_an_unknown_value_is_shown_with_the_nearest(tmp_path: Path) -> None:
+    text = r"arg 'weights' is unknown; did you mean 'weight'\?; one of input, weight, lhs, rhs"
+    with refused(UnknownKeyError, text):
+        read_policy(written(tmp_path, "rules: [{spec: null, arg: weights}]\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "got", "expected"),
+    [
+        ("rules:\n  - spec: {bits: 1}\n", 2, 1, "2..16"),
+        ("rules:\n  - spec: {bits: 17}\n", 2, 17, "2..16"),
+        ("rules:\n  - spec: {bits: '8'}\n", 2, "8", int),
+        ("rules:\n  - spec: {bits: true}\n", 2, True, int),
+        (f"{ALLOCATION}  budget: {{mean_bits: 4}}\n  widths: [4, 9]\n", 3, 9, "2..8"),
+    ],
+)
+def test_wrong_widths_are_explained(
+    tmp_path: Path, text: str, line: int, got: object, expected: object
+) -> None:
+    with refused(BitWidthError, rf"mine\.yaml:{line}: ", got=got, expected=expected):
+        read_policy(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "got", "expected", "part"),
+    [
+        ("rules:\n  - spec: {percentile: 20}\n", 2, 20, "(50, 100]", ""),
+        ("rules:\n  - spec: {percentile: high}\n", 2, "high", "a number", ""),
+        ("rules:\n  - spec: {symmetric: 'no'}\n", 2, "no", FLAG, "symmetric"),
+        ("rules:\n  - spec: {}\n    optional: 'no'\n", 2, "no", FLAG, "optional"),
+        ("rules:\n  - path: '['\n    spec: {}\n", 2, "[", "a regular expression", "'[' is not a"),
+        ("rules:\n  - path: 3\n    spec: {}\n", 2, 3, str, ""),
+        ("name: 3\nrules:\n  - spec: {}\n", 1, (3, ""), str, ""),
+        ("rules:\n  - arg: weight\n", 2, None, None, "no spec; give one, or `spec: null`"),
+        ("rules:\n  - spec: 8\n", 2, 8, "the fields of a TensorSpec", ""),
+        (f"{ALLOCATION}  budget: {{}}\n", 4, None, tuple(Cost), ""),
+        (f"{ALLOCATION}  widths: [4]\n", 3, None, None, "the allocation has no budget"),
+        (f"{ALLOCATION}  budget: 4\n", 4, 4, "the fields of a Budget", ""),
+        ("rules: 5\n", 1, 5, list, "rules must be a list"),
+        ("name: p\n", 1, None, None, "has no rules"),
+        ("", 1, None, "the fields of a Policy", ""),
+        ("- a\n- b\n", 1, ["a", "b"], "the fields of a Policy", ""),
     ],
 )
 def test_a_malformed_file_is_explained(
-    tmp_path: Path, text: str, error: type[PolicyError], parts: list[str]
+    tmp_path: Path, text: str, line: int, got: object, expected: object, part: str
 ) -> None:
-    with pytest.raises(error) as caught:
+    with refused(PolicyError, got=got, expected=expected) as caught:
         read_policy(written(tmp_path, text))
-    assert type(caught.value) is error
-    for part in parts:
-        assert part in str(caught.value)
+    assert f"mine.yaml:{line}: " in str(caught.value) and part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rules: [\n", r"mine\.yaml is not YAML.*(?s:.)*line 2"),
+        ("rules: !!python/object:os.system {}\n", r"mine\.yaml is not YAML"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path, text)
+    with refused(PolicyError, message, got=path, expected="YAML"):
+        read_policy(path)
 
 
 RULES = "rules:\n  - spec: {}\n"
@@ -161,18 +191,21 @@ def test_numbers_with_an_exponent(tmp_path: Path, number: str) -> None:
 
 def test_a_policy_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
-        write_policy(policies.w8a8(), tmp_path / "file" / "p.yaml")
+    path = tmp_path / "file" / "p.yaml"
+    with refused(OutputError, got=path):
+        write_policy(policies.w8a8(), path)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "number", "message"),
     [
-        ("allocation:\n  budget: {mean_bits: 4}\n  widths: 4\n", r"`widths: \[4, 8\]`, got 4"),
-        ("reconstruction:\n  ranks: 16\n", r"`ranks: \[16\]`, got 16"),
+        ("allocation:\n  budget: {mean_bits: 4}\n  widths: 4\n", 4, r"`widths: \[4, 8\]`, got 4"),
+        ("reconstruction:\n  ranks: 16\n", 16, r"`ranks: \[16\]`, got 16"),
     ],
 )
-def test_a_lone_number_in_the_place_of_a_list(tmp_path: Path, options: str, message: str) -> None:
+def test_a_lone_number_in_the_place_of_a_list(
+    tmp_path: Path, options: str, number: int, message: str
+) -> None:
     path = written(tmp_path, f"{options}rules:\n- spec: {{bits: 8}}\n")
-    with pytest.raises(PolicyError, match=rf"\.yaml:1: .*or a list in a policy file.*{message}"):
+    with refused(PolicyError, rf"\.yaml:1: .*or a list in a policy file.*{message}", got=number):
         read_policy(path)

@@ -11,6 +11,7 @@ from fxquant import TensorSpec
 from fxquant.errors import CalibrationError
 from fxquant.quantizers import DynamicFocusingQuantizer
 from tests.helpers.quantizer_cases import Case, focusing_cases
+from tests.helpers.refusals import refused
 
 
 @given(focusing_cases())
@@ -84,11 +85,13 @@ def test_any_range_gives_a_quantizer_that_covers_it(bits: int, hi: float) -> Non
 
 
 def test_bad_parameters_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="not finite and positive"):
-        DynamicFocusingQuantizer(torch.tensor(0.0), start=0, bits=4)
-    with pytest.raises(CalibrationError, match="starts 0 to 240 steps above zero, got 241"):
+    scale = torch.tensor(0.0)
+    with refused(CalibrationError, got=scale, expected="finite and positive"):
+        DynamicFocusingQuantizer(scale, start=0, bits=4)
+    text = "starts 0 to 240 steps above zero, got 241"
+    with refused(CalibrationError, text, got=241, expected="0..240"):
         DynamicFocusingQuantizer(torch.tensor(1.0), start=241, bits=4)
-    with pytest.raises(CalibrationError, match="starts 0 to 0 steps above zero, got 1"):
+    with refused(CalibrationError, got=1, expected="0..0"):
         DynamicFocusingQuantizer(torch.tensor(1.0), start=1, bits=8)
-    with pytest.raises(CalibrationError, match="got -1"):
+    with refused(CalibrationError, got=-1, expected="0..240"):
         DynamicFocusingQuantizer(torch.tensor(1.0), start=-1, bits=4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from torch import Tensor
 from fxquant.errors import CalibrationError
 from fxquant.quantizers import LogQuantizer, log_ops
 from tests.helpers.quantizer_cases import Case, log_cases
+from tests.helpers.refusals import refused
 
 octaves = (
     st.tuples(st.integers(1, 24), st.integers(1, 16))
@@ -99,11 +99,13 @@ def test_wide_codes_stop_sixteen_octaves_down() -> None:
 
 
 def test_bad_parameters_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="finite positive"):
-        LogQuantizer(torch.tensor(-1.0), bits=4, n=1, d=1)
-    with pytest.raises(CalibrationError, match="lowest terms and d at most 16; got 2 / 4"):
+    scale, lowest = torch.tensor(-1.0), "n / d in lowest terms, d at most 16"
+    with refused(CalibrationError, "log quantizer is one finite positive number", got=scale):
+        LogQuantizer(scale, bits=4, n=1, d=1)
+    text = "lowest terms and d at most 16; got 2 / 4"
+    with refused(CalibrationError, text, got=(2, 4), expected=lowest):
         LogQuantizer(torch.tensor(1.0), bits=4, n=2, d=4)
-    with pytest.raises(CalibrationError, match="got 1 / 17"):
+    with refused(CalibrationError, got=(1, 17), expected=lowest):
         LogQuantizer(torch.tensor(1.0), bits=4, n=1, d=17)
 
 

@@ -25,6 +25,7 @@ from fxquant.testing import DIM, Block, relative_error, seeded, tokens
 from tests.helpers import stages
 from tests.helpers.agreement import assert_same_codes
 from tests.helpers.quantizer_cases import RangeCase, uniform_cases
+from tests.helpers.refusals import refused
 from tests.helpers.towers import BATCH, THREE, Tower, reconstruct
 
 POWER = Scheme.POWER_OF_TWO
@@ -89,10 +90,12 @@ def test_scales_are_rounded_up_to_cover_and_to_the_nearest_to_train(
 def test_other_scales_are_refused() -> None:
     zero = torch.tensor(0.0)
     PowerOfTwoQuantizer(torch.tensor(0.25), zero, bits=8, signed=True, axis=None)
-    with pytest.raises(CalibrationError, match="not a power of two"):
+    with refused(CalibrationError, "not a power of two", expected="powers of two") as caught:
         PowerOfTwoQuantizer(torch.tensor(0.3), zero, bits=8, signed=True, axis=None)
-    with pytest.raises(CalibrationError, match="not even"):
+    assert caught.value.got == torch.tensor(0.3)
+    with refused(CalibrationError, "not even", expected="even") as caught:
         PowerOfTwoQuantizer(torch.tensor(0.25), zero + 3, bits=8, signed=False, axis=None)
+    assert caught.value.got == 3
 
 
 def test_the_least_squares_fit_clips_where_a_smaller_power_loses_less() -> None:
@@ -223,8 +226,10 @@ def test_a_saved_scale_that_is_not_a_power_is_refused(tmp_path: Path) -> None:
     quantizers = [q for q in model.graph_module.modules() if isinstance(q, PowerOfTwoQuantizer)]
     quantizers[0].scale.mul_(1.5)
     model.save(tmp_path)
-    with pytest.raises(FileFormatError, match="a scale is not a power of two"):
+    with refused(FileFormatError, "a scale is not a power of two") as caught:
         fxquant.load(tmp_path)
+    (name,) = (n for n, q in model.graph_module.named_modules() if q is quantizers[0])
+    assert caught.value.edge == name
 
 
 def test_a_range_at_the_end_of_float32_is_fitted() -> None:

@@ -13,6 +13,7 @@ from fxquant.config.spec import Granularity, Scheme
 from fxquant.errors import BitWidthError, CalibrationError, PolicyError
 from fxquant.quantizers import TwinUniformQuantizer, ops
 from tests.helpers.quantizer_cases import Case, twin_cases
+from tests.helpers.refusals import refused
 
 
 def grid(quantizer: TwinUniformQuantizer) -> Tensor:
@@ -98,17 +99,19 @@ def test_a_bound_on_the_shift_keeps_all_values_on_an_8_bit_grid() -> None:
 
 
 def test_bad_parameters_are_refused() -> None:
-    with pytest.raises(CalibrationError, match="finite positive"):
-        TwinUniformQuantizer(torch.tensor(0.0), shift=1, bits=4, two_sided=True)
-    with pytest.raises(CalibrationError, match="too small"):
+    scale = torch.tensor(0.0)
+    with refused(CalibrationError, "twin quantizer is one finite positive number", got=scale):
+        TwinUniformQuantizer(scale, shift=1, bits=4, two_sided=True)
+    with refused(CalibrationError, "too small: 0", got=0, expected=">= 1"):
         TwinUniformQuantizer(torch.tensor(1.0), shift=0, bits=4, two_sided=False)
-    with pytest.raises(BitWidthError, match="2 to 8 bits"):
+    with refused(BitWidthError, got=9, expected="2..8"):
         TensorSpec(bits=9, scheme=Scheme.TWIN_UNIFORM)
-    with pytest.raises(PolicyError, match="neither symmetric"):
+    limits = (False, Granularity.TENSOR)
+    with refused(PolicyError, got=(True, Granularity.TENSOR), expected=limits):
         TensorSpec(scheme=Scheme.TWIN_UNIFORM, symmetric=True)
-    with pytest.raises(PolicyError, match="finer than per tensor"):
+    with refused(PolicyError, got=(False, Granularity.HEAD), expected=limits):
         TensorSpec(scheme=Scheme.TWIN_UNIFORM, granularity=Granularity.HEAD)
-    with pytest.raises(PolicyError, match="belongs to scheme twin_uniform"):
+    with refused(PolicyError, got=Scheme.UNIFORM, expected=Scheme.TWIN_UNIFORM):
         TensorSpec(max_shift=3)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxquant
 from fxquant import policies
-from fxquant.config.recovery import Reconstruction
+from fxquant.config.recovery import Reconstruction, Scope
 from fxquant.errors import PolicyError
 from fxquant.graph.blocks import whole_network
 from fxquant.graph.nodes import get_parameter
@@ -25,6 +25,7 @@ from fxquant.reconstruction.augment import augmented, fresh, made_in_folds
 from fxquant.reconstruction.blockwise import BlockwiseRunner
 from fxquant.reconstruction.image_split import split_images
 from fxquant.testing import relative_error, seeded
+from tests.helpers.refusals import refused
 from tests.helpers.towers import BATCH, SHORT, Tower, frozen, reconstruct
 
 NETWORK = {"scope": "network", "block_loss": "mse"}
@@ -243,9 +244,11 @@ def test_progress_has_the_loss(
 
 
 def test_blocks_cannot_be_trained_on_new_images() -> None:
-    with pytest.raises(PolicyError, match="set scope to 'network', or augment to False"):
+    text = "set scope to 'network', or augment to False"
+    with refused(PolicyError, text, got=Scope.BLOCK, expected=Scope.NETWORK):
         Reconstruction(augment=True)
-    with pytest.raises(PolicyError, match="set scope to 'network', or max_macs to None"):
+    text = "set scope to 'network', or max_macs to None"
+    with refused(PolicyError, text, got=Scope.BLOCK, expected=Scope.NETWORK):
         Reconstruction(max_macs=1e12)
 
 
@@ -259,7 +262,8 @@ def test_scales_of_weights_alone_keep_the_codes() -> None:
         new, trained = after[name]
         assert torch.equal(old, new)
         assert not torch.equal(scale, trained)
-    with pytest.raises(PolicyError, match="set scales to True, or weights to 'none'"):
+    text = "set scales to True, or weights to 'none'"
+    with refused(PolicyError, text, got=False, expected=True):
         Reconstruction(weights="scales", scales=False)
 
 

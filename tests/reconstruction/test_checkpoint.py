@@ -14,6 +14,7 @@ from fxquant.errors import FileFormatError, OutputError
 from fxquant.passes import reconstruct as reconstruct_pass
 from fxquant.reconstruction import training
 from fxquant.reconstruction.checkpoint import Checkpoints
+from tests.helpers.refusals import refused
 from tests.helpers.towers import BATCH, frozen, reconstruct
 
 
@@ -101,7 +102,8 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
     data = path.read_bytes()
     for damaged in (data[:100], data[:-9] + b"x" + data[-8:], b""):
         path.write_bytes(damaged)
-        with pytest.raises(FileFormatError, match=r"block-0\.training is damaged.*delete it"):
+        text = None if damaged else r"block-0\.training is damaged.*delete it"
+        with refused(FileFormatError, text, got=path):
             reconstruct(frozen(), tmp_path)
 
 
@@ -126,16 +128,16 @@ def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     reconstruct(frozen(), tmp_path)
     path = next(tmp_path.rglob("block-1.safetensors"))
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(FileFormatError, match=r"block-1.*damaged.*delete it"):
+    with refused(FileFormatError, r"block-1\.safetensors is damaged \(.*delete it", got=path):
         reconstruct(frozen(), tmp_path)
     path.write_bytes(path.with_stem("block-0").read_bytes())
-    with pytest.raises(FileFormatError, match=r"block-1.*damaged \(its checksum is another\)"):
+    with refused(FileFormatError, r"\(its checksum is another\)", got=path):
         reconstruct(frozen(), tmp_path)
     path = next(tmp_path.rglob("block-0.safetensors"))
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(FileFormatError, match=r"block-0.*damaged \(its checksum is another\)"):
+    with refused(FileFormatError, r"\(its checksum is another\)", got=path):
         reconstruct(frozen(), tmp_path)
 
 
@@ -147,7 +149,8 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(
 
     monkeypatch.setattr("fxquant.passes.pipeline.capture", capture)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file is a file; choose another folder"):
+    text = "file is a file; choose another folder"
+    with refused(OutputError, text, got=tmp_path / "file"):
         fxquant.compile(
             testing.seeded(testing.Block()),
             [testing.tokens()],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from fxquant.config.spec import TensorSpec
 from fxquant.errors import BitWidthError, PolicyError
 from fxquant.policies.policy import Policy, Rule
 from fxquant.search.low_rank import share_ranks, spectrum
+from tests.helpers.refusals import refused
 
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 99)
@@ -111,26 +114,46 @@ def test_ranks_keep_within_the_bytes(room: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_values", "message"),
+    ("sizes", "text"),
     [
-        ({}, "either a rank for every layer or a share"),
-        ({"rank": 4, "share": 0.1}, "either a rank for every layer or a share"),
-        ({"rank": 0}, "rank must be a positive number, got 0"),
-        ({"rank": True}, "rank must be a positive number, got True"),
-        ({"rank": 1.5}, "a share below 1 of the channels, got 1.5"),
-        ({"share": -1}, "share must be a positive number, got -1"),
-        ({"share": "10%"}, "share must be a positive number, got '10%'"),
-        ({"share": float("nan")}, "share must be a positive number, got nan"),
+        ({"rank": 0}, "^rank must be a positive number, got 0"),
+        ({"rank": True}, None),
+        ({"share": -1}, "^share must be a positive number, got -1"),
+        ({"share": "10%"}, None),
+        ({"share": math.nan}, None),
     ],
 )
-def test_wrong_sizes_are_refused(given_values: dict[str, object], message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
-        LowRank(**given_values)
+def test_wrong_sizes_are_refused(sizes: dict[str, object], text: str | None) -> None:
+    (size,) = sizes.values()
+    with refused(PolicyError, text, got=size, expected="a positive number"):
+        LowRank(**sizes)
 
 
-@pytest.mark.parametrize("bits", [1, 9, 4.0, True])
-def test_wrong_widths_are_refused(bits: object) -> None:
-    with pytest.raises(BitWidthError, match="bits"):
+@pytest.mark.parametrize("sizes", [(None, None), (4, 0.1)])
+def test_sizes_are_either_ranks_or_shares(sizes: tuple[int | None, float | None]) -> None:
+    rank, share = sizes
+    text = "either a rank for every layer or a share" if rank is None else None
+    with refused(PolicyError, text, got=sizes, expected="a rank or a share"):
+        LowRank(rank=rank, share=share)
+
+
+def test_ranks_are_whole_numbers_or_below_one() -> None:
+    text = "a share below 1 of the channels, got 1.5"
+    with refused(PolicyError, text, got=1.5, expected="a whole number, or a share below 1"):
+        LowRank(rank=1.5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected", "text"),
+    [
+        (1, "2..8", r"^bits of a branch must be in 2\.\.8, got 1$"),
+        (9, "2..8", None),
+        (4.0, int, r"^bits must be an integer, got 4\.0$"),
+        (True, int, None),
+    ],
+)
+def test_wrong_widths_are_refused(bits: object, expected: object, text: str | None) -> None:
+    with refused(BitWidthError, text, got=bits, expected=expected):
         LowRank(rank=4, bits=bits)
 
 
@@ -139,5 +162,5 @@ def test_a_policy_with_branches_samples_rows() -> None:
     assert Policy(name="p", rules=rules).samples is None
     branches = Policy(name="p", rules=rules, low_rank=LowRank(rank=2))
     assert branches.samples is not None and branches.samples.metric is Metric.MSE
-    with pytest.raises(PolicyError, match="low_rank must be LowRank or None, got 4"):
+    with refused(PolicyError, got=4, expected=(LowRank, None)):
         Policy(name="p", rules=rules, low_rank=4)

@@ -131,7 +131,7 @@ class _IntegerOnlyLowering:
         elif self._reads_codes(node):
             self._values[node] = self._lower(node)
         elif op_kind(node) is not None or (needed and not self._passes_codes(node)):
-            raise LoweringError(self._no_form(node))
+            raise LoweringError(self._no_form(node), edge=node.name)
 
     def _reads_codes(self, node: fx.Node) -> bool:
         """Whether the inputs of an operation are quantized.
@@ -142,7 +142,7 @@ class _IntegerOnlyLowering:
         edges = self._edges.get(node, [])
         quantized = [has_codes(submodule(self._gm, edge.source)) for edge in edges]
         if any(quantized) and not all(quantized):
-            raise LoweringError(f"{node.name} has an operand that is not quantized")
+            raise LoweringError(f"{node.name} has an operand that is not quantized", edge=node.name)
         return any(quantized)
 
     def _passes_codes(self, node: fx.Node) -> bool:
@@ -165,7 +165,9 @@ class _IntegerOnlyLowering:
         if op_kind(node) is not None:
             product, float_bias = make_product(self._gm, *edges)
             if float_bias:
-                raise LoweringError(f"the bias of {node.name} is not a whole number of its units")
+                raise LoweringError(
+                    f"the bias of {node.name} is not a whole number of its units", edge=node.name
+                )
             call = self._builder.call(node.name, Accumulate(product, self._multiply), *codes)
             weight = constant(self._gm, edges[1].source.all_input_nodes[0])
             return sums_of_product(call, product, weight, node)
@@ -181,7 +183,7 @@ class _IntegerOnlyLowering:
     def _uniform(self, edge: Edge) -> AffineQuantizer:
         quantizer = submodule(self._gm, edge.source)
         if not isinstance(quantizer, AffineQuantizer) or quantizer.axis is not None:
-            raise LoweringError(f"{edge.name} needs one scale and one zero point")
+            raise LoweringError(f"{edge.name} needs one scale and one zero point", edge=edge.name)
         return quantizer
 
     def _sums_of(self, node: fx.Node) -> Accumulator:
@@ -212,7 +214,9 @@ class _IntegerOnlyLowering:
                 return sums._replace(scale=sums.scale * factor.values)
             if factor is None and sums.axis is None:
                 return sums._replace(node=self._moved(node, sums.node))
-        raise LoweringError(f"{node.name} yields no integers of one unit, which its reader needs")
+        raise LoweringError(
+            f"{node.name} yields no integers of one unit, which its reader needs", edge=node.name
+        )
 
     # Codes
 
@@ -241,7 +245,9 @@ class _IntegerOnlyLowering:
             return self._builder.buffer(name, request.constant(constant_value))
         if node in self._before_codes:
             if self._values:  # otherwise build() would have lowered its quantizer first
-                raise LoweringError(f"{node.name} is float and joins integer values")
+                raise LoweringError(
+                    f"{node.name} is float and joins integer values", edge=node.name
+                )
             to_codes = integer_form(request.quantizer).to_codes(request.quantizer)
             return self._builder.call(name, to_codes, self._float(node))
         lowered = self._sums_of(node) if node.target in MEANS else self._values.get(node)
@@ -265,7 +271,7 @@ class _IntegerOnlyLowering:
             return self._moved(
                 node, self._requested_codes(node.all_input_nodes[0], request), request
             )
-        raise LoweringError(self._no_form(node))
+        raise LoweringError(self._no_form(node), edge=node.name)
 
     def _codes_by_channel(self, node: fx.Node, request: CodeRequest) -> fx.Node:
         """Codes with a scale for each head, requantized by channel where their sums are made."""
@@ -290,7 +296,9 @@ class _IntegerOnlyLowering:
         if node.target is aten.pad.default:
             options = arguments(node)
             if options["mode"] != "constant" or options["value"]:
-                raise LoweringError(f"{node.name} pads with something else than zero")
+                raise LoweringError(
+                    f"{node.name} pads with something else than zero", edge=node.name
+                )
             zero = 0 if request is None else request.zero_code()
             args, kwargs = (value, options["pad"], "constant", zero), {}
         return self._builder.function(node.target, args, kwargs)
@@ -317,7 +325,9 @@ class _IntegerOnlyLowering:
         factor = scaling(self._gm, node)
         if factor is not None:
             return self._value_of_same_shape(factor.source)
-        raise LoweringError(f"the size of {node.name} is needed, which has no integer form")
+        raise LoweringError(
+            f"the size of {node.name} is needed, which has no integer form", edge=node.name
+        )
 
     def _float(self, node: fx.Node) -> fx.Node:
         """Float form of a value: the image, values computed from it before any code, outputs."""

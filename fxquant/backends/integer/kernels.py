@@ -218,7 +218,9 @@ def _float_dtype(bounds: tuple[int, int]) -> torch.dtype:
     if bounds[0] * bounds[1] > _LARGEST_EXACT[torch.float64]:
         raise LoweringError(
             f"int_matmul got operands of magnitudes up to {bounds[0]} and {bounds[1]}, whose "
-            "products float64 cannot hold; pass the bounds of the codes (at most 16 bits)"
+            "products float64 cannot hold; pass the bounds of the codes (at most 16 bits)",
+            got=bounds,
+            expected="codes of at most 16 bits",
         )
     return torch.float64
 

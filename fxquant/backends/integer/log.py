@@ -117,7 +117,9 @@ class LogRequantize(nn.Module):
         super().__init__()
         if ratio.ndim or not bool(ratio > 0):
             raise LoweringError(
-                "a logarithmic quantizer needs accumulators of one unit and a positive factor"
+                "a logarithmic quantizer needs accumulators of one unit and a positive factor",
+                got=ratio,
+                expected="one positive factor",
             )
         self.zero_code = quantizer.zero_code
         shares = torch.tensor(

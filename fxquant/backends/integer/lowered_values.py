@@ -168,7 +168,9 @@ class CodeRequest:
         if make is None:
             raise LoweringError(
                 f"{sums.node.name} yields integers, and the integer backend has no requantization "
-                f"of them to codes of {type(self.quantizer).__name__}"
+                f"of them to codes of {type(self.quantizer).__name__}",
+                edge=sums.node.name,
+                got=type(self.quantizer).__name__,
             )
         axis = self.axis if sums.axis is None else sums.axis
         ratio = sums.scale / self.scale
@@ -228,7 +230,8 @@ def sums_of_product(
     if not isinstance(depth, int) or len(axes) > 1:
         raise LoweringError(
             f"{node.name} sums over an axis whose size changes with the batch, or its operands "
-            "have scales along different axes"
+            "have scales along different axes",
+            edge=node.name,
         )
     axis = axes[0] if axes else None
     bound = depth * left.bound * right.bound
@@ -267,7 +270,8 @@ def heads_of_channels(source: fx.Node, node: fx.Node, axis: int, request: CodeRe
         if bool((heads[head_channels] >= 0).any()):
             raise LoweringError(
                 f"{source.name} has a scale for each channel, and what reads {node.name} has one "
-                "for each entry of an axis that mixes them"
+                "for each entry of an axis that mixes them",
+                edge=source.name,
             )
         heads[head_channels] = head
     return heads.clamp(min=0)

@@ -61,15 +61,25 @@ def lower_to_integer(
             quantizer without integer form.
     """
     if integer_only is not None and not isinstance(integer_only, bool):
-        raise LoweringError(f"integer_only must be true, false or None, got {integer_only!r:.80}")
+        raise LoweringError(
+            f"integer_only must be true, false or None, got {integer_only!r:.80}",
+            got=integer_only,
+            expected=(True, False, None),
+        )
     if not isinstance(float_products, bool):
-        raise LoweringError(f"float_products must be true or false, got {float_products!r:.80}")
+        raise LoweringError(
+            f"float_products must be true or false, got {float_products!r:.80}",
+            got=float_products,
+            expected=(True, False),
+        )
     current = STAGE.get(gm)
     if current is not Stage.FROZEN:
         stage_name = "none" if current is None else current.name
         raise LoweringError(
             f"lower_to_integer needs a graph in stage FROZEN, got {stage_name}; give it the "
-            "graph_module of what fxquant.compile() returned, or call its lower()"
+            "graph_module of what fxquant.compile() returned, or call its lower()",
+            got=current,
+            expected=Stage.FROZEN,
         )
     verify(gm)
     reason = "it was not asked for"

@@ -74,7 +74,8 @@ class IntNorm(nn.Module):
         if room < 0:
             raise LoweringError(
                 f"a norm over {n} values of {quantizer.bits} bits needs sums of more than 64 bits; "
-                "use fewer bits for its input"
+                "use fewer bits for its input",
+                got=n,
             )
         self.room = room // 2
         reach = n * span if centred else span

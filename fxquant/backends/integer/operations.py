@@ -38,13 +38,15 @@ def elementwise_module(
     kind, options = elementwise_kind(node), arguments(node)
     if kind is OpKind.ADD:
         if len(quantizers) < 2 or options["alpha"] != 1:
-            raise LoweringError(f"{node.name} does not add two tensors as they are")
+            raise LoweringError(f"{node.name} does not add two tensors as they are", edge=node.name)
         return IntAdd(*quantizers)
     if kind is OpKind.SOFTMAX:
         return IntSoftmax(quantizers[0], options["dim"])
     weight, bias = (constant(gm, options.get(name)) for name in ("weight", "bias"))
     if (weight is None) != (options["weight"] is None):
-        raise LoweringError(f"{node.name} has a weight that is computed at run time")
+        raise LoweringError(
+            f"{node.name} has a weight that is computed at run time", edge=node.name
+        )
     eps = torch.finfo(torch.float32).eps if options["eps"] is None else options["eps"]
     shape, centred = tuple(options["normalized_shape"]), kind is OpKind.LAYER_NORM
     return IntNorm(quantizers[0], shape, weight, bias, eps=eps, centred=centred)
@@ -84,6 +86,7 @@ def mean_module(node: fx.Node, sums: Accumulator) -> tuple[IntMean, int]:
     if not sizes or not all(isinstance(n, int) for n in sizes) or sums.axis is not None:
         raise LoweringError(
             f"{node.name} is a mean that is not over whole axes of fixed size, or of values "
-            "with a scale for each channel"
+            "with a scale for each channel",
+            edge=node.name,
         )
     return IntMean(tuple(axes), keepdim=keepdim), torch.Size(sizes).numel()

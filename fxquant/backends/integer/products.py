@@ -102,7 +102,9 @@ def _weight_quantizer(gm: fx.GraphModule, edge: Edge) -> AffineQuantizer:
 def _axis_error(edge: Edge, axis: int | None, reason: str) -> LoweringError:
     return LoweringError(
         f"{edge.name} ({edge.path}): the integer backend cannot have a scale for each entry of "
-        f"axis {axis} here: {reason}. Quantize this edge per tensor or keep it float"
+        f"axis {axis} here: {reason}. Quantize this edge per tensor or keep it float",
+        edge=edge.name,
+        got=axis,
     )
 
 
@@ -114,6 +116,7 @@ def _constant_shape(gm: fx.GraphModule, edge: Edge) -> torch.Size:
             f"{edge.name} ({edge.path}): the integer backend needs constant weights, got one "
             "computed at run time; keep this edge float (spec: null)",
             edge=edge.name,
+            expected="a constant weight",
         )
     return value.shape
 

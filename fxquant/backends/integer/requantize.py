@@ -62,7 +62,8 @@ def multiplier(ratio: Tensor, bound: int) -> Multiplier:
     if not fits or dropped_steps > _DROPPED_BITS_TOLERANCE or bound.bit_length() > WORD_BITS:
         raise LoweringError(
             f"accumulators up to {bound} times {float(ratio.abs().max()):.3g} pass 64 bits; use "
-            "fewer bits for the operands, or a scale that fits the values"
+            "fewer bits for the operands, or a scale that fits the values",
+            got=bound,
         )
     # With a shift beyond 62 bits the result is less than a step, whatever the factor.
     excess = (shift - WORD_BITS).clamp(min=0)
@@ -171,7 +172,9 @@ class TwinRequantize(nn.Module):
     ) -> None:
         super().__init__()
         if not bool((ratio > 0).all()):
-            raise LoweringError("a factor before a twin quantizer is not positive")
+            raise LoweringError(
+                "a factor before a twin quantizer is not positive", got=ratio, expected="> 0"
+            )
         self.levels, self.two_sided = quantizer.levels, quantizer.two_sided
         self.axis = axis
         self.fine = _Rescale(ratio, axis, bound)

@@ -140,7 +140,8 @@ def optimization_difference(path: Path, images: NDArray[np.float32] | None = Non
             shapes = {name: value.shape for name, value in feeds.items()}
             advice = _advice(session) if images is None else ""
             raise FileFormatError(
-                f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}{advice}"
+                f"{path} does not run on inputs of shape {shapes}: {str(error)[:200]}{advice}",
+                got=path,
             ) from error
 
     name = next(iter(feeds), "")
@@ -181,7 +182,10 @@ def _feeds(
             known = ", ".join((*_FLOAT_TYPES, *_INTEGER_TYPES))
             raise FileFormatError(
                 f"input {entry.name} is a {entry.type}, for which doctor has no values; to run the "
-                f"file, the type must be one of {known}"
+                f"file, the type must be one of {known}",
+                edge=entry.name,
+                got=entry.type,
+                expected=(*_FLOAT_TYPES, *_INTEGER_TYPES),
             )
     return feeds
 

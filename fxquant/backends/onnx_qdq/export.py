@@ -116,7 +116,11 @@ def export_onnx(
     """
     path = as_path(path, "path")
     if stage(gm) is not Stage.FROZEN:
-        raise LoweringError(f"export needs a graph in stage FROZEN, got {stage(gm).name}")
+        raise LoweringError(
+            f"export needs a graph in stage FROZEN, got {stage(gm).name}",
+            got=stage(gm),
+            expected=Stage.FROZEN,
+        )
     chosen = resolve_target(target)
     model, widths, twins = _translate(gm, image_shape, chosen)
     packed = pack_weights(model, widths)
@@ -133,7 +137,8 @@ def export_onnx(
             raise LoweringError(
                 f"onnxruntime's optimized graph differs by {difference} (relative L2) from the "
                 f"plain one for target {chosen.name}; nothing was written. Please report "
-                "this with the model"
+                "this with the model",
+                got=difference,
             )
         content = draft.read_bytes()
     write_whole(path, lambda temporary: temporary.write_bytes(content))
@@ -175,7 +180,8 @@ def _compare(gm: fx.GraphModule, path: Path, image_shape: tuple[int, ...]) -> Di
         if not difference.ok:
             raise LoweringError(
                 f"the ONNX file differs from the simulation by {difference} (relative L2); "
-                "nothing was written. This is a bug; please report it with the model"
+                "nothing was written. This is a bug; please report it with the model",
+                got=difference,
             )
     return max(differences, key=lambda item: item.relative_l2, default=Difference(relative_l2=0.0))
 

@@ -24,7 +24,9 @@ def check_rules(model: ir.Model) -> None:
         if node.op_type in ("Gemm", "MatMul", "Conv"):
             violation = _violation(node)
             if violation:
-                raise LoweringError(f"{node.name} ({node.op_type}): {violation}. This is a bug")
+                raise LoweringError(
+                    f"{node.name} ({node.op_type}): {violation}. This is a bug", edge=node.name
+                )
 
 
 def _violation(node: ir.Node) -> str | None:

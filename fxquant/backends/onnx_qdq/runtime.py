@@ -86,7 +86,8 @@ def make_session(
             raise
         raise FileFormatError(
             f"onnxruntime cannot load {path}: {_first_line(error)}. The file is truncated, not "
-            "ONNX, or needs operators that onnxruntime does not have"
+            "ONNX, or needs operators that onnxruntime does not have",
+            got=path,
         ) from error
 
 
@@ -104,14 +105,17 @@ def read_model(path: Path) -> onnx.ModelProto:
         model = onnx.load(str(path))
         onnx.checker.check_model(model)
     except OSError as error:
-        raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+        raise FileFormatError(f"cannot read {path}: {error.strerror or error}", got=path) from error
     except Exception as error:  # protobuf's DecodeError and the checker's share no base
         raise FileFormatError(
             f"{path} is not a valid ONNX model ({_first_line(error)}): truncated or of another "
-            "format"
+            "format",
+            got=path,
         ) from error
     if not model.graph.node:
-        raise FileFormatError(f"{path} holds an empty graph: truncated or of another format")
+        raise FileFormatError(
+            f"{path} holds an empty graph: truncated or of another format", got=path
+        )
     return model
 
 

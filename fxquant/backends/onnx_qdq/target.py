@@ -68,7 +68,9 @@ def resolve_target(name: str) -> Target:
     if name not in TARGETS:
         known = ("auto", *TARGETS)
         raise LoweringError(
-            f"no target {name!r}{did_you_mean(name, known)}; one of {', '.join(known)}"
+            f"no target {name!r}{did_you_mean(name, known)}; one of {', '.join(known)}",
+            got=name,
+            expected=known,
         )
     return TARGETS[name]
 

@@ -86,6 +86,8 @@ class TensorWriter:
                 f"{edge.name}: a scale per channel of an activation fails in onnxruntime; use "
                 "granularity tensor or head for this edge, or keep it float",
                 edge=edge.name,
+                got=quantizer.axis,
+                expected=-3,
             )
         heads = self._constant(quantizer.scale.view(-1, 1, 1), f"{edge.name}_heads", edge.node)
         x = self._call(aten.div.Tensor, x, heads, like=edge.node)

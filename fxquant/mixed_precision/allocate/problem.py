@@ -202,7 +202,11 @@ class Problem:
             PolicyError: the cost is a mean over no values.
         """
         if cost not in self.cost_functions:
-            raise PolicyError(f"{cost} cannot be bounded: the model has no such quantized edge")
+            raise PolicyError(
+                f"{cost} cannot be bounded: the model has no such quantized edge",
+                got=cost,
+                expected=tuple(self.cost_functions),
+            )
         return self.cost_functions[cost]
 
     def bounds(self, budget: Budget) -> list[tuple[CostFunction, int]]:
@@ -223,7 +227,9 @@ class Problem:
                     f"the budget cannot be met: {cost} is at least "
                     f"{least / cost_function.unit:,.6g}, with every group at {self.widths[0]} "
                     f"bits{pinned}; the budget allows {limit:,.6g}. Raise the budget, or allow "
-                    "narrower widths"
+                    "narrower widths",
+                    got=limit,
+                    expected=f">= {least / cost_function.unit:.6g}",
                 )
             bounds.append((cost_function, allowed))
         return bounds

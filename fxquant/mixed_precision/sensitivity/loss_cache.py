@@ -69,13 +69,15 @@ class LossCache:
                 self._losses[values["what"], tuple(values["bits"])] = loss
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise FileFormatError(
-                    f"{path}, line {number} is damaged ({error}): delete the file to measure again"
+                    f"{path}, line {number} is damaged ({error}): delete the file to measure again",
+                    got=path,
                 ) from error
 
     def _not_written(self, error: OSError) -> OutputError:
         return OutputError(
             f"cannot write {self._path}: {error.strerror or error}. Choose a writable folder with "
-            "enough free space; losses measured so far are kept in the file"
+            "enough free space; losses measured so far are kept in the file",
+            got=self._path,
         )
 
     def __contains__(self, key: Key) -> bool:

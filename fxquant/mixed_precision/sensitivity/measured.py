@@ -68,6 +68,8 @@ def _checked(loss: float, what: str) -> float:
     if not loss < float("inf"):
         raise NonFiniteError(
             f"with {what} the outputs hold NaN or infinity; pin the width of that edge with a "
-            "rule (pinned: true), or remove narrow widths"
+            "rule (pinned: true), or remove narrow widths",
+            got=loss,
+            expected="a finite number",
         )
     return loss

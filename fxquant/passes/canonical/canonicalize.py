@@ -117,7 +117,9 @@ def canonicalize(pipeline: Pipeline, images: Tensor) -> FloatModel:
             if not error < _MAX_DIFFERENCE:
                 raise PassError(
                     f"the canonical graph differs from the captured one by {error:.1e} of its "
-                    "largest output. This is a bug; please report it with the model's definition"
+                    "largest output. This is a bug; please report it with the model's definition",
+                    got=error,
+                    expected=f"< {_MAX_DIFFERENCE:g}",
                 )
     return FloatModel(images, before, float_bytes(gm))
 
@@ -149,7 +151,8 @@ def _outputs(gm: fx.GraphModule, images: Tensor) -> list[Tensor]:
     except (RuntimeError, TypeError, IndexError) as error:
         raise BatchError(
             f"the model does not take images of shape {tuple(images.shape)} and type "
-            f"{images.dtype} ({error})"
+            f"{images.dtype} ({error})",
+            got=tuple(images.shape),
         ) from error
 
 

@@ -92,15 +92,7 @@ def best(
             ``end_bits`` are set.
     """
     check_flags(full=full)
-    if effort not in list(Effort):
-        raise UnknownKeyError(
-            f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
-            f"{', '.join(Effort)}"
-        )
-    for bits in (weight_bits, act_bits):
-        TensorSpec(bits=bits)  # checks the width
-    if budget is not None and end_bits is not None:
-        raise PolicyError("set either end_bits or budget: a budget chooses the width of each edge")
+    _check(effort, (weight_bits, act_bits), end_bits, budget)
     wide = end_rules(_END_BITS if end_bits is None else end_bits)
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
@@ -131,3 +123,24 @@ def best(
         compensation=Compensation(images=_IMAGES, ridge=effort != Effort.SECONDS),
         reconstruction=_TRAINING[Effort(effort)],
     )
+
+
+def _check(
+    effort: Effort | str, widths: tuple[int, int], end_bits: int | None, budget: Budget | None
+) -> None:
+    """Checks the options of :func:`best`, which lists the errors."""
+    if effort not in list(Effort):
+        raise UnknownKeyError(
+            f"effort {effort!r} is unknown{did_you_mean(str(effort), list(Effort))}; one of "
+            f"{', '.join(Effort)}",
+            got=effort,
+            expected=tuple(Effort),
+        )
+    for bits in widths:
+        TensorSpec(bits=bits)  # checks the width
+    if budget is not None and end_bits is not None:
+        raise PolicyError(
+            "set either end_bits or budget: a budget chooses the width of each edge",
+            got=(end_bits, budget),
+            expected="end_bits or budget",
+        )

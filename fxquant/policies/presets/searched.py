@@ -74,7 +74,9 @@ def ptq4vit(
     )
     if not isinstance(search, ScaleSearch):
         raise PolicyError(
-            f"search must be a ScaleSearch, such as ScaleSearch(rounds=1), got {search!r:.80}"
+            f"search must be a ScaleSearch, such as ScaleSearch(rounds=1), got {search!r:.80}",
+            got=search,
+            expected=ScaleSearch,
         )
     twins: tuple[Rule, ...] = ()
     if twin:

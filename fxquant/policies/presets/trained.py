@@ -54,7 +54,11 @@ def aiqvit(
     """
     check_flags(low_rank=low_rank, focusing=focusing, curriculum=curriculum)
     if not isinstance(reconstruction, Reconstruction):
-        raise PolicyError(f"reconstruction must be a Reconstruction, got {reconstruction!r:.80}")
+        raise PolicyError(
+            f"reconstruction must be a Reconstruction, got {reconstruction!r:.80}",
+            got=reconstruction,
+            expected=Reconstruction,
+        )
     weights = WeightTraining.LOW_RANK if low_rank else WeightTraining.NONE
     rules: tuple[Rule, ...] = ()
     if focusing:

@@ -14,6 +14,7 @@ from fxquant.config.vocabulary import Arg, OpKind, Stage
 from fxquant.errors import LoweringError
 from fxquant.quantizers import Quantizer, UniformQuantizer
 from tests.helpers.integer_helpers import assert_integer_equals_simulation, code_buffers, compare
+from tests.helpers.refusals import refused
 
 
 class Net(nn.Module):
@@ -260,7 +261,7 @@ def test_a_scale_that_does_not_factor_out_is_refused(w8a8, edge, channels, axis,
     gm = copy.deepcopy(w8a8.graph_module)
     ones = torch.ones(channels)
     replace_quantizer(gm, f"quant.{edge}", scale=ones, zero_point=ones, signed=False, axis=axis)
-    with pytest.raises(LoweringError, match=f"{edge}.*{message}"):
+    with refused(LoweringError, f"^{edge} .*{message}", edge=edge, got=axis):
         lower_to_integer(gm)
 
 
@@ -290,9 +291,9 @@ class Rounded(Quantizer):
 def test_a_quantizer_that_is_not_uniform_is_refused(w8a8):
     gm = copy.deepcopy(w8a8.graph_module)
     gm.set_submodule("quant.matmul__lhs", Rounded())
-    with pytest.raises(LoweringError, match=r"matmul__lhs.*has no form of Rounded") as caught:
+    text = r"matmul__lhs.*has no form of Rounded"
+    with refused(LoweringError, text, edge="matmul__lhs", got="Rounded"):
         lower_to_integer(gm)
-    assert (caught.value.edge, caught.value.got) == ("matmul__lhs", "Rounded")
 
 
 def test_a_quantizer_that_is_not_uniform_stays_on_a_float_product():
@@ -306,9 +307,10 @@ def test_a_quantizer_that_is_not_uniform_stays_on_a_float_product():
 def test_the_wrong_stage_is_refused(w8a8):
     gm = copy.deepcopy(w8a8.graph_module)
     gm.meta["stage"] = Stage.OBSERVED
-    with pytest.raises(LoweringError, match="stage FROZEN, got OBSERVED"):
+    text = "stage FROZEN, got OBSERVED"
+    with refused(LoweringError, text, got=Stage.OBSERVED, expected=Stage.FROZEN):
         lower_to_integer(gm)
-    with pytest.raises(LoweringError, match="got none"):
+    with refused(LoweringError, "stage FROZEN, got none", got=None, expected=Stage.FROZEN):
         lower_to_integer(torch.fx.symbolic_trace(nn.Linear(2, 2)))
 
 

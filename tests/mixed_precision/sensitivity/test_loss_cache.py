@@ -15,6 +15,7 @@ from fxquant.graph.fingerprint import fingerprint
 from fxquant.mixed_precision.sensitivity.loss_cache import LossCache
 from fxquant.policies.policy import Rule
 from fxquant.testing import tokens
+from tests.helpers.refusals import refused
 from tests.helpers.sensitive import RULES, Classifier, Setup
 
 
@@ -59,13 +60,13 @@ def test_a_damaged_line_or_another_fingerprint_raises(tmp_path: Path) -> None:
     for line in ("nonsense", "\udcff", whole[1].replace("0.5", "NaN"), "[" * 100_000):
         data = f"{whole[0]}\n{line}\n{whole[1]}\n".encode(errors="surrogateescape")
         path.write_bytes(data)
-        with pytest.raises(FileFormatError, match=r"line 2 is damaged .*delete the file"):
+        with refused(FileFormatError, "line 2 is damaged", got=path):
             LossCache(tmp_path, "f" * 64, {})
     path.write_text(f"{whole[0]}\nnonsense\n{whole[1]}\n")
-    with pytest.raises(FileFormatError, match=r"line 2 is damaged .*delete the file"):
+    with refused(FileFormatError, r"line 2 is damaged .*delete the file", got=path):
         LossCache(tmp_path, "f" * 64, {})
     path.write_text("\n".join(whole) + "\n")
-    with pytest.raises(FileFormatError, match="is not the one in its name"):
+    with refused(FileFormatError, "is not the one in its name", got=path):
         LossCache(tmp_path, "f" * 16 + "e" * 48, {})
 
 
@@ -93,8 +94,9 @@ def test_another_fingerprint_is_another_file(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="Choose a writable folder"):
+    with refused(OutputError, "Choose a writable folder") as caught:
         LossCache(tmp_path / "file", "f" * 64, {})
+    assert caught.value.got.parent == tmp_path / "file"
 
 
 def test_the_fingerprint_follows_everything_a_loss_depends_on() -> None:

@@ -17,6 +17,7 @@ from fxquant.errors import BitWidthError, PolicyError, UnknownKeyError
 from fxquant.policies import Effort
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict, read_policy
 from fxquant.testing import DIM, relative_error, seeded, tokens
+from tests.helpers.refusals import refused
 from tests.helpers.towers import Stack
 
 
@@ -88,9 +89,10 @@ def test_with_minutes_weights_are_moved_and_trained_within_the_work() -> None:
 
 
 def test_unknown_efforts_are_refused() -> None:
-    with pytest.raises(UnknownKeyError, match="'minute' is unknown; did you mean 'minutes'"):
+    text = "'minute' is unknown; did you mean 'minutes'"
+    with refused(UnknownKeyError, text, got="minute", expected=("seconds", "minutes", "hours")):
         policies.best(4, 4, "minute")
-    with pytest.raises(PolicyError, match="full"):
+    with refused(PolicyError, got="yes", expected=(True, False)):
         policies.best(4, 4, full="yes")  # type: ignore[arg-type]
 
 
@@ -118,14 +120,15 @@ def test_the_first_and_last_layers_keep_their_bits() -> None:
     names = [policies.best(4, 4, end_bits=least).name for least in (2, 6, 8)]
     assert names == ["best_w4a4_seconds_ends2", "best_w4a4_seconds_ends6", "best_w4a4_seconds"]
     for widths in ((4, 4), (8, 8)):
-        with pytest.raises(BitWidthError):
+        with refused(BitWidthError, got=99, expected="2..16"):
             policies.best(*widths, end_bits=99)
-    with pytest.raises(PolicyError, match="a budget chooses the width of each edge"):
-        policies.best(4, 4, end_bits=6, budget=Budget(mean_bits=4))
-    with pytest.raises(PolicyError, match="set either end_bits or budget"):
-        policies.best(4, 4, end_bits=8, budget=Budget(mean_bits=4))
+    text, budget = "set either end_bits or budget: a budget chooses the width", Budget(mean_bits=4)
+    with refused(PolicyError, text, got=(6, budget), expected="end_bits or budget"):
+        policies.best(4, 4, end_bits=6, budget=budget)
+    with refused(PolicyError, got=(8, budget), expected="end_bits or budget"):
+        policies.best(4, 4, end_bits=8, budget=budget)
     for one in ("four", "4", None, True):
-        with pytest.raises(BitWidthError, match="bits must be an integer"):
+        with refused(BitWidthError, got=one, expected=int):
             policies.best(4, one)  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from fxquant.config.vocabulary import OpKind
 from fxquant.errors import BatchError
 from fxquant.policies.policy_file import policy_from_dict, policy_to_dict
 from fxquant.testing import DIM, Block, relative_error, seeded, tokens
+from tests.helpers.refusals import refused
 
 MIXED = policies.mptq_vit(4, 4, budget=Budget(mean_bits=5), full=True)
 BATCH = tokens(8)
@@ -52,8 +53,9 @@ def test_all_parts_together_leave_by_every_way(tmp_path: Path) -> None:
 
 
 def test_batches_that_can_be_read_once_are_refused_at_once() -> None:
-    with pytest.raises(BatchError, match=r"more than once.*pass a list or a DataLoader"):
-        fxquant.compile(seeded(Block()), iter([BATCH]), policies.mptq_vit())
+    text, loader = r"more than once.*pass a list or a DataLoader", iter([BATCH])
+    with refused(BatchError, text, got=loader, expected="an iterable that can be read again"):
+        fxquant.compile(seeded(Block()), loader, policies.mptq_vit())
 
 
 class PostNorm(nn.Module):
