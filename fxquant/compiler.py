@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ from fxquant.passes import (
     Freeze,
     InsertObservers,
     MarkEmbeddings,
+    Pass,
     Pipeline,
     QuantizeBias,
     Reconstruct,
     Reparameterize,
     RotateHeads,
+    RotateHidden,
     RotateResidual,
     SearchScales,
     SmoothWithBias,
@@ -93,8 +95,8 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
     run.apply(MarkEmbeddings(compared=recipe.compares_outputs), "capture")
-    for rotation in (RotateResidual(), RotateHeads()) if recipe.rotate else ():
-        run.apply(rotation, "rotate")  # before folds of channels, which a rotation would mix
+    for rotation in _rotations(recipe):  # before folds of channels, which a rotation would mix
+        run.apply(rotation, "rotate")
     if recipe.reparameterize:
         with run.phase("reparameterize"):
             ranges = norm_ranges(run.gm, run.track(images, "ranges", len(images)))
@@ -172,6 +174,14 @@ def _checked_recipe(
         )
     check_model(model)
     return recipe
+
+
+def _rotations(recipe: Policy) -> Iterator[Pass]:
+    """The rotations of a policy."""
+    if recipe.rotate:
+        yield from (RotateResidual(), RotateHeads())
+    if recipe.rotate_hidden:
+        yield RotateHidden()
 
 
 def _report(

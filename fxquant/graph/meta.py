@@ -56,8 +56,8 @@ SMOOTHED: MetaKey[bool] = MetaKey("smoothed")
 """Whether ``SmoothWithBias`` has run, which reads and writes it: a second run changes nothing."""
 
 ROTATED: MetaKey[frozenset[str]] = MetaKey("rotated")
-"""Class names of the passes that have rotated the graph. ``RotateResidual`` and ``RotateHeads``
-read and write the key: a second run changes nothing."""
+"""Class names of the passes that have rotated the graph. ``RotateResidual``, ``RotateHeads`` and
+``RotateHidden`` read and write the key: a second run changes nothing."""
 
 RECONSTRUCTED: MetaKey[bool] = MetaKey("reconstructed")
 """Whether ``Reconstruct`` has run, which reads and writes it: a second run changes nothing."""
@@ -80,6 +80,10 @@ backend, read by users."""
 QUANT_SPECS: MetaKey[Mapping[Arg, TensorSpec]] = MetaKey("quant")
 """Specs of the annotated arguments of an operation. Written with ``Edge.annotate``, which replaces
 the mapping and never changes it in place (copies of a graph share it); read with ``Edge.spec``."""
+
+KEPT_FLOAT: MetaKey[str] = MetaKey("kept_float")
+"""Reason why no rule quantizes an operation. Written by ``RotateHidden``, read by
+``AssignSpecs``."""
 
 PINNED_ARGS: MetaKey[frozenset[Arg]] = MetaKey("pinned")
 """Arguments whose width no search may change. Written by ``AssignSpecs`` from pinned rules, read by
@@ -114,6 +118,7 @@ KEYS: tuple[MetaKey[Any], ...] = (
     CODE_NAMES,
     FLOAT_BECAUSE,
     QUANT_SPECS,
+    KEPT_FLOAT,
     PINNED_ARGS,
     PACKED_WEIGHT,
     MODULE_PATH,

@@ -25,6 +25,7 @@ from fxquant.passes.quantize_bias import QuantizeBias
 from fxquant.passes.reconstruct import Reconstruct
 from fxquant.passes.reparameterize import Reparameterize
 from fxquant.passes.rotate_heads import RotateHeads
+from fxquant.passes.rotate_hidden import RotateHidden
 from fxquant.passes.rotate_residual import RotateResidual
 from fxquant.passes.search_scales import SearchScales
 from fxquant.passes.smooth_with_bias import SmoothWithBias
@@ -56,6 +57,7 @@ __all__ = [
     "Refusal",
     "Reparameterize",
     "RotateHeads",
+    "RotateHidden",
     "RotateResidual",
     "ScaleAfterMatmul",
     "SearchScales",

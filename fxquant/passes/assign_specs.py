@@ -22,7 +22,7 @@ from fxquant.errors import PolicyError, UnusedRuleError
 from fxquant.graph.dialect import UNSUPPORTED
 from fxquant.graph.edges import Edge, edges, fed_by, possible_edges
 from fxquant.graph.masks import masked
-from fxquant.graph.meta import PINNED_ARGS, QUANT_SPECS
+from fxquant.graph.meta import KEPT_FLOAT, PINNED_ARGS, QUANT_SPECS
 from fxquant.graph.nodes import arguments, constant, rank
 from fxquant.passes.base import Note, NoteKind, PassResult
 from fxquant.policies.policy import Rule
@@ -161,6 +161,8 @@ class AssignSpecs:
         self, gm: fx.GraphModule, edge: Edge, hit: int | None
     ) -> tuple[TensorSpec | None, str]:
         """The spec of an edge and, where the spec differs from the rule's, the reason."""
+        if reason := KEPT_FLOAT.get(edge.node):
+            return None, reason
         if hit is None:
             return None, "left float: no rule matches it"
         spec = self.rules[hit].spec

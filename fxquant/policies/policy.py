@@ -20,7 +20,7 @@ from fxquant.utils.suggest import did_you_mean
 
 _CHANGED = " (changed)"
 # Fields of a Policy that turn a step on, in the order of the steps.
-FLAGS = ("rotate", "defer_softmax", "reparameterize", "smooth", "bias_correction")
+FLAGS = ("rotate", "rotate_hidden", "defer_softmax", "reparameterize", "smooth", "bias_correction")
 _PARTS = {
     "search": ScaleSearch,
     "allocation": Allocation,
@@ -134,6 +134,9 @@ class Policy:
         rotate: turn residual streams and heads by orthogonal matrices first, folded into the
             weights around them, which spreads outlying channels over all channels (QuaRot, arXiv
             2404.00456; ours keeps LayerNorms).
+        rotate_hidden: turn what linears read behind activation functions by a block-diagonal
+            Hadamard matrix, which a float linear computes at run time
+            (:class:`fxquant.passes.RotateHidden`).
         defer_softmax: divide softmax by its row sums behind the product that reads it, so that
             one scale fits every row (:class:`fxquant.passes.DeferSoftmax`).
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
@@ -155,6 +158,7 @@ class Policy:
     description: str = ""
     search: ScaleSearch | None = None
     rotate: bool = False
+    rotate_hidden: bool = False
     defer_softmax: bool = False
     reparameterize: bool = False
     smooth: bool = False

@@ -59,6 +59,27 @@ def mean_preserving(width: int, seed: int) -> Tensor:
     return matrix
 
 
+def signed_hadamard(width: int, seed: int) -> Tensor:
+    """A Hadamard matrix with random signs of its columns, divided by the root of its width.
+
+    Args:
+        width: number of rows and columns, a power of two.
+        seed: seed of the signs.
+
+    Returns:
+        ``(width, width)`` in float64 on the CPU, an orthogonal matrix.
+    """
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while len(matrix) < width:
+        matrix = torch.kron(pair, matrix)
+    generator = torch.Generator().manual_seed(seed)
+    signs = 1.0 - 2.0 * torch.randint(2, (width,), generator=generator, dtype=torch.float64)
+    matrix *= signs / width**0.5
+    _check_orthogonal(matrix)
+    return matrix
+
+
 def _check_orthogonal(matrix: Tensor) -> None:
     identity = torch.eye(len(matrix), dtype=matrix.dtype)
     error = float((matrix @ matrix.T - identity).abs().max())

@@ -60,6 +60,26 @@ def test_backends_agree_with_the_simulation(vit: nn.Module, tmp_path: Path) -> N
     assert torch.equal(fxquant.load(tmp_path / "saved")(x), model(x))
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_every_later_step_runs_on_a_rotated_hidden_layer(step: str) -> None:
+    policy = replace(ROTATED, rotate_hidden=True, **STEPS[step])
+    model = fxquant.compile(residual(128, 4), [points(16)], policy)
+    assert model.report.changes["RotateHidden"] == 2 and step in model.report.changes
+    assert bool(torch.isfinite(model(points(2))).all())
+
+
+@pytest.mark.parametrize("policy", [policies.w8a8(), ROTATED], ids=lambda policy: policy.name)
+def test_backends_agree_on_a_rotated_hidden_layer(policy: Policy, tmp_path: Path) -> None:
+    policy = replace(policy, rotate_hidden=True)
+    model = fxquant.compile(residual(128, 4), [points(16)], policy)
+    assert model.report.changes["RotateHidden"] == 2
+    x = points(3)
+    assert_integer_equals_simulation(model.graph_module, model.lower("integer"), x)
+    assert_same_codes(model, model.export_onnx(tmp_path / "m.onnx").path, x)
+    model.save(tmp_path / "saved")
+    assert torch.equal(fxquant.load(tmp_path / "saved")(x), model(x))
+
+
 def test_a_linear_at_an_output_is_quantized_too(tmp_path: Path) -> None:
     """The tokens behind the last norm are an output: one more linear undoes the rotation."""
     model = residual(16, 2, classes=0, depth=8)

@@ -1,0 +1,119 @@
+"""Rotates what linears read behind activation functions, at run time.
+
+Before: ``y = W a + b`` with ``a = gelu(h)``, or another activation function, or its gated product
+After:  ``y = (W H^T) z + b`` with ``z = H a``, ``H = diag(B, B, …)``
+
+``B`` is a Hadamard matrix whose columns have random signs, divided by the root of its size. No
+weight before an activation function can take up a rotation behind the function: one float linear of
+the block's size is added, as QuaRot does for the same input (arXiv 2404.00456, section 4.2) with
+one Hadamard matrix over all channels. ``z`` has no outlying channel, and its values are spread on
+both sides of zero, where those of GELU lie on one side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.config.vocabulary import OpKind, Stage
+from fxquant.graph.dialect import PRODUCERS, aten, elementwise_kind, op_kind
+from fxquant.graph.macs import MacCounter
+from fxquant.graph.meta import KEPT_FLOAT, ROTATED
+from fxquant.graph.nodes import operand, skip_data_movement
+from fxquant.graph.products import Product
+from fxquant.graph.rewrite import add_constant, emit, replace_constant
+from fxquant.passes.base import PassResult, Refusal, skipped
+from fxquant.rotation.orthogonal import signed_hadamard
+
+_SMALLEST_BLOCK = 8
+_REASON = "left float: it rotates the input of the next linear"
+
+
+@dataclass(frozen=True)
+class RotateHidden:
+    """Rotates the input of each linear behind an activation function.
+
+    Attributes:
+        seed: seed of the signs.
+        block: largest size of the blocks; a block has the largest power of two that divides the
+            number of channels.
+        max_overhead: largest number of multiplications of all added linears, as a share of the
+            network's; blocks are made smaller to meet it.
+    """
+
+    seed: int = 0
+    block: int = 64
+    max_overhead: float = 0.06
+    requires: ClassVar[Stage] = Stage.FLOAT
+    ensures: ClassVar[Stage] = Stage.FLOAT
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Rotates each input once; a second run changes nothing."""
+        rotated, name = ROTATED.get(gm) or frozenset(), type(self).__name__
+        if name in rotated:
+            return PassResult(0)
+        ROTATED.set(gm, rotated | {name})
+        counter, changed, notes = MacCounter(gm), 0, []
+        linears = [node for node in gm.graph.nodes if _is_behind_activation(node)]
+        values = sum(counter.values(operand(node, 0)) for node in linears)
+        block = self.block
+        while values * block > self.max_overhead * counter.total:
+            block //= 2
+        for i, node in enumerate(linears):
+            size = _block_size(gm, node, block)
+            if isinstance(size, Refusal):
+                notes.append(skipped(node.name, f"its input is not rotated: {size}"))
+                continue
+            _rotate(gm, node, signed_hadamard(size, self.seed + 1000 * i))
+            changed += 1
+        gm.graph.eliminate_dead_code()
+        gm.delete_all_unused_submodules()
+        return PassResult(changed, tuple(notes))
+
+
+def _is_behind_activation(node: fx.Node) -> bool:
+    """Whether a node is a linear that reads an activation function, or a product with one."""
+    if op_kind(node) is not OpKind.LINEAR:
+        return False
+    source = skip_data_movement(operand(node, 0))
+    factors = source.all_input_nodes if PRODUCERS.get(source.target) == "mul" else [source]
+    return any(elementwise_kind(skip_data_movement(f)) is OpKind.ACTIVATION for f in factors)
+
+
+def _block_size(gm: fx.GraphModule, node: fx.Node, largest: int) -> int | Refusal:
+    """Size of the blocks of a linear's input channels, or the reason why there are none."""
+    product, value = Product(gm, node), operand(node, 0).meta["val"]
+    if not product.has_constant_weight:
+        return Refusal("its weight is computed at run time")
+    if sum(not isinstance(size, int) for size in value.shape) > 1:
+        return Refusal("several axes have sizes that depend on the batch")
+    channels = int(value.shape[-1])
+    size = min(channels & -channels, largest)  # the largest power of two that divides both
+    if size < _SMALLEST_BLOCK:
+        return Refusal(
+            f"blocks of {channels} channels within max_overhead have {size}, and at least "
+            f"{_SMALLEST_BLOCK} are needed"
+        )
+    return size
+
+
+def _rotate(gm: fx.GraphModule, node: fx.Node, matrix: Tensor) -> None:
+    product, source = Product(gm, node), operand(node, 0)
+    weight, size = product.weight, len(matrix)
+    columns = weight.double().reshape(len(weight), -1, size) @ matrix.to(weight.device).T
+    turned = columns.flatten(1).to(weight.dtype)
+    replace_constant(gm, node, product.weight_node, turned, f"{node.name}_weight")
+    *lead, channels = (n if isinstance(n, int) else -1 for n in source.meta["val"].shape)
+    cut = [*lead, channels // size, size]
+    with gm.graph.inserting_before(node):
+        blocks = emit(gm, aten.reshape.default, source, cut, like=node)
+        constant = add_constant(gm, matrix.to(weight), f"{node.name}_rotation", like=node)
+        rotated = emit(gm, aten.linear.default, blocks, constant, like=node)
+        rotated._rename(f"{node.name}_rotated")
+        KEPT_FLOAT.set(rotated, _REASON)
+        joined = emit(gm, aten.reshape.default, rotated, [*lead, channels], like=node)
+    node.replace_input_with(source, joined)

@@ -1,0 +1,167 @@
+"""RotateHidden: inputs of linears behind activation functions turn, the function stays."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxquant.graph.macs import MacCounter
+from fxquant.graph.meta import QUANT_SPECS
+from fxquant.passes import AssignSpecs, PassResult, RotateHidden, run_passes
+from fxquant.policies.policy import Rule
+from fxquant.testing import assert_same_function, relative_error, seeded
+from tests.helpers.stages import EIGHT, canonical, reasons
+from tests.helpers.zoo import FAMILIES, Family
+
+
+class Mlp(nn.Module):
+    """Two linears around an activation function or a gate."""
+
+    def __init__(self, hidden: int, activation: str = "gelu") -> None:
+        super().__init__()
+        self.fc1, self.gate = nn.Linear(6, hidden), nn.Linear(6, hidden)
+        self.fc2, self.activation = nn.Linear(hidden, 5), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc1(x)
+        if self.activation == "gated":
+            y = F.silu(self.gate(x)) * y
+        elif self.activation != "none":
+            y = getattr(F, self.activation)(y)
+        result: Tensor = self.fc2(y)
+        return result
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(0))
+
+
+def rotated(
+    model: nn.Module, changed: int, **options: float
+) -> tuple[fx.GraphModule, PassResult, fx.GraphModule]:
+    """The graph after the pass, its result, and the graph before."""
+    weights = copy.deepcopy(model.state_dict())
+    before = canonical(model, tokens(), seed=False)
+    gm = copy.deepcopy(before)
+    rotation = RotateHidden(**{"max_overhead": 9.0, **options})  # type: ignore[arg-type]
+    result = run_passes(gm, [rotation])["RotateHidden"]
+    assert result.changed == changed
+    assert_same_function(gm, model, tokens())
+    assert run_passes(gm, [rotation])["RotateHidden"].changed == 0
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    return gm, result, before
+
+
+def rotation_of(gm: fx.GraphModule) -> Tensor:
+    (matrix,) = (value for name, value in gm.named_buffers() if "rotation" in name)
+    return matrix
+
+
+@settings(max_examples=20)
+@given(
+    blocks=st.integers(1, 5),
+    size=st.sampled_from([8, 16, 64]),
+    activation=st.sampled_from(["gelu", "relu", "silu", "gated"]),
+    seed=st.integers(0, 99),
+)
+def test_the_function_stays(blocks: int, size: int, activation: str, seed: int) -> None:
+    gm, _, _ = rotated(seeded(Mlp(blocks * size, activation)), 1, seed=seed)
+    assert len(rotation_of(gm)) >= size
+
+
+# Linears behind activation functions in real networks: rotated, and refused.
+LINEARS = {
+    "vit_tiny_patch16_224": (2, 0),
+    "swin_tiny_patch4_window7_224": (4, 0),
+    "eva02_tiny_patch14_224": (1, 0),
+    "levit_128s": (10, 0),
+    "vit_small_patch14_dinov2": (1, 0),
+    "torchvision vit": (1, 0),
+    "torchvision swin": (4, 0),
+}
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.name in LINEARS], ids=lambda family: family.name
+)
+def test_the_function_of_real_networks_stays(family: Family) -> None:
+    model, x = family.model(), torch.randn(1, *family.image)
+    gm = canonical(model, torch.randn(2, *family.image), seed=False)
+    result = run_passes(gm, [RotateHidden(max_overhead=9.0)])["RotateHidden"]
+    assert (result.changed, len(result.notes)) == LINEARS[family.name]
+    with torch.no_grad():
+        assert relative_error(gm(x), model(x)) < 1e-5
+
+
+def test_an_outlying_channel_is_spread() -> None:
+    model = seeded(Mlp(64))
+    with torch.no_grad():
+        model.fc1.weight[3] *= 100
+    gm, _, before = rotated(model, 1)
+    ratios = []
+    for graph in (before, gm):
+        with torch.no_grad():
+            values = _input_of(graph, "fc2")
+        ratios.append(float(values.abs().max() / values.std()))
+    assert ratios[1] < 0.5 * ratios[0]
+
+
+def _input_of(gm: fx.GraphModule, name: str) -> Tensor:
+    """What the node of that name reads."""
+    graph = copy.deepcopy(gm)
+    (node,) = (n for n in graph.graph.nodes if n.name == name)
+    (output,) = (n for n in graph.graph.nodes if n.op == "output")
+    output.args = (node.args[0],)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    values: Tensor = graph(tokens())
+    return values
+
+
+def test_blocks_stay_within_the_overhead() -> None:
+    model = seeded(Mlp(64))
+    _, _, before = rotated(model, 1)
+    for overhead in (5.0, 2.0, 1.0):
+        gm, _, _ = rotated(model, 1, max_overhead=overhead)
+        added = MacCounter(gm).total - MacCounter(before).total
+        assert 0 < added <= overhead * MacCounter(before).total
+    sizes = [len(rotation_of(rotated(model, 1, max_overhead=o)[0])) for o in (5.0, 2.0, 1.0)]
+    assert sizes == [32, 16, 8]
+
+
+def test_the_largest_block_is_an_option() -> None:
+    assert len(rotation_of(rotated(seeded(Mlp(64)), 1, block=16)[0])) == 16
+
+
+# Refusals
+
+
+def test_channels_without_blocks_are_refused() -> None:
+    _, result, _ = rotated(seeded(Mlp(12)), 0)
+    assert "blocks of 12 channels within max_overhead have 4" in reasons(result)["fc2"]
+
+
+def test_an_overhead_that_allows_nothing_is_refused() -> None:
+    _, result, _ = rotated(seeded(Mlp(64)), 0, max_overhead=0.0)
+    assert "within max_overhead have 0" in reasons(result)["fc2"]
+
+
+def test_a_linear_behind_a_linear_stays() -> None:
+    _, result, _ = rotated(seeded(Mlp(64, "none")), 0)
+    assert not result.notes
+
+
+def test_the_rotation_stays_float() -> None:
+    gm, _, _ = rotated(seeded(Mlp(64)), 1)
+    result = run_passes(gm, [AssignSpecs((Rule(spec=EIGHT),))])["AssignSpecs"]
+    names = {node.name for node in gm.graph.nodes if QUANT_SPECS.get(node)}
+    assert "fc2" in names and "fc2_rotated" not in names
+    assert reasons(result)["fc2_rotated__input"] == (
+        "left float: it rotates the input of the next linear"
+    )
