@@ -14,7 +14,8 @@ no calibration crop was cut from. All figures compare with the float network:
   same (``neighbour``).
 
 Both have the SQNR of the outputs in dB and the seconds of ``compile()``. ``+ deferred`` divides
-softmax behind its product, ``+ rotated`` turns residual streams and heads first, and ``softmax
+softmax behind its product, ``+ rotated`` turns residual streams and heads first, ``+ all rotated``
+the inputs of the second linears of MLPs too, ``twins`` is PTQ4ViT without its search, and ``softmax
 float`` leaves the left operand of attention's second product float. Each measurement is written to
 ``draws.jsonl`` at once; a run with the same folder continues where the last run stopped. Delete the
 folder after a change of code.

@@ -156,6 +156,7 @@ def aiqvit(bits: int) -> dict[str, Policy]:
 
 
 _SOFTMAX_FLOAT = Rule(fed_by="softmax", spec=None)
+_ALL_ROTATED = {"defer_softmax": True, "rotate": True, "rotate_hidden": True}
 # Methods of real.py: functions of the widths of weights and activations.
 REAL_METHODS: dict[str, Callable[[int, int], Policy]] = {
     "min-max": policies.minmax,
@@ -168,6 +169,10 @@ REAL_METHODS: dict[str, Callable[[int, int], Policy]] = {
     "min-max + deferred + rotated": lambda w, a: replace(
         policies.minmax(w, a, rotate=True), defer_softmax=True
     ),
+    "min-max + deferred + all rotated": lambda w, a: replace(policies.minmax(w, a), **_ALL_ROTATED),
+    "min-max, twins + deferred + all rotated": lambda w, a: replace(
+        policies.ptq4vit(w, a), search=None, **_ALL_ROTATED
+    ),
     "w8a8": lambda w, a: policies.w8a8(),
     "base PTQ": policies.base_ptq,
     "PTQ4ViT": policies.ptq4vit,
@@ -175,6 +180,9 @@ REAL_METHODS: dict[str, Callable[[int, int], Policy]] = {
     "PTQ4ViT + rotated": lambda w, a: policies.ptq4vit(w, a, rotate=True),
     "PTQ4ViT + deferred + rotated": lambda w, a: replace(
         policies.ptq4vit(w, a, rotate=True), defer_softmax=True
+    ),
+    "PTQ4ViT + deferred + all rotated": lambda w, a: replace(
+        policies.ptq4vit(w, a), **_ALL_ROTATED
     ),
     "MPTQ-ViT": policies.mptq_vit,
     "best, seconds": lambda w, a: policies.best(w, a, "seconds"),

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxquant.config.validation import check_seed
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.meta import ROTATED
 from fxquant.passes.base import PassResult, Refusal, skipped
@@ -35,6 +36,14 @@ class RotateHeads:
     seed: int = 0
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            PolicyError: an option is out of its range.
+        """
+        check_seed(self)
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:

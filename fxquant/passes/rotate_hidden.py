@@ -18,7 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from fxquant.config.validation import check_number, check_seed, check_whole
 from fxquant.config.vocabulary import OpKind, Stage
+from fxquant.errors import PolicyError
 from fxquant.graph.dialect import PRODUCERS, aten, elementwise_kind, op_kind
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.meta import KEPT_FLOAT, ROTATED
@@ -39,7 +41,7 @@ class RotateHidden:
     Attributes:
         seed: seed of the signs.
         block: largest size of the blocks; a block has the largest power of two that divides the
-            number of channels.
+            number of channels. A power of two, at least 8.
         max_overhead: largest number of multiplications of all added linears, as a share of the
             network's; blocks are made smaller to meet it.
     """
@@ -49,6 +51,22 @@ class RotateHidden:
     max_overhead: float = 0.06
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            PolicyError: an option is out of its range.
+        """
+        check_seed(self)
+        check_number(self, "max_overhead", (0.0, 10.0))
+        check_whole(self, "block", _SMALLEST_BLOCK)
+        if self.block & (self.block - 1):
+            raise PolicyError(
+                f"block must be a power of two, got {self.block}",
+                got=self.block,
+                expected="a power of two",
+            )
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:

@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from fxquant.config.validation import check_number, check_seed
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.meta import ROTATED
 from fxquant.passes.base import PassResult, skipped
@@ -45,6 +46,15 @@ class RotateResidual:
     max_overhead: float = 0.03
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            PolicyError: an option is out of its range.
+        """
+        check_seed(self)
+        check_number(self, "max_overhead", (0.0, 10.0))
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:

@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxquant.errors import PolicyError
 from fxquant.graph.macs import MacCounter
 from fxquant.graph.meta import QUANT_SPECS
-from fxquant.passes import AssignSpecs, PassResult, RotateHidden, run_passes
+from fxquant.passes import (
+    AssignSpecs,
+    PassResult,
+    RotateHeads,
+    RotateHidden,
+    RotateResidual,
+    run_passes,
+)
 from fxquant.policies.policy import Rule
 from fxquant.testing import assert_same_function, relative_error, seeded
+from tests.helpers.refusals import refused
 from tests.helpers.stages import EIGHT, canonical, reasons
 from tests.helpers.zoo import FAMILIES, Family
 
@@ -165,3 +174,20 @@ def test_the_rotation_stays_float() -> None:
     assert reasons(result)["fc2_rotated__input"] == (
         "left float: it rotates the input of the next linear"
     )
+
+
+@pytest.mark.parametrize(
+    ("rotation", "option", "value", "expected"),
+    [
+        (RotateHidden, "block", 24, "a power of two"),
+        (RotateHidden, "block", 4, "a whole number >= 8"),
+        (RotateHidden, "max_overhead", -0.1, "a number in [0, 10]"),
+        (RotateResidual, "max_overhead", float("nan"), "a number in [0, 10]"),
+        (RotateResidual, "seed", -1, "a whole number >= 0"),
+        (RotateHidden, "seed", 0.5, "a whole number >= 0"),
+        (RotateHeads, "seed", True, "a whole number >= 0"),
+    ],
+)
+def test_options_are_checked(rotation: type, option: str, value: object, expected: str) -> None:
+    with refused(PolicyError, f"^{option} must be", got=value, expected=expected):
+        rotation(**{option: value})
