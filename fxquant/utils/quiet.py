@@ -65,4 +65,4 @@ def _flush_python_stdout() -> None:
 
 
 def _flush_c_buffers() -> None:
-    ctypes.CDLL(None).fflush(None)
+    ctypes.CDLL("ucrtbase" if os.name == "nt" else None).fflush(None)
