@@ -59,7 +59,7 @@ class RotateHidden:
             PolicyError: an option is out of its range.
         """
         check_seed(self)
-        check_number(self, "max_overhead", (0.0, 10.0))
+        check_number(self, "max_overhead", (0.0, 100.0))
         check_whole(self, "block", _SMALLEST_BLOCK)
         if self.block & (self.block - 1):
             raise PolicyError(

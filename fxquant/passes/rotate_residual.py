@@ -54,7 +54,7 @@ class RotateResidual:
             PolicyError: an option is out of its range.
         """
         check_seed(self)
-        check_number(self, "max_overhead", (0.0, 10.0))
+        check_number(self, "max_overhead", (0.0, 100.0))
 
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:

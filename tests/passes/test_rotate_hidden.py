@@ -181,8 +181,8 @@ def test_the_rotation_stays_float() -> None:
     [
         (RotateHidden, "block", 24, "a power of two"),
         (RotateHidden, "block", 4, "a whole number >= 8"),
-        (RotateHidden, "max_overhead", -0.1, "a number in [0, 10]"),
-        (RotateResidual, "max_overhead", float("nan"), "a number in [0, 10]"),
+        (RotateHidden, "max_overhead", -0.1, "a number in [0, 100]"),
+        (RotateResidual, "max_overhead", float("nan"), "a number in [0, 100]"),
         (RotateResidual, "seed", -1, "a whole number >= 0"),
         (RotateHidden, "seed", 0.5, "a whole number >= 0"),
         (RotateHeads, "seed", True, "a whole number >= 0"),
