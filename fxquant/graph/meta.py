@@ -56,8 +56,8 @@ SMOOTHED: MetaKey[bool] = MetaKey("smoothed")
 """Whether ``SmoothWithBias`` has run, which reads and writes it: a second run changes nothing."""
 
 ROTATED: MetaKey[frozenset[str]] = MetaKey("rotated")
-"""Class names of the passes that have rotated the graph. ``RotateResidual``, ``RotateHeads`` and
-``RotateHidden`` read and write the key: a second run changes nothing."""
+"""Class names of the passes that have rotated the graph. Read and written by
+``passes.base.claim_rotation``: a second run of a rotation changes nothing."""
 
 RECONSTRUCTED: MetaKey[bool] = MetaKey("reconstructed")
 """Whether ``Reconstruct`` has run, which reads and writes it: a second run changes nothing."""

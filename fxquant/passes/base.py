@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 from torch import fx
 
 from fxquant.config.vocabulary import Stage
+from fxquant.graph.meta import ROTATED
 from fxquant.utils.notes import Comparison, Note, NoteKind, Refusal, skipped
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "Refusal",
+    "claim_rotation",
     "skipped",
 ]
 
@@ -51,3 +53,10 @@ class Pass(Protocol):
 
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Edits ``gm`` in place and returns the number of changes, notes and comparisons."""
+
+
+def claim_rotation(gm: fx.GraphModule, rotation: Pass) -> bool:
+    """Marks that a rotation has run on the graph; False where it had run before."""
+    name, rotated = type(rotation).__name__, ROTATED.get(gm) or frozenset()
+    ROTATED.set(gm, rotated | {name})
+    return name not in rotated

@@ -19,8 +19,7 @@ from torch import fx
 
 from fxquant.config.validation import check_seed
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.meta import ROTATED
-from fxquant.passes.base import PassResult, Refusal, skipped
+from fxquant.passes.base import PassResult, Refusal, claim_rotation, skipped
 from fxquant.rotation.heads import head_sites, turn_heads
 from fxquant.rotation.orthogonal import orthogonal
 
@@ -48,11 +47,8 @@ class RotateHeads:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rotates at each attention product once; a second run changes nothing."""
-        rotated = ROTATED.get(gm) or frozenset()
-        name = type(self).__name__
-        if name in rotated:
+        if not claim_rotation(gm, self):
             return PassResult(0)
-        ROTATED.set(gm, rotated | {name})
         changed, notes, seed = 0, [], self.seed
         for product, site in list(head_sites(gm)):
             if isinstance(site, Refusal):

@@ -21,13 +21,13 @@ from torch import Tensor, fx
 from fxquant.config.validation import check_number, check_seed, check_whole
 from fxquant.config.vocabulary import OpKind, Stage
 from fxquant.errors import PolicyError
-from fxquant.graph.dialect import PRODUCERS, aten, elementwise_kind, op_kind
+from fxquant.graph.dialect import aten, elementwise_kind, op_kind
 from fxquant.graph.macs import MacCounter
-from fxquant.graph.meta import KEPT_FLOAT, ROTATED
+from fxquant.graph.meta import KEPT_FLOAT
 from fxquant.graph.nodes import operand, skip_data_movement
 from fxquant.graph.products import Product
 from fxquant.graph.rewrite import add_constant, emit, replace_constant
-from fxquant.passes.base import PassResult, Refusal, skipped
+from fxquant.passes.base import PassResult, Refusal, claim_rotation, skipped
 from fxquant.rotation.orthogonal import signed_hadamard
 
 _SMALLEST_BLOCK = 8
@@ -71,10 +71,8 @@ class RotateHidden:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rotates each input once; a second run changes nothing."""
-        rotated, name = ROTATED.get(gm) or frozenset(), type(self).__name__
-        if name in rotated:
+        if not claim_rotation(gm, self):
             return PassResult(0)
-        ROTATED.set(gm, rotated | {name})
         counter, changed, notes = MacCounter(gm), 0, []
         linears = [node for node in gm.graph.nodes if _is_behind_activation(node)]
         values = sum(counter.values(operand(node, 0)) for node in linears)
@@ -98,7 +96,7 @@ def _is_behind_activation(node: fx.Node) -> bool:
     if op_kind(node) is not OpKind.LINEAR:
         return False
     source = skip_data_movement(operand(node, 0))
-    factors = source.all_input_nodes if PRODUCERS.get(source.target) == "mul" else [source]
+    factors = source.all_input_nodes if source.target is aten.mul.Tensor else [source]
     return any(elementwise_kind(skip_data_movement(f)) is OpKind.ACTIVATION for f in factors)
 
 

@@ -24,8 +24,7 @@ from torch import fx
 
 from fxquant.config.validation import check_number, check_seed
 from fxquant.config.vocabulary import Stage
-from fxquant.graph.meta import ROTATED
-from fxquant.passes.base import PassResult, skipped
+from fxquant.passes.base import PassResult, claim_rotation, skipped
 from fxquant.rotation.orthogonal import mean_preserving, orthogonal
 from fxquant.rotation.plan import plan_rotation
 from fxquant.rotation.trace import trace_flow
@@ -59,11 +58,8 @@ class RotateResidual:
     @torch.no_grad()
     def run(self, gm: fx.GraphModule) -> PassResult:
         """Rotates each stream once; a second run changes nothing."""
-        name = type(self).__name__
-        rotated = ROTATED.get(gm) or frozenset()
-        if name in rotated:
+        if not claim_rotation(gm, self):
             return PassResult(0)
-        ROTATED.set(gm, rotated | {name})
         flow = trace_flow(gm)
         plan = plan_rotation(gm, flow, self.max_overhead)
         draw = {True: mean_preserving, False: orthogonal}

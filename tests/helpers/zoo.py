@@ -14,6 +14,10 @@ from timm.models.mobilevit import model_cfgs
 from torch import nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
+from fxquant.passes import Pass, PassResult, run_passes
+from fxquant.testing import relative_error
+from tests.helpers.stages import canonical
+
 
 @dataclass(frozen=True)
 class Family:
@@ -120,3 +124,13 @@ FAMILIES: tuple[Family, ...] = (
         (3, 64, 64),
     ),
 )
+
+
+def run_on_family(family: Family, item: Pass) -> PassResult:
+    """Runs a pass on a canonical graph of a family, whose function has to stay."""
+    model, x = family.model(), torch.randn(1, *family.image)
+    gm = canonical(model, torch.randn(2, *family.image), seed=False)
+    result = run_passes(gm, [item])[type(item).__name__]
+    with torch.no_grad():
+        assert relative_error(gm(x), model(x)) < 1e-5
+    return result
