@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from fxquant.passes import (
     AllocateBits,
     AssignSpecs,
     AttachLowRank,
+    CentreHeads,
     Compensate,
     CorrectBias,
     DeferSoftmax,
     Freeze,
     InsertObservers,
     MarkEmbeddings,
-    Pass,
     Pipeline,
     QuantizeBias,
     Reconstruct,
@@ -50,8 +50,8 @@ from fxquant.policies.policy import Policy
 from fxquant.policies.policy_file import policy_to_dict, resolve
 from fxquant.reconstruction.blockwise import BlockwiseRunner, all_images
 from fxquant.reconstruction.image_split import split_images
+from fxquant.smoothing.channel_ranges import head_ranges, norm_ranges
 from fxquant.smoothing.choose import choose_smoothing
-from fxquant.smoothing.norm_ranges import norm_ranges
 from fxquant.utils.files import check_writable
 
 # Images that the canonical graph is compared on, and that the report's SQNR is measured on.
@@ -59,7 +59,7 @@ _REPORT_IMAGES = 8
 
 
 @torch.inference_mode(mode=False)  # inference tensors have no gradients, which a search may need
-def compile(  # noqa: C901 (a list of optional steps, each on its line)
+def compile(
     model: nn.Module,
     calib_loader: Iterable[Any],
     policy: str | Path | Policy | Mapping[str, Any] = "w8a8",
@@ -95,14 +95,7 @@ def compile(  # noqa: C901 (a list of optional steps, each on its line)
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
     run.apply(MarkEmbeddings(compared=recipe.compares_outputs), "capture")
-    for rotation in _rotations(recipe):  # before folds of channels, which a rotation would mix
-        run.apply(rotation, "rotate")
-    if recipe.reparameterize:
-        with run.phase("reparameterize"):
-            ranges = norm_ranges(run.gm, run.track(images, "ranges", len(images)))
-            run.apply(Reparameterize(ranges))
-    if recipe.defer_softmax:
-        run.apply(DeferSoftmax(), "capture")
+    _change_float(run, recipe, images)
     run.apply(AssignSpecs(recipe.rules), "capture")
     if recipe.allocation is not None:  # a budget that cannot be met is refused before long work
         check_budget(run.preview(InsertObservers()), recipe)
@@ -176,12 +169,22 @@ def _checked_recipe(
     return recipe
 
 
-def _rotations(recipe: Policy) -> Iterator[Pass]:
-    """The rotations of a policy."""
-    if recipe.rotate:
-        yield from (RotateResidual(), RotateHeads())
+def _change_float(run: Pipeline, recipe: Policy, images: CalibrationImages) -> None:
+    """Changes the network for quantization without changing its function, as the policy asks."""
+    if recipe.rotate:  # before folds of channels, which a rotation would mix
+        run.apply(RotateResidual(), "rotate")
+        run.apply(RotateHeads(), "rotate")
     if recipe.rotate_hidden:
-        yield RotateHidden()
+        run.apply(RotateHidden(), "rotate")
+    if recipe.centre_heads:
+        with run.phase("centre"):
+            run.apply(CentreHeads(head_ranges(run.gm, [images.first])))
+    if recipe.reparameterize:
+        with run.phase("reparameterize"):
+            ranges = norm_ranges(run.gm, run.track(images, "ranges", len(images)))
+            run.apply(Reparameterize(ranges))
+    if recipe.defer_softmax:
+        run.apply(DeferSoftmax(), "capture")
 
 
 def _report(

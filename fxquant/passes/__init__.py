@@ -14,6 +14,7 @@ from fxquant.passes.canonical.scale_after_matmul import ScaleAfterMatmul
 from fxquant.passes.canonical.split_attention import SplitAttention
 from fxquant.passes.canonical.split_projections import SplitProjections
 from fxquant.passes.canonical.to_linear import ToLinear
+from fxquant.passes.centre_heads import CentreHeads
 from fxquant.passes.compensate import Compensate
 from fxquant.passes.correct_bias import CorrectBias
 from fxquant.passes.defer_softmax import DeferSoftmax
@@ -35,6 +36,7 @@ __all__ = [
     "AssignSpecs",
     "AttachLowRank",
     "CanonicalizeDataMovement",
+    "CentreHeads",
     "Comparison",
     "Compensate",
     "CorrectBias",

@@ -45,7 +45,7 @@ class Reparameterize:
 
     Attributes:
         ranges: smallest and largest values ``(C,)`` of each norm, by its name; from
-            :func:`fxquant.smoothing.norm_ranges.norm_ranges` on this graph.
+            :func:`fxquant.smoothing.channel_ranges.norm_ranges` on this graph.
     """
 
     ranges: Mapping[str, tuple[Tensor, Tensor]]

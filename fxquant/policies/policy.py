@@ -20,7 +20,15 @@ from fxquant.utils.suggest import did_you_mean
 
 _CHANGED = " (changed)"
 # Fields of a Policy that turn a step on, in the order of the steps.
-FLAGS = ("rotate", "rotate_hidden", "defer_softmax", "reparameterize", "smooth", "bias_correction")
+FLAGS = (
+    "rotate",
+    "rotate_hidden",
+    "reparameterize",
+    "centre_heads",
+    "defer_softmax",
+    "smooth",
+    "bias_correction",
+)
 _PARTS = {
     "search": ScaleSearch,
     "allocation": Allocation,
@@ -137,6 +145,8 @@ class Policy:
         rotate_hidden: turn what linears read behind activation functions by a block-diagonal
             Hadamard matrix, which a float linear computes at run time
             (:class:`fxquant.passes.RotateHidden`).
+        centre_heads: shift the channels of keys and values of attention so that each lies around
+            zero, which costs nothing (:class:`fxquant.passes.CentreHeads`).
         defer_softmax: divide softmax by its row sums behind the product that reads it, so that
             one scale fits every row (:class:`fxquant.passes.DeferSoftmax`).
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
@@ -159,6 +169,7 @@ class Policy:
     search: ScaleSearch | None = None
     rotate: bool = False
     rotate_hidden: bool = False
+    centre_heads: bool = False
     defer_softmax: bool = False
     reparameterize: bool = False
     smooth: bool = False

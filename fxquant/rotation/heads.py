@@ -61,7 +61,7 @@ def head_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, HeadSite | Refusal
     """
     for node in list(gm.graph.nodes):
         if op_kind(node) is OpKind.MATMUL:
-            yield node, _value_site(gm, node) if _reads_softmax(node) else _score_site(gm, node)
+            yield node, _value_site(gm, node) if reads_softmax(node) else score_site(gm, node)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def _set_weight(gm: fx.GraphModule, product: Product, weight: Tensor) -> None:
     replace_constant(gm, node, product.weight_node, weight.to(product.weight.dtype), name)
 
 
-def _reads_softmax(product: fx.Node) -> bool:
+def reads_softmax(product: fx.Node) -> bool:
     """Whether the left operand of a product is attention: a softmax, masked or mixed over heads."""
     node = skip_data_movement(operand(product, 0))
     while node.target in (aten.masked_fill.Scalar, aten.linear.default, aten.mul.Tensor):
@@ -103,7 +103,8 @@ def _reads_softmax(product: fx.Node) -> bool:
     return node.target in SOFTMAX_OPS
 
 
-def _score_site(gm: fx.GraphModule, product: fx.Node) -> HeadSite | Refusal:
+def score_site(gm: fx.GraphModule, product: fx.Node) -> HeadSite | Refusal:
+    """The linears of queries and of keys, in this order, whose channels a product sums over."""
     rows = []
     for index, channel_axis in ((0, -1), (1, -2)):
         linear = _linear_before(gm, product, index)

@@ -62,15 +62,17 @@ def test_backends_agree_with_the_simulation(vit: nn.Module, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("step", STEPS)
 def test_every_later_step_runs_on_a_rotated_hidden_layer(step: str) -> None:
-    policy = replace(ROTATED, rotate_hidden=True, **STEPS[step])
+    policy = replace(ROTATED, rotate_hidden=True, centre_heads=True, **STEPS[step])
     model = fxquant.compile(residual(128, 4), [points(16)], policy)
-    assert model.report.changes["RotateHidden"] == 2 and step in model.report.changes
+    changes = model.report.changes
+    assert changes["RotateHidden"] == 2 and changes["CentreHeads"] == 4 and step in changes
+    assert "centre" in model.report.seconds
     assert bool(torch.isfinite(model(points(2))).all())
 
 
 @pytest.mark.parametrize("policy", [policies.w8a8(), ROTATED], ids=lambda policy: policy.name)
 def test_backends_agree_on_a_rotated_hidden_layer(policy: Policy, tmp_path: Path) -> None:
-    policy = replace(policy, rotate_hidden=True)
+    policy = replace(policy, rotate_hidden=True, centre_heads=True)
     model = fxquant.compile(residual(128, 4), [points(16)], policy)
     assert model.report.changes["RotateHidden"] == 2
     x = points(3)

@@ -219,6 +219,7 @@ def test_a_row_of_zeros_keeps_its_bias() -> None:
 OPTIONS = {
     "AllocateBits": [{}],
     "AssignSpecs": [(Rule(spec=EIGHT),)],
+    "CentreHeads": [{}],
     "Reparameterize": [{}],
     "SmoothWithBias": [FoldDecisions({}, {}, {})],
     "SearchScales": ({}, ScaleSearch()),
@@ -235,7 +236,7 @@ PASSES: list[Callable[[], Pass]] = [
 
 
 def test_every_pass_is_covered_here() -> None:
-    assert len(PASSES) == 27
+    assert len(PASSES) == 28
 
 
 @pytest.mark.parametrize("make", PASSES, ids=lambda make: type(make()).__name__)

@@ -16,8 +16,8 @@ from fxquant.graph.capture import capture
 from fxquant.graph.nodes import get_parameter
 from fxquant.passes import PassResult, Reparameterize, run_passes
 from fxquant.quantizers import UniformQuantizer
+from fxquant.smoothing.channel_ranges import norm_ranges
 from fxquant.smoothing.fold_sites import Site, norm_sites
-from fxquant.smoothing.norm_ranges import norm_ranges
 from fxquant.testing import (
     DIM,
     TOKENS,

@@ -102,6 +102,7 @@ policy_values = st.builds(
     rules=st.lists(rules, min_size=1, max_size=4).map(tuple),
     search=st.none() | searches,
     rotate=st.booleans(),
+    centre_heads=st.booleans(),
     defer_softmax=st.booleans(),
     reparameterize=st.booleans(),
     bias_correction=st.booleans(),

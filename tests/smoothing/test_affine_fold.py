@@ -13,8 +13,8 @@ from fxquant.config.vocabulary import Stage
 from fxquant.errors import BatchError, CalibrationError, NonFiniteError, PassError
 from fxquant.graph.capture import capture
 from fxquant.smoothing.affine_fold import fold
+from fxquant.smoothing.channel_ranges import norm_ranges
 from fxquant.smoothing.fold_sites import norm_sites
-from fxquant.smoothing.norm_ranges import norm_ranges
 from fxquant.testing import DIM, TOKENS, assert_same_function, seeded, tokens
 from tests.helpers.norms import Norm, Read, both, linear_inputs, padded, site_of
 from tests.helpers.refusals import refused
@@ -173,6 +173,6 @@ def test_ranges_tell_what_is_wrong_with_the_data() -> None:
     with refused(BatchError, r"does not accept a batch of shape \(2, 3\)", got=(2, 3)):
         norm_ranges(gm, [torch.zeros(2, 3)])
     gm.meta["stage"] = Stage.OBSERVED
-    text = "takes stage FLOAT, got OBSERVED"
+    text = "measured in stage FLOAT, got OBSERVED"
     with refused(PassError, text, got=Stage.OBSERVED, expected=Stage.FLOAT):
         norm_ranges(gm, [tokens()])

@@ -1,0 +1,79 @@
+"""Shifts the channels of keys and values so that each lies around zero.
+
+Before: ``softmax(q k^T) v W^T + b``
+After:  ``softmax(q (k - c)^T) (v - d) W^T + (b + W d)``
+
+``c`` and ``d`` are the middles of the channels' ranges. They are folded into the biases of the
+linears that compute keys and values, which costs nothing at run time beyond a bias where a linear
+had none. Softmax is the same, since ``q c`` is one number for a whole row of scores; rows of
+attention sum to one, so that the output projection's bias adds ``W d`` again. Keys and values are
+the right operands of attention products, which integer kernels take symmetric around zero: a
+channel far from zero costs all channels of its head resolution. Keys behind a rotary embedding or a
+norm stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.config.vocabulary import Stage
+from fxquant.graph.products import Product
+from fxquant.graph.rewrite import set_bias
+from fxquant.passes.base import PassResult, Refusal, skipped
+from fxquant.smoothing.affine_fold import fold
+from fxquant.smoothing.key_sites import key_sites, value_sites
+
+_NOT_MEASURED = Refusal("its ranges were not measured")
+
+
+@dataclass(frozen=True)
+class CentreHeads:
+    """Centres every channel of keys and of values.
+
+    Attributes:
+        ranges: smallest and largest values ``(C,)`` of each linear of keys or values, by its name;
+            from :func:`fxquant.smoothing.channel_ranges.head_ranges` on this graph.
+    """
+
+    ranges: Mapping[str, tuple[Tensor, Tensor]]
+    requires: ClassVar[Stage] = Stage.FLOAT
+    ensures: ClassVar[Stage] = Stage.FLOAT
+
+    @torch.no_grad()
+    def run(self, gm: fx.GraphModule) -> PassResult:
+        """Centres at each attention product."""
+        changed, notes = 0, []
+        for product, linear in list(key_sites(gm)):
+            middle = self._middle(linear)
+            if isinstance(middle, Refusal):
+                notes.append(skipped(product.name, f"its keys are not centred: {middle}"))
+                continue
+            assert isinstance(linear, fx.Node)
+            bias = Product(gm, linear).bias
+            centred = (0.0 if bias is None else bias.double()) - middle
+            set_bias(gm, linear, centred.to(Product(gm, linear).weight.dtype))
+            changed += 1
+        for linear, site in list(value_sites(gm)):
+            middle = self._middle(site if isinstance(site, Refusal) else linear)
+            if isinstance(middle, Refusal) or isinstance(site, Refusal):
+                notes.append(skipped(linear.name, f"its values are not centred: {middle}"))
+                continue
+            fold(gm, site, torch.ones_like(middle), middle)
+            changed += 1
+        gm.graph.eliminate_dead_code()
+        gm.delete_all_unused_submodules()
+        return PassResult(changed, tuple(notes))
+
+    def _middle(self, linear: fx.Node | Refusal) -> Tensor | Refusal:
+        """Middles of the ranges of a linear's output channels, ``(C,)`` in float64."""
+        if isinstance(linear, Refusal):
+            return linear
+        if linear.name not in self.ranges:
+            return _NOT_MEASURED
+        lo, hi = self.ranges[linear.name]
+        return (lo.double() + hi.double()) / 2
