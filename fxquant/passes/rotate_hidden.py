@@ -74,18 +74,25 @@ class RotateHidden:
         if not claim_rotation(gm, self):
             return PassResult(0)
         counter, changed, notes = MacCounter(gm), 0, []
-        linears = [node for node in gm.graph.nodes if _is_behind_activation(node)]
-        values = sum(counter.values(operand(node, 0)) for node in linears)
-        block = self.block
+        readers: dict[fx.Node, list[fx.Node]] = {}  # linears by the value that they read
+        for node in gm.graph.nodes:
+            if _is_behind_activation(node):
+                readers.setdefault(operand(node, 0), []).append(node)
+        values, block = sum(map(counter.values, readers)), self.block
         while values * block > self.max_overhead * counter.total:
             block //= 2
-        for i, node in enumerate(linears):
-            size = _block_size(gm, node, block)
-            if isinstance(size, Refusal):
-                notes.append(skipped(node.name, f"its input is not rotated: {size}"))
-                continue
-            _rotate(gm, node, signed_hadamard(size, self.seed + 1000 * i))
-            changed += 1
+        for i, (source, linears) in enumerate(readers.items()):
+            turned, sizes = [], []
+            for node in linears:
+                size = _block_size(gm, node, block)
+                if isinstance(size, Refusal):
+                    notes.append(skipped(node.name, f"its input is not rotated: {size}"))
+                else:
+                    turned.append(node)
+                    sizes.append(size)
+            if turned:
+                _rotate(gm, source, turned, signed_hadamard(sizes[0], self.seed + 1000 * i))
+                changed += len(turned)
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
         return PassResult(changed, tuple(notes))
@@ -117,19 +124,23 @@ def _block_size(gm: fx.GraphModule, node: fx.Node, largest: int) -> int | Refusa
     return size
 
 
-def _rotate(gm: fx.GraphModule, node: fx.Node, matrix: Tensor) -> None:
-    product, source = Product(gm, node), operand(node, 0)
-    weight, size = product.weight, len(matrix)
-    columns = weight.double().reshape(len(weight), -1, size) @ matrix.to(weight.device).T
-    turned = columns.flatten(1).to(weight.dtype)
-    replace_constant(gm, node, product.weight_node, turned, f"{node.name}_weight")
+def _rotate(gm: fx.GraphModule, source: fx.Node, linears: list[fx.Node], matrix: Tensor) -> None:
+    """Rotates a value once for all of the linears that read it."""
+    first, size = linears[0], len(matrix)
     *lead, channels = (n if isinstance(n, int) else -1 for n in source.meta["val"].shape)
-    cut = [*lead, channels // size, size]
-    with gm.graph.inserting_before(node):
-        blocks = emit(gm, aten.reshape.default, source, cut, like=node)
-        constant = add_constant(gm, matrix.to(weight), f"{node.name}_rotation", like=node)
-        rotated = emit(gm, aten.linear.default, blocks, constant, like=node)
-        rotated._rename(f"{node.name}_rotated")
+    with gm.graph.inserting_before(first):
+        cut = [*lead, channels // size, size]
+        blocks = emit(gm, aten.reshape.default, source, cut, like=first)
+        values = matrix.to(Product(gm, first).weight)
+        constant = add_constant(gm, values, f"{first.name}_rotation", like=first)
+        rotated = emit(gm, aten.linear.default, blocks, constant, like=first)
+        rotated._rename(f"{first.name}_rotated")
         KEPT_FLOAT.set(rotated, _REASON)
-        joined = emit(gm, aten.reshape.default, rotated, [*lead, channels], like=node)
-    node.replace_input_with(source, joined)
+        joined = emit(gm, aten.reshape.default, rotated, [*lead, channels], like=first)
+    for node in linears:
+        product = Product(gm, node)
+        weight = product.weight
+        columns = weight.double().reshape(len(weight), -1, size) @ matrix.to(weight.device).T
+        turned = columns.flatten(1).to(weight.dtype)
+        replace_constant(gm, node, product.weight_node, turned, f"{node.name}_weight")
+        node.replace_input_with(source, joined)

@@ -144,7 +144,54 @@ def test_the_largest_block_is_an_option() -> None:
     assert len(rotation_of(rotated(seeded(Mlp(64)), 1, block=16)[0])) == 16
 
 
+class TwoHeads(Mlp):
+    """Two linears that read one activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.fc1(x))
+        return torch.cat([self.fc2(y), self.second(y)], -1)
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden)
+        self.second = nn.Linear(hidden, 3)
+
+
+def test_linears_that_read_one_activation_share_its_rotation() -> None:
+    gm, _, before = rotated(seeded(TwoHeads(64)), 2)
+    added = MacCounter(gm).total - MacCounter(before).total
+    assert len(rotation_of(gm)) == 64
+    alone = MacCounter(rotated(seeded(Mlp(64)), 1)[0]).total
+    assert added == alone - MacCounter(canonical(seeded(Mlp(64)), tokens())).total > 0
+
+
 # Refusals
+
+
+class ComputedWeight(Mlp):
+    """The second linear has a weight that the first image gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(self.fc1(x)), self.gate(x)[0])
+
+
+class Pairs(Mlp):
+    """The second linear reads a value for each pair of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(F.gelu(self.fc1(x)[None].expand(x.shape[0], -1, -1, -1)))
+        return y.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (ComputedWeight, "its weight is computed at run time"),
+        (Pairs, "several axes have sizes that depend on the batch"),
+    ],
+)
+def test_a_linear_that_cannot_take_the_rotation_is_refused(model: type[Mlp], reason: str) -> None:
+    _, result, _ = rotated(seeded(model(64)), 0)
+    assert reason in str(reasons(result))
 
 
 def test_channels_without_blocks_are_refused() -> None:
