@@ -102,6 +102,8 @@ policy_values = st.builds(
     rules=st.lists(rules, min_size=1, max_size=4).map(tuple),
     search=st.none() | searches,
     rotate=st.booleans(),
+    rotate_hidden=st.booleans(),
+    trial_rotations=st.booleans(),
     centre_heads=st.booleans(),
     defer_softmax=st.booleans(),
     reparameterize=st.booleans(),
