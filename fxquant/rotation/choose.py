@@ -106,9 +106,11 @@ def _quantized(
 
 
 def _fitted(rule: Rule) -> Rule:
-    """The rule with ranges fitted by least squared error; one range a channel would take long."""
+    """The rule with least squared error instead of min-max; a range a channel would take long."""
     spec = rule.spec
-    if spec is None or not has_uniform_grid(spec) or spec.granularity is Granularity.CHANNEL:
+    if spec is None or spec.observer is not ObserverKind.MINMAX or not has_uniform_grid(spec):
+        return rule
+    if spec.granularity is Granularity.CHANNEL:
         return rule
     return replace(rule, spec=replace(spec, observer=ObserverKind.MSE))
 

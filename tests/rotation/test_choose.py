@@ -9,6 +9,7 @@ import torch
 
 import fxquant
 from fxquant import Rule, TensorSpec, policies
+from fxquant.config.spec import ObserverKind
 from fxquant.demo import models
 from fxquant.demo.glyphs import normalise, render
 from fxquant.passes import RotateHeads, RotateHidden, RotateResidual
@@ -54,6 +55,13 @@ def test_networks_without_outlying_channels_stay_and_the_report_says_why() -> No
     assert asked == ["0.85 is asked for", "0.85 is asked for", "0.75 is asked for"]
     plain = replace(ALL, search=None, rotate=False, rotate_hidden=False, trial_rotations=False)
     assert torch.equal(compiled(x), fxquant.compile(model, [x], plain)(x))
+
+
+def test_other_observers_keep_their_ranges() -> None:
+    spec = TensorSpec(bits=4, observer=ObserverKind.PERCENTILE, percentile=99.0)
+    rule = Rule(arg="input", spec=spec)
+    report = fxquant.compile(outlying(), [points(24)], replace(ALL, rules=(rule,))).report
+    assert report.changes["RotateResidual"] == 1
 
 
 @pytest.mark.parametrize("first", [ANY, NONE])
