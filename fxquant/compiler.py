@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant.calibration.loader import CalibrationImages
 from fxquant.calibration.observe import observe
@@ -34,11 +34,9 @@ from fxquant.passes import (
     Freeze,
     InsertObservers,
     MarkEmbeddings,
-    PassResult,
     Pipeline,
     QuantizeBias,
     Reconstruct,
-    Refusal,
     Reparameterize,
     RotateHeads,
     RotateHidden,
@@ -47,22 +45,18 @@ from fxquant.passes import (
     SmoothWithBias,
 )
 from fxquant.passes.canonical.canonicalize import FloatModel, canonicalize
+from fxquant.passes.centre_heads import head_ranges
 from fxquant.passes.pipeline import OnPass
 from fxquant.policies.policy import Policy
 from fxquant.policies.policy_file import policy_to_dict, resolve
 from fxquant.reconstruction.blockwise import BlockwiseRunner, all_images
 from fxquant.reconstruction.image_split import split_images
-from fxquant.rotation.choose import Candidate, choose_rotations
-from fxquant.smoothing.channel_ranges import head_ranges, norm_ranges
+from fxquant.smoothing.channel_ranges import norm_ranges
 from fxquant.smoothing.choose import choose_smoothing
 from fxquant.utils.files import check_writable
-from fxquant.utils.notes import skipped
 
 # Images that the canonical graph is compared on, and that the report's SQNR is measured on.
 _REPORT_IMAGES = 8
-# Largest noise of products with a rotation over the noise without, for a rotation to be made. A
-# search of scales makes up for smaller gains; rotation behind activation functions takes run time.
-_MAX_NOISE, _MAX_NOISE_AT_A_COST = 0.85, 0.75
 
 
 @torch.inference_mode(mode=False)  # inference tensors have no gradients, which a search may need
@@ -178,14 +172,11 @@ def _checked_recipe(
 
 def _change_float(run: Pipeline, recipe: Policy, images: CalibrationImages) -> None:
     """Changes the network for quantization without changing its function, as the policy asks."""
-    rotations: list[Candidate] = []
-    if recipe.rotate:
-        rotations.append(Candidate((RotateResidual(), RotateHeads()), _MAX_NOISE))
+    if recipe.rotate:  # before folds of channels, which a rotation would mix
+        run.apply(RotateResidual(), "rotate")
+        run.apply(RotateHeads(), "rotate")
     if recipe.rotate_hidden:
-        rotations.append(Candidate((RotateHidden(),), _MAX_NOISE_AT_A_COST))
-    if rotations:  # before folds of channels, which a rotation would mix
-        with run.phase("rotate"):
-            _rotate(run, recipe, images.first, rotations)
+        run.apply(RotateHidden(), "rotate")
     if recipe.centre_heads:
         with run.phase("centre"):
             run.apply(CentreHeads(head_ranges(run.gm, [images.first])))
@@ -195,20 +186,6 @@ def _change_float(run: Pipeline, recipe: Policy, images: CalibrationImages) -> N
             run.apply(Reparameterize(ranges))
     if recipe.defer_softmax:
         run.apply(DeferSoftmax(), "capture")
-
-
-def _rotate(run: Pipeline, recipe: Policy, images: Tensor, rotations: list[Candidate]) -> None:
-    """Makes rotations; where the policy asks for trials, those that lower the noise."""
-    decisions: list[tuple[Candidate, Refusal | None]] = [(each, None) for each in rotations]
-    if recipe.trial_rotations:
-        decisions = choose_rotations(run.gm, recipe, images, rotations)
-    for candidate, refusal in decisions:
-        for item in candidate.passes:
-            if refusal is None:
-                run.apply(item)
-            else:
-                note = skipped("network", f"not rotated: {refusal}")
-                run.record(type(item).__name__, PassResult(0, (note,)))
 
 
 def _report(

@@ -14,7 +14,7 @@ norm stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,8 +25,10 @@ from fxquant.config.vocabulary import Stage
 from fxquant.graph.products import Product
 from fxquant.graph.rewrite import set_bias
 from fxquant.passes.base import PassResult, Refusal, skipped
+from fxquant.rotation.key_sites import key_sites
 from fxquant.smoothing.affine_fold import fold
-from fxquant.smoothing.key_sites import key_sites, value_sites
+from fxquant.smoothing.channel_ranges import ChannelRanges, measure_ranges
+from fxquant.smoothing.fold_sites import Site, linear_sites
 
 _NOT_MEASURED = Refusal("its ranges were not measured")
 
@@ -37,7 +39,7 @@ class CentreHeads:
 
     Attributes:
         ranges: smallest and largest values ``(C,)`` of each linear of keys or values, by its name;
-            from :func:`fxquant.smoothing.channel_ranges.head_ranges` on this graph.
+            from :func:`fxquant.passes.centre_heads.head_ranges` on this graph.
     """
 
     ranges: Mapping[str, tuple[Tensor, Tensor]]
@@ -77,3 +79,31 @@ class CentreHeads:
             return _NOT_MEASURED
         lo, hi = self.ranges[linear.name]
         return (lo.double() + hi.double()) / 2
+
+
+def value_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | Refusal]]:
+    """Each linear of attention values, with its site or the reason why it cannot be shifted."""
+    for linear, site in linear_sites(gm):
+        if isinstance(site, Site) and site.products:
+            yield linear, site if site.shiftable else Refusal("rows of attention do not sum to one")
+
+
+def head_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> ChannelRanges:
+    """Measures the range of each channel of keys and values that :class:`CentreHeads` can shift.
+
+    Args:
+        gm: in stage FLOAT, not changed.
+        batches: images ``(B, …)`` each, moved to the device of the graph.
+
+    Returns:
+        ``(lo, hi)`` by name of the linear that computes the keys or values, on the graph's device.
+
+    Raises:
+        BatchError: the model does not run on the images.
+        CalibrationError: there are no images.
+        NonFiniteError: keys or values hold NaN or infinity.
+        PassError: the graph is in another stage.
+    """
+    keys = [linear for _, linear in key_sites(gm) if isinstance(linear, fx.Node)]
+    values = [site.source for _, site in value_sites(gm) if isinstance(site, Site)]
+    return measure_ranges(gm, batches, {node: [node] for node in (*keys, *values)})

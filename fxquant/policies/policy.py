@@ -23,7 +23,6 @@ _CHANGED = " (changed)"
 FLAGS = (
     "rotate",
     "rotate_hidden",
-    "trial_rotations",
     "reparameterize",
     "centre_heads",
     "defer_softmax",
@@ -148,9 +147,6 @@ class Policy:
             (:class:`fxquant.passes.RotateHidden`).
         centre_heads: shift the channels of keys and values of attention so that each lies around
             zero, which costs nothing (:class:`fxquant.passes.CentreHeads`).
-        trial_rotations: make the rotations of ``rotate``, and then those of ``rotate_hidden``, only
-            where they lower the noise of products enough, quantized on trial on the first
-            calibration batch (:func:`fxquant.rotation.choose.choose_rotations`).
         defer_softmax: divide softmax by its row sums behind the product that reads it, so that
             one scale fits every row (:class:`fxquant.passes.DeferSoftmax`).
         reparameterize: move the channels behind each LayerNorm onto one range first, folded into
@@ -173,7 +169,6 @@ class Policy:
     search: ScaleSearch | None = None
     rotate: bool = False
     rotate_hidden: bool = False
-    trial_rotations: bool = False
     centre_heads: bool = False
     defer_softmax: bool = False
     reparameterize: bool = False

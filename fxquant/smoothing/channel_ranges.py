@@ -17,7 +17,6 @@ from fxquant.graph.interpreter import GraphInterpreter
 from fxquant.graph.nodes import module_path, operand, stage
 from fxquant.observers.observer import MinMaxObserver
 from fxquant.smoothing.fold_sites import Site, norm_sites
-from fxquant.smoothing.key_sites import key_sites, value_sites
 
 # Smallest and largest value of each channel, ``(C,)`` each, by name of a node.
 ChannelRanges = dict[str, tuple[Tensor, Tensor]]
@@ -45,34 +44,25 @@ def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> ChannelRanges:
     """
     sites = [site for _, site in norm_sites(gm) if isinstance(site, Site)]
     watched = {s.source: [operand(linear, 0) for linear in s.linears] for s in sites}
-    return _measure(gm, batches, watched)
+    return measure_ranges(gm, batches, watched)
 
 
-def head_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> ChannelRanges:
-    """Measures the range of each channel of keys and values that :class:`CentreHeads` can shift.
+def measure_ranges(
+    gm: fx.GraphModule, batches: Iterable[Tensor], watched: Mapping[fx.Node, Iterable[fx.Node]]
+) -> ChannelRanges:
+    """Measures the range of each channel, on the last axis, of nodes.
 
     Args:
         gm: in stage FLOAT, not changed.
         batches: images ``(B, …)`` each, moved to the device of the graph.
-
-    Returns:
-        ``(lo, hi)`` by name of the linear that computes the keys or values, on the graph's device.
+        watched: nodes whose values count for the range of a node.
 
     Raises:
         BatchError: the model does not run on the images.
         CalibrationError: there are no images.
-        NonFiniteError: keys or values hold NaN or infinity.
+        NonFiniteError: a value holds NaN or infinity.
         PassError: the graph is in another stage.
     """
-    keys = [linear for _, linear in key_sites(gm) if isinstance(linear, fx.Node)]
-    values = [site.source for _, site in value_sites(gm) if isinstance(site, Site)]
-    return _measure(gm, batches, {node: [node] for node in (*keys, *values)})
-
-
-def _measure(
-    gm: fx.GraphModule, batches: Iterable[Tensor], watched: Mapping[fx.Node, Iterable[fx.Node]]
-) -> ChannelRanges:
-    """Range of the channels of each node in ``watched``, over the values of its nodes."""
     if stage(gm) is not Stage.FLOAT:
         raise PassError(
             f"ranges of channels are measured in stage FLOAT, got {stage(gm).name}",

@@ -47,17 +47,3 @@ def test_deferred_softmax_halves_the_error_of_the_map(real: ModuleType) -> None:
         )
     assert deferred < 0.7 * plain
     assert deferred < 0.02
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3])
-def test_its_stream_is_rotated_on_trial(real: ModuleType, bits: int) -> None:
-    images = real.photographs(real.CALIBRATION_PHOTOGRAPHS, 8, seed=0)
-    # Undeferred softmax would have more noise than all that rotation can change.
-    policy = replace(
-        policies.ptq4vit(bits, bits, rotate=True),
-        search=None,
-        defer_softmax=True,
-        trial_rotations=True,
-    )
-    report = fxquant.compile(real.saliency_model(), [images], policy).report
-    assert report.changes["RotateResidual"] == 1

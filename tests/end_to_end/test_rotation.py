@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from fxquant.testing import images, relative_error
 from tests.helpers.agreement import assert_same_codes
 from tests.helpers.integer_helpers import assert_integer_equals_simulation
 from tests.helpers.refusals import refused
-from tests.helpers.residual import points, residual
+from tests.helpers.residual import outlying, points, residual
 from tests.helpers.stages import canonical
 
 ROTATED = policies.ptq4vit(4, 4, rotate=True)
@@ -91,16 +90,6 @@ def test_a_linear_at_an_output_is_quantized_too(tmp_path: Path) -> None:
     assert names.count("norm_unrotated") == 1
     assert_integer_equals_simulation(compiled.graph_module, compiled.lower("integer"), points(3))
     assert_same_codes(compiled, compiled.export_onnx(tmp_path / "m.onnx").path, points(3))
-
-
-def outlying(width: int = 64) -> nn.Module:
-    """A network whose stream has one channel far from the others."""
-    model = copy.deepcopy(residual(width, 4))
-    with torch.no_grad():
-        model.position[..., 7] += 50 * model.position.std()
-        for norm in (*model.norms, model.norm):
-            norm.weight.fill_(1.0)
-    return model
 
 
 @pytest.mark.parametrize("bits", [4, 6])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,19 @@ class Attention(nn.Module):
             q, k = self.between(q), self.between(k)
         grouped = self.kv_heads < self.heads
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        z: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, c))
+        return z
+
+
+class Expanded(Attention):
+    """One head of keys and values, expanded over all heads of queries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q = self.q(x).reshape(b, n, self.heads, -1).transpose(1, 2)
+        k, v = (f(x).reshape(b, n, 1, -1).transpose(1, 2) for f in (self.k, self.v))
+        k, v = (t.expand(-1, self.heads, -1, -1) for t in (k, v))
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
         z: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, c))
         return z
 
@@ -102,4 +116,14 @@ def residual(width: int = 16, heads: int = 2, **options: object) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.div_(0.5 * module.in_features**0.5)
+    return model
+
+
+def outlying(width: int = 64) -> nn.Module:
+    """A network whose stream has one channel far from the others."""
+    model = copy.deepcopy(residual(width, 4))
+    with torch.no_grad():
+        model.position[..., 7] += 50 * model.position.std()
+        for norm in (*model.norms, model.norm):
+            norm.weight.fill_(1.0)
     return model

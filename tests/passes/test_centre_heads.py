@@ -19,15 +19,14 @@ from fxquant import testing
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
 from fxquant.passes import CentreHeads, PassResult, run_passes
+from fxquant.passes.centre_heads import head_ranges, value_sites
 from fxquant.policies.policy import Policy, Rule
-from fxquant.smoothing.channel_ranges import head_ranges
-from fxquant.smoothing.key_sites import key_sites, value_sites
+from fxquant.rotation.key_sites import key_sites
 from fxquant.testing import assert_same_function, op_names, relative_error, seeded, tokens
 from tests.helpers.refusals import refused
-from tests.helpers.residual import Attention, points, residual
+from tests.helpers.residual import Attention, Expanded, points, residual
 from tests.helpers.stages import EIGHT, annotated, canonical, reasons
 from tests.helpers.zoo import FAMILIES, Family, run_on_family
-from tests.passes.test_rotate_heads import Expanded
 
 
 def centred(model: nn.Module, x: Tensor, changed: int) -> tuple[fx.GraphModule, PassResult]:

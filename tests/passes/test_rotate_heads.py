@@ -20,7 +20,7 @@ from fxquant.policies.policy import Rule
 from fxquant.rotation.heads import HeadSite, head_sites
 from fxquant.testing import DIM, HEADS, assert_same_function, op_names, tokens
 from tests.helpers.refusals import refused
-from tests.helpers.residual import Attention, points, residual
+from tests.helpers.residual import Attention, Expanded, points, residual
 from tests.helpers.stages import EIGHT, annotated, canonical, reasons
 from tests.helpers.zoo import FAMILIES, Family, run_on_family
 
@@ -134,19 +134,6 @@ def test_heads_that_share_keys_and_values_stay() -> None:
         "repeat_interleave",
         "repeat_interleave",
     ]
-
-
-class Expanded(Attention):
-    """One head of keys and values, expanded over all heads of queries."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, c = x.shape
-        q = self.q(x).reshape(b, n, self.heads, -1).transpose(1, 2)
-        k, v = (f(x).reshape(b, n, 1, -1).transpose(1, 2) for f in (self.k, self.v))
-        k, v = (t.expand(-1, self.heads, -1, -1) for t in (k, v))
-        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
-        z: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, c))
-        return z
 
 
 def test_heads_that_share_an_expanded_key_stay() -> None:

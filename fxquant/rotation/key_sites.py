@@ -1,10 +1,8 @@
-"""Keys and values of attention whose channels can be shifted without changing the function.
+"""Keys of attention whose channels can be shifted without changing the function.
 
 Softmax does not change where a number is added to a whole row of scores. A vector ``c`` that is
 subtracted from every key subtracts ``q c`` from all scores of the query ``q``: a number for each
-row. Nothing has to be added elsewhere. A vector that is subtracted from every value is subtracted
-from the attention's output, since rows of attention sum to one, and the output projection's bias
-adds it again (:mod:`fxquant.smoothing.fold_sites`).
+row. Nothing has to be added elsewhere.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from fxquant.graph.nodes import evaluate_moves, moved_readers, operation_name, r
 from fxquant.graph.shapes import example_shape
 from fxquant.graph.softmax import SOFTMAX_OPS
 from fxquant.rotation.heads import reads_softmax, score_site
-from fxquant.smoothing.fold_sites import Site, linear_sites
 from fxquant.utils.notes import Refusal
 
 # Scores are masked with minus infinity or with a number that is as good as that. A number of the
@@ -44,15 +41,8 @@ def key_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node | Refusal]]
                 yield product, site if isinstance(site, Refusal) else site.rows[1][0]
 
 
-def value_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Site | Refusal]]:
-    """Each linear of attention values, with its site or the reason why it cannot be shifted."""
-    for linear, site in linear_sites(gm):
-        if isinstance(site, Site) and site.products:
-            yield linear, site if site.shiftable else Refusal("rows of attention do not sum to one")
-
-
 def _row_refusal(product: fx.Node) -> str | None:
-    """Why a number added to a row of a product would change the function; None if it would not."""
+    """The reason why a number added to a row of scores changes the function, or None."""
     starts = [product]
     for start in starts:
         for reader, node in moved_readers(start):
