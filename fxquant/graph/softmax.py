@@ -8,8 +8,14 @@ from __future__ import annotations
 from torch import fx
 
 from fxquant.graph.dialect import aten
+from fxquant.graph.nodes import rank
 
 SOFTMAX_OPS = (aten.softmax.int, aten._softmax.default)
+
+
+def is_along_rows(softmax: fx.Node) -> bool:
+    """Whether a softmax in one operation runs along the last axis."""
+    return softmax.args[1] in (-1, rank(softmax) - 1)
 
 
 def is_softmax(node: fx.Node) -> bool:

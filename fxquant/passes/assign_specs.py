@@ -23,7 +23,8 @@ from fxquant.graph.dialect import UNSUPPORTED
 from fxquant.graph.edges import Edge, edges, fed_by, possible_edges
 from fxquant.graph.masks import masked
 from fxquant.graph.meta import KEPT_FLOAT, PINNED_ARGS, QUANT_SPECS
-from fxquant.graph.nodes import arguments, constant, rank
+from fxquant.graph.nodes import constant, rank
+from fxquant.graph.softmax import is_along_rows
 from fxquant.passes.base import Note, NoteKind, PassResult
 from fxquant.policies.policy import Rule
 
@@ -86,8 +87,7 @@ def _check_scheme(edge: Edge, scheme: Scheme, hit: int) -> None:
 
 
 def _is_last_axis_softmax(edge: Edge) -> bool:
-    axis = arguments(edge.node).get("dim")
-    return edge.kind is OpKind.SOFTMAX and axis in (-1, rank(edge.source) - 1)
+    return edge.kind is OpKind.SOFTMAX and is_along_rows(edge.node)
 
 
 @dataclass(frozen=True)

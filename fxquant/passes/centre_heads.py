@@ -14,7 +14,7 @@ norm stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,8 +30,6 @@ from fxquant.smoothing.affine_fold import fold
 from fxquant.smoothing.channel_ranges import ChannelRanges, measure_ranges
 from fxquant.smoothing.fold_sites import Site, linear_sites
 
-_NOT_MEASURED = Refusal("its ranges were not measured")
-
 
 @dataclass(frozen=True)
 class CentreHeads:
@@ -42,7 +40,7 @@ class CentreHeads:
             from :func:`fxquant.passes.centre_heads.head_ranges` on this graph.
     """
 
-    ranges: Mapping[str, tuple[Tensor, Tensor]]
+    ranges: ChannelRanges
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
 
@@ -51,18 +49,17 @@ class CentreHeads:
         """Centres at each attention product."""
         changed, notes = 0, []
         for product, linear in list(key_sites(gm)):
-            middle = self._middle(linear)
-            if isinstance(middle, Refusal):
+            middle = linear if isinstance(linear, Refusal) else self._middle(linear)
+            if isinstance(linear, Refusal) or isinstance(middle, Refusal):
                 notes.append(skipped(product.name, f"its keys are not centred: {middle}"))
                 continue
-            assert isinstance(linear, fx.Node)
             bias = Product(gm, linear).bias
             centred = (0.0 if bias is None else bias.double()) - middle
             set_bias(gm, linear, centred.to(Product(gm, linear).weight.dtype))
             changed += 1
         for linear, site in list(value_sites(gm)):
-            middle = self._middle(site if isinstance(site, Refusal) else linear)
-            if isinstance(middle, Refusal) or isinstance(site, Refusal):
+            middle = site if isinstance(site, Refusal) else self._middle(linear)
+            if isinstance(site, Refusal) or isinstance(middle, Refusal):
                 notes.append(skipped(linear.name, f"its values are not centred: {middle}"))
                 continue
             fold(gm, site, torch.ones_like(middle), middle)
@@ -71,12 +68,10 @@ class CentreHeads:
         gm.delete_all_unused_submodules()
         return PassResult(changed, tuple(notes))
 
-    def _middle(self, linear: fx.Node | Refusal) -> Tensor | Refusal:
+    def _middle(self, linear: fx.Node) -> Tensor | Refusal:
         """Middles of the ranges of a linear's output channels, ``(C,)`` in float64."""
-        if isinstance(linear, Refusal):
-            return linear
         if linear.name not in self.ranges:
-            return _NOT_MEASURED
+            return Refusal("its ranges were not measured")
         lo, hi = self.ranges[linear.name]
         return (lo.double() + hi.double()) / 2
 

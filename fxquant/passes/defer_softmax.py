@@ -22,9 +22,9 @@ from torch import fx
 
 from fxquant.config.vocabulary import Stage
 from fxquant.graph.dialect import aten
-from fxquant.graph.nodes import moved_readers, rank
+from fxquant.graph.nodes import moved_readers
 from fxquant.graph.rewrite import emit
-from fxquant.graph.softmax import SOFTMAX_OPS
+from fxquant.graph.softmax import SOFTMAX_OPS, is_along_rows
 from fxquant.passes.base import PassResult, Refusal, skipped
 from fxquant.smoothing.fold_sites import rows_sum_to_one
 
@@ -55,7 +55,7 @@ class DeferSoftmax:
 
 def _products_of(softmax: fx.Node) -> list[fx.Node] | Refusal:
     """The products that read the rows of a softmax, or the reason why it keeps its division."""
-    if softmax.args[1] not in (-1, rank(softmax) - 1):
+    if not is_along_rows(softmax):
         return Refusal("it is not along the last axis")
     readers = moved_readers(softmax)
     for reader, node in readers:

@@ -19,7 +19,6 @@ quantizer requires.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +28,7 @@ from torch import Tensor, fx
 from fxquant.config.vocabulary import Stage
 from fxquant.passes.base import PassResult, Refusal, skipped
 from fxquant.smoothing.affine_fold import fold
+from fxquant.smoothing.channel_ranges import ChannelRanges
 from fxquant.smoothing.fold_sites import norm_sites
 
 # A channel whose width is below this share of the mean width counts as constant, which costs less
@@ -48,7 +48,7 @@ class Reparameterize:
             :func:`fxquant.smoothing.channel_ranges.norm_ranges` on this graph.
     """
 
-    ranges: Mapping[str, tuple[Tensor, Tensor]]
+    ranges: ChannelRanges
     requires: ClassVar[Stage] = Stage.FLOAT
     ensures: ClassVar[Stage] = Stage.FLOAT
 

@@ -31,6 +31,7 @@ from fxquant.passes.base import PassResult, Refusal, claim_rotation, skipped
 from fxquant.rotation.orthogonal import signed_hadamard
 
 _SMALLEST_BLOCK = 8
+_COMPUTED = "its input is not rotated: its weight is computed at run time"
 _REASON = "left float: it rotates the input of the next linear"
 
 
@@ -82,17 +83,15 @@ class RotateHidden:
         while values * block > self.max_overhead * counter.total:
             block //= 2
         for i, (source, linears) in enumerate(readers.items()):
-            turned, sizes = [], []
-            for node in linears:
-                size = _block_size(gm, node, block)
-                if isinstance(size, Refusal):
-                    notes.append(skipped(node.name, f"its input is not rotated: {size}"))
-                else:
-                    turned.append(node)
-                    sizes.append(size)
-            if turned:
-                _rotate(gm, source, turned, signed_hadamard(sizes[0], self.seed + 1000 * i))
-                changed += len(turned)
+            fixed = [node for node in linears if Product(gm, node).has_constant_weight]
+            notes += [skipped(node.name, _COMPUTED) for node in linears if node not in fixed]
+            size = _block_size(source, block)
+            if isinstance(size, Refusal):
+                reason = f"its input is not rotated: {size}"
+                notes += [skipped(node.name, reason) for node in fixed]
+            elif fixed:
+                _rotate(gm, source, fixed, signed_hadamard(size, self.seed + 1000 * i))
+                changed += len(fixed)
         gm.graph.eliminate_dead_code()
         gm.delete_all_unused_submodules()
         return PassResult(changed, tuple(notes))
@@ -107,11 +106,9 @@ def _is_behind_activation(node: fx.Node) -> bool:
     return any(elementwise_kind(skip_data_movement(f)) is OpKind.ACTIVATION for f in factors)
 
 
-def _block_size(gm: fx.GraphModule, node: fx.Node, largest: int) -> int | Refusal:
-    """Size of the blocks of a linear's input channels, or the reason why there are none."""
-    product, value = Product(gm, node), operand(node, 0).meta["val"]
-    if not product.has_constant_weight:
-        return Refusal("its weight is computed at run time")
+def _block_size(source: fx.Node, largest: int) -> int | Refusal:
+    """Size of the blocks of a value's channels, or the reason why there are none."""
+    value = source.meta["val"]
     if sum(not isinstance(size, int) for size in value.shape) > 1:
         return Refusal("several axes have sizes that depend on the batch")
     channels = int(value.shape[-1])

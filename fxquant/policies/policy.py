@@ -23,8 +23,8 @@ _CHANGED = " (changed)"
 FLAGS = (
     "rotate",
     "rotate_hidden",
-    "reparameterize",
     "centre_heads",
+    "reparameterize",
     "defer_softmax",
     "smooth",
     "bias_correction",

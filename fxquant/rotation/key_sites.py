@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from fxquant.config.vocabulary import OpKind
 from fxquant.graph.dialect import aten, op_kind
-from fxquant.graph.nodes import evaluate_moves, moved_readers, operation_name, rank
+from fxquant.graph.nodes import evaluate_moves, moved_readers, operation_name
 from fxquant.graph.shapes import example_shape
-from fxquant.graph.softmax import SOFTMAX_OPS
+from fxquant.graph.softmax import SOFTMAX_OPS, is_along_rows
 from fxquant.rotation.heads import reads_softmax, score_site
 from fxquant.utils.notes import Refusal
 
@@ -34,27 +34,24 @@ def key_sites(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node | Refusal]]
     """
     for product in list(gm.graph.nodes):
         if op_kind(product) is OpKind.MATMUL and not reads_softmax(product):
-            refusal, site = _row_refusal(product), score_site(gm, product)
-            if refusal is not None:
-                yield product, Refusal(refusal)
-            else:
-                yield product, site if isinstance(site, Refusal) else site.rows[1][0]
+            site = _row_refusal(product) or score_site(gm, product)
+            yield product, site if isinstance(site, Refusal) else site.rows[1][0]
 
 
-def _row_refusal(product: fx.Node) -> str | None:
+def _row_refusal(product: fx.Node) -> Refusal | None:
     """The reason why a number added to a row of scores changes the function, or None."""
     starts = [product]
     for start in starts:
         for reader, node in moved_readers(start):
             if not _rows_stay(node, start):
-                return f"rows of {product} do not reach {reader} whole"
-            elif reader.target in SOFTMAX_OPS:
-                if reader.args[1] not in (-1, rank(reader) - 1):
-                    return f"{reader} is not along the rows"
+                return Refusal(f"rows of {product} do not reach {reader} whole")
+            if reader.target in SOFTMAX_OPS:
+                if not is_along_rows(reader):
+                    return Refusal(f"{reader} is not along the rows")
             elif _keeps_rows(reader, node):
                 starts.append(reader)
             else:
-                return f"{reader} ({operation_name(reader)}) reads scores"
+                return Refusal(f"{reader} ({operation_name(reader)}) reads scores")
     return None
 
 
@@ -70,11 +67,12 @@ def _keeps_rows(reader: fx.Node, scores: fx.Node) -> bool:
     """Whether an operation on scores gives, for a number added to a row, a number added to it."""
     if reader.target is aten.add.Tensor:
         return True
-    first, second = (*reader.args, None)[:2]
     if reader.target is aten.masked_fill.Scalar:
-        return first is scores and float(reader.args[2]) <= _MASKED_BELOW  # type: ignore[arg-type]
+        value = float(reader.args[2])  # type: ignore[arg-type]
+        return reader.args[0] is scores and value <= _MASKED_BELOW
     if reader.target not in (aten.mul.Tensor, aten.div.Tensor):
         return False
+    first, second = reader.args
     if reader.target is aten.div.Tensor and first is not scores:
         return False
     factor = second if first is scores else first

@@ -19,7 +19,7 @@ from fxquant.observers.observer import MinMaxObserver
 from fxquant.smoothing.fold_sites import Site, norm_sites
 
 # Smallest and largest value of each channel, ``(C,)`` each, by name of a node.
-ChannelRanges = dict[str, tuple[Tensor, Tensor]]
+ChannelRanges = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def norm_ranges(gm: fx.GraphModule, batches: Iterable[Tensor]) -> ChannelRanges:
@@ -56,6 +56,9 @@ def measure_ranges(
         gm: in stage FLOAT, not changed.
         batches: images ``(B, …)`` each, moved to the device of the graph.
         watched: nodes whose values count for the range of a node.
+
+    Returns:
+        ``(lo, hi)`` by name of each node of ``watched``, on the graph's device.
 
     Raises:
         BatchError: the model does not run on the images.

@@ -23,12 +23,11 @@ from fxquant.graph.nodes import (
     evaluate_moves,
     operand,
     operation_name,
-    rank,
     skip_data_movement,
 )
 from fxquant.graph.products import Product
 from fxquant.graph.shapes import example_shape
-from fxquant.graph.softmax import SOFTMAX_OPS, is_deferred_division
+from fxquant.graph.softmax import SOFTMAX_OPS, is_along_rows, is_deferred_division
 from fxquant.utils.notes import Refusal
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
@@ -158,7 +157,7 @@ def _site(gm: fx.GraphModule, flow: _Flow) -> Site | Refusal:
 def rows_sum_to_one(weights: fx.Node) -> bool:
     """Whether rows of a matrix sum to one: its last axis is the axis of a softmax, in order."""
     softmax = skip_data_movement(weights)
-    if softmax.target not in SOFTMAX_OPS or softmax.args[1] not in (-1, rank(softmax) - 1):
+    if softmax.target not in SOFTMAX_OPS or not is_along_rows(softmax):
         return False
     shape = example_shape(softmax)
     numbers = torch.arange(1.0, shape[-1] + 1)

@@ -147,13 +147,13 @@ def test_the_largest_block_is_an_option() -> None:
 class TwoHeads(Mlp):
     """Two linears that read one activation."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(self.fc1(x))
-        return torch.cat([self.fc2(y), self.second(y)], -1)
-
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden)
         self.second = nn.Linear(hidden, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.fc1(x))
+        return torch.cat([self.fc2(y), self.second(y)], -1)
 
 
 def test_linears_that_read_one_activation_share_its_rotation() -> None:
