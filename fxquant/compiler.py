@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxquant.calibration.loader import CalibrationImages
 from fxquant.calibration.observe import observe
+from fxquant.calibration.product_noise import product_noise
 from fxquant.calibration.user_loss import Loss, check_callable
 from fxquant.compiled.model import CompiledModel
 from fxquant.compiled.output_errors import compare_outputs
 from fxquant.compiled.report import Report, make_plan, measure_quantizers, sqnr_of
 from fxquant.config.scale_search import GRADIENT_METRICS
+from fxquant.config.spec import Granularity, ObserverKind
 from fxquant.config.validation import check_flags
 from fxquant.errors import OutputError, PassError, PolicyError
+from fxquant.graph.capture import device_of
 from fxquant.graph.check_model import check_model
 from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.parameter_bytes import quantized_bytes
@@ -44,11 +48,13 @@ from fxquant.passes import (
     SearchScales,
     SmoothWithBias,
 )
+from fxquant.passes.base import Pass, PassResult, skipped
 from fxquant.passes.canonical.canonicalize import FloatModel, canonicalize
 from fxquant.passes.centre_heads import head_ranges
 from fxquant.passes.pipeline import OnPass
-from fxquant.policies.policy import Policy
+from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.policy_file import policy_to_dict, resolve
+from fxquant.quantizers import has_uniform_grid
 from fxquant.reconstruction.blockwise import BlockwiseRunner, all_images
 from fxquant.reconstruction.image_split import split_images
 from fxquant.smoothing.channel_ranges import norm_ranges
@@ -57,6 +63,11 @@ from fxquant.utils.files import check_writable
 
 # Images that the canonical graph is compared on, and that the report's SQNR is measured on.
 _REPORT_IMAGES = 8
+# Images of a trial of rotations.
+_TRIAL_IMAGES = 8
+# Largest noise of products with a rotation over the noise without, for a rotation to be made. A
+# search of scales makes up for smaller gains; rotation behind activation functions takes run time.
+_MAX_NOISE, _MAX_NOISE_AT_A_COST = 0.85, 0.75
 
 
 @torch.inference_mode(mode=False)  # inference tensors have no gradients, which a search may need
@@ -99,7 +110,9 @@ def compile(
     _change_float(run, recipe, images)
     run.apply(AssignSpecs(recipe.rules), "capture")
     if recipe.allocation is not None:  # a budget that cannot be met is refused before long work
-        check_budget(run.preview(InsertObservers()), recipe)
+        trial = run.trial()
+        trial.apply(InsertObservers())
+        check_budget(trial.gm, recipe)
     if recipe.smooth and recipe.samples is not None:
         with run.phase("smooth"):
             batches = run.track(images.with_labels(), "sample", len(images))
@@ -172,11 +185,9 @@ def _checked_recipe(
 
 def _change_float(run: Pipeline, recipe: Policy, images: CalibrationImages) -> None:
     """Changes the network for quantization without changing its function, as the policy asks."""
-    if recipe.rotate:  # before folds of channels, which a rotation would mix
-        run.apply(RotateResidual(), "rotate")
-        run.apply(RotateHeads(), "rotate")
-    if recipe.rotate_hidden:
-        run.apply(RotateHidden(), "rotate")
+    if recipe.rotate or recipe.rotate_hidden:  # before folds of channels, which rotations would mix
+        with run.phase("rotate", shown=True):
+            _rotate(run, recipe, images.first)
     if recipe.centre_heads:
         with run.phase("centre"):
             run.apply(CentreHeads(head_ranges(run.gm, [images.first])))
@@ -186,6 +197,60 @@ def _change_float(run: Pipeline, recipe: Policy, images: CalibrationImages) -> N
             run.apply(Reparameterize(ranges))
     if recipe.defer_softmax:
         run.apply(DeferSoftmax(), "capture")
+
+
+def _rotate(run: Pipeline, recipe: Policy, images: Tensor) -> None:
+    """Makes rotations; where the policy asks for trials, those that lower the noise of products."""
+    rotations: list[tuple[float, tuple[Pass, ...]]] = []
+    if recipe.rotate:
+        rotations.append((_MAX_NOISE, (RotateResidual(), RotateHeads())))
+    if recipe.rotate_hidden:
+        rotations.append((_MAX_NOISE_AT_A_COST, (RotateHidden(),)))
+    noise = _trial_noise(run, recipe, images) if recipe.trial_rotations else 0.0
+    for max_ratio, passes in rotations:
+        noise_after = _trial_noise(run, recipe, images, passes) if recipe.trial_rotations else 0.0
+        if noise_after <= max_ratio * noise:
+            noise = noise_after
+            for item in passes:
+                run.apply(item)
+            continue
+        reason = (
+            f"not rotated: the noise of products would be {noise_after / max(noise, 1e-30):.2f} of "
+            f"that without, and {max_ratio} is asked for"
+        )
+        for item in passes:
+            run.record(type(item).__name__, PassResult(0, (skipped("network", reason),)))
+
+
+def _trial_noise(
+    run: Pipeline, recipe: Policy, images: Tensor, rotations: tuple[Pass, ...] = ()
+) -> float:
+    """The noise of products of a copy that is rotated and quantized on trial.
+
+    Ranges of activations are those of least squared error where the policy has min-max ranges,
+    since searches and training, which follow, clip too; a range a channel would take long.
+    """
+    trial, images = run.trial(), images[:_TRIAL_IMAGES]
+    for item in rotations:
+        trial.apply(item)
+    if recipe.centre_heads:
+        trial.apply(CentreHeads(head_ranges(trial.gm, [images])))
+    if recipe.defer_softmax:
+        trial.apply(DeferSoftmax())
+    trial.apply(AssignSpecs(tuple(map(_with_fitted_range, recipe.rules))))
+    trial.apply(InsertObservers())
+    observe(trial.gm, [(images, None)])
+    trial.apply(Freeze())
+    return product_noise(trial.gm, images.to(device_of(trial.gm)))
+
+
+def _with_fitted_range(rule: Rule) -> Rule:
+    spec = rule.spec
+    if spec is None or spec.observer is not ObserverKind.MINMAX or not has_uniform_grid(spec):
+        return rule
+    if spec.granularity is Granularity.CHANNEL:
+        return rule
+    return replace(rule, spec=replace(spec, observer=ObserverKind.MSE))
 
 
 def _report(

@@ -98,17 +98,16 @@ class Pipeline:
             comparisons=tuple(replace(item, step=step) for item in result.comparisons),
         )
 
-    def preview(self, item: Pass) -> fx.GraphModule:
-        """The graph as a pass would leave it: a copy that shares the parameters.
+    def trial(self) -> Pipeline:
+        """A pipeline on a copy of the graph that shares the parameters, to try passes on.
 
-        Raises:
-            PassError: the pass requires another stage than the graph is in, or fails.
-            VerifyError: the pass broke the graph.
+        It shows no progress and calls nothing back.
         """
         gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
         gm.meta = dict(self.gm.meta)
-        _run(item, gm, self.results)
-        return gm
+        pipeline = Pipeline(gm)
+        pipeline.results = dict(self.results)
+        return pipeline
 
     @contextmanager
     def phase(self, name: str, *, shown: bool = False) -> Iterator[None]:

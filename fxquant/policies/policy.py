@@ -23,6 +23,7 @@ _CHANGED = " (changed)"
 FLAGS = (
     "rotate",
     "rotate_hidden",
+    "trial_rotations",
     "centre_heads",
     "reparameterize",
     "defer_softmax",
@@ -145,6 +146,9 @@ class Policy:
         rotate_hidden: turn what linears read behind activation functions by a block-diagonal
             Hadamard matrix, which a float linear computes at run time
             (:class:`fxquant.passes.RotateHidden`).
+        trial_rotations: make the rotations of ``rotate``, and then those of ``rotate_hidden``, only
+            where they lower the noise of products enough, with min-max or other ranges observed on
+            the first calibration batch.
         centre_heads: shift the channels of keys and values of attention so that each lies around
             zero, which costs nothing (:class:`fxquant.passes.CentreHeads`).
         defer_softmax: divide softmax by its row sums behind the product that reads it, so that
@@ -169,6 +173,7 @@ class Policy:
     search: ScaleSearch | None = None
     rotate: bool = False
     rotate_hidden: bool = False
+    trial_rotations: bool = False
     centre_heads: bool = False
     defer_softmax: bool = False
     reparameterize: bool = False

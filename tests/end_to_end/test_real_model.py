@@ -47,3 +47,17 @@ def test_deferred_softmax_halves_the_error_of_the_map(real: ModuleType) -> None:
         )
     assert deferred < 0.7 * plain
     assert deferred < 0.02
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_its_stream_and_hidden_layers_are_rotated_on_trial(real: ModuleType, bits: int) -> None:
+    images = real.photographs(real.CALIBRATION_PHOTOGRAPHS, 8, seed=0)
+    policy = replace(
+        policies.ptq4vit(bits, bits, rotate=True),
+        search=None,
+        rotate_hidden=True,
+        defer_softmax=True,
+        trial_rotations=True,
+    )
+    changes = fxquant.compile(real.saliency_model(), [images], policy).report.changes
+    assert changes["RotateResidual"] == 1 and changes["RotateHidden"] == 12

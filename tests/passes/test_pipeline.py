@@ -134,14 +134,18 @@ def test_phases_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run.seconds["fit"], run.seconds["search"]) == (7.0, 0.5)
 
 
-def test_a_preview_leaves_the_graph_as_it_is() -> None:
+def test_a_trial_leaves_the_graph_as_it_is() -> None:
     gm, _ = annotated(Rule(spec=EIGHT))
-    run, before = Pipeline(gm), op_names(gm)
-    preview = run.preview(InsertObservers())
-    assert stage(preview) is Stage.OBSERVED and stage(gm) is Stage.ANNOTATED
+    seen: list[str] = []
+    run, before = Pipeline(gm, on_pass=lambda name, _: seen.append(name)), op_names(gm)
+    run.record("earlier", PassResult(0))
+    trial = run.trial()
+    trial.apply(InsertObservers())
+    assert stage(trial.gm) is Stage.OBSERVED and stage(gm) is Stage.ANNOTATED
     assert op_names(gm) == before
-    assert run.results == {}
-    weights = {name: value.data_ptr() for name, value in preview.named_parameters()}
+    assert list(run.results) == ["earlier"] and not seen
+    assert list(trial.results) == ["earlier", "InsertObservers"]
+    weights = {name: value.data_ptr() for name, value in trial.gm.named_parameters()}
     assert (
         weights
         and weights.items()

@@ -103,6 +103,7 @@ policy_values = st.builds(
     search=st.none() | searches,
     rotate=st.booleans(),
     rotate_hidden=st.booleans(),
+    trial_rotations=st.booleans(),
     centre_heads=st.booleans(),
     defer_softmax=st.booleans(),
     reparameterize=st.booleans(),
