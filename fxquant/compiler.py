@@ -23,6 +23,7 @@ from fxquant.config.validation import check_flags
 from fxquant.errors import OutputError, PassError, PolicyError
 from fxquant.graph.capture import device_of
 from fxquant.graph.check_model import check_model
+from fxquant.graph.embeddings import has_logits
 from fxquant.graph.meta import EMBEDDINGS
 from fxquant.graph.parameter_bytes import quantized_bytes
 from fxquant.mixed_precision.allocate.result import AllocationResult
@@ -107,6 +108,8 @@ def compile(
     run = Pipeline.capture(model, images.first, progress, on_pass)
     float_model = canonicalize(run, images.first[:_REPORT_IMAGES])
     run.apply(MarkEmbeddings(compared=recipe.compares_outputs), "capture")
+    saved_policy = policy_to_dict(recipe)
+    recipe = recipe.for_outputs(logits=has_logits(run.gm))
     _change_float(run, recipe, images)
     run.apply(AssignSpecs(recipe.rules), "capture")
     if recipe.allocation is not None:  # a budget that cannot be met is refused before long work
@@ -145,7 +148,7 @@ def compile(
         run.apply(Reconstruct(runner, recipe.reconstruction, split, cache), "reconstruct")
     run.apply(QuantizeBias(), "fit")
     report = _report(run, recipe, float_model, seen.images, allocation)
-    return CompiledModel(run.gm, report, policy_to_dict(recipe), tuple(images.first.shape[1:]))
+    return CompiledModel(run.gm, report, saved_policy, tuple(images.first.shape[1:]))
 
 
 def _checked_recipe(
@@ -167,7 +170,7 @@ def _checked_recipe(
             got=cache,
             expected=(str, Path, None),
         )
-    if cache is not None and (recipe.allocation or recipe.reconstruction):
+    if cache is not None and (recipe.allocation or recipe.trains):
         check_writable(Path(cache))
     samples = recipe.samples
     if loss is not None:

@@ -131,9 +131,11 @@ class Reconstruction:
         augment: rotate, shift, recolour and mix the images of each step; targets are the float
             network's outputs for these. Inputs that are not images ``(B, C, H, W)`` are only
             mixed. Needs the scope ``network``. A curriculum sorts the original images.
-        max_macs: multiplications that all steps of the training of a ``network`` may take,
-            validation and rank search not counted. Where ``iterations`` would take more, fewer
-            steps are done; where fewer than 20 fit, nothing is trained. None sets no bound.
+        images: least number of images for the scope ``block``. Where there are fewer, more are
+            augmented once from those that are trained on; 0 augments none.
+        max_macs: multiplications that all steps of all blocks may take, validation, rank search and
+            loss ``feature`` not counted. Where ``iterations`` would take more, fewer steps are
+            done; where fewer than 20 fit, nothing is trained. None sets no bound.
         ranks: ranks of low-rank factors, each at most half of the weight's full rank; from several
             ranks a search chooses one for each weight (AIQViT, section 3.2).
         rank_iterations: number of steps of that search for each block.
@@ -157,6 +159,7 @@ class Reconstruction:
     held_out: float = 0.125
     curriculum: float = 1.0
     augment: bool = False
+    images: int = 0
     max_macs: float | None = None
     ranks: tuple[int, ...] = (16,)
     rank_iterations: int = 200
@@ -169,9 +172,9 @@ class Reconstruction:
 
         Raises:
             UnknownKeyError: scope, weights, block_loss or gradient is unknown.
-            PolicyError: an option has the wrong type or is out of its range; ``augment`` or
-                ``max_macs`` is set with another scope than ``network``; ``weights`` is ``scales``
-                with ``scales`` off; or nothing is trained.
+            PolicyError: an option has the wrong type or is out of its range; ``augment`` is set
+                with another scope than ``network``, or ``images`` with that scope; ``weights`` is
+                ``scales`` with ``scales`` off; or nothing is trained.
         """
         parse_field(self, "scope", Scope)
         parse_field(self, "weights", WeightTraining)
@@ -183,6 +186,7 @@ class Reconstruction:
         check_flag(self, "augment")
         for name in ("iterations", "batch", "rank_iterations", "memory_bytes"):
             check_whole(self, name, 1)
+        check_whole(self, "images", 0)
         check_seed(self)
         check_number(self, "weight_rate", (1e-7, 1.0))
         check_number(self, "scale_rate", (1e-7, 1.0))
@@ -200,17 +204,17 @@ class Reconstruction:
                 expected="a tuple or list of whole numbers >= 1",
             )
         object.__setattr__(self, "ranks", tuple(self.ranks))
-        if self.max_macs is not None and self.scope is not Scope.NETWORK:
+        if self.images and self.scope is Scope.NETWORK:
             raise PolicyError(
-                "max_macs bounds the training of a whole network: set scope to 'network', or "
-                "max_macs to None and iterations to fewer steps for each block",
-                got=self.scope,
-                expected=Scope.NETWORK,
+                "images counts those that blocks are trained on: for a whole network set augment "
+                "to True, which makes new images in each step, and images to 0",
+                got=self.images,
+                expected=0,
             )
         if self.augment and self.scope is not Scope.NETWORK:
             raise PolicyError(
-                "augment changes the images, but a block reads the outputs of earlier blocks: "
-                "set scope to 'network', or augment to False",
+                "augment makes new images in each step, but a block reads the outputs of earlier "
+                "blocks: set scope to 'network', or augment to False and images to a number",
                 got=self.scope,
                 expected=Scope.NETWORK,
             )

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from fxquant.config.vocabulary import OpKind
 from fxquant.graph.blocks import data_nodes
 from fxquant.graph.dialect import DATA_MOVEMENT_OPS, PRODUCERS, aten, elementwise_kind, op_kind
-from fxquant.graph.outputs import float_outputs
+from fxquant.graph.meta import EMBEDDINGS
+from fxquant.graph.outputs import float_outputs, is_logits
 from fxquant.graph.products import Product
 
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
@@ -26,6 +27,15 @@ def float_output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     leaves = pytree.tree_leaves(gm.graph.output_node().args[0])
     nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     return [node for node in nodes if float_outputs(node.meta.get("val"))]
+
+
+def has_logits(gm: fx.GraphModule) -> bool:
+    """Whether a float output has the shape of logits and is not marked as an embedding."""
+    embeddings = EMBEDDINGS.get(gm) or frozenset[int]()
+    return any(
+        is_logits(node.meta["val"]) and position not in embeddings
+        for position, node in enumerate(float_output_nodes(gm))
+    )
 
 
 def embedding_reason(gm: fx.GraphModule, output: fx.Node) -> str | None:

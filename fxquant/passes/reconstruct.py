@@ -36,6 +36,7 @@ from fxquant.graph.meta import RECONSTRUCTED
 from fxquant.graph.nodes import operand
 from fxquant.graph.rewrite import replace_constant, set_bias
 from fxquant.passes.base import Comparison, PassResult, skipped
+from fxquant.reconstruction.augment import augmented_copies
 from fxquant.reconstruction.blockwise import CHUNK, BlockContext, BlockwiseRunner
 from fxquant.reconstruction.checkpoint import Checkpoints
 from fxquant.reconstruction.image_split import ImageSplit
@@ -77,7 +78,8 @@ class Reconstruct:
         """
         if RECONSTRUCTED.get(gm):
             return PassResult(0)
-        images = len(self.runner.images)
+        runner, split = _with_copies(self.runner, self.split, self.options)
+        images = len(runner.images)
         steps = _affordable(gm, self.options, images)
         if steps < min(_MIN_STEPS, self.options.iterations):
             return PassResult(0, (skipped("network", _too_few_steps(steps, self.options, images)),))
@@ -87,7 +89,8 @@ class Reconstruct:
             if (reason := refusal(gm, edge, self.options)) is not None
         ]
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
-            blocks = _Blocks(gm, self, steps, Path(folder))
+            item = replace(self, runner=runner, split=split)
+            blocks = _Blocks(gm, item, steps, Path(folder))
             for number, context in enumerate(blocks.walk()):
                 result = blocks.train(number, context)
                 if result.changes is None:
@@ -166,6 +169,20 @@ class _Blocks:
         choice = str(self._options.weights)
         self.comparisons.append(Comparison(context.block.name, choice, measure, ratio))
         self.changed += 1
+
+
+def _with_copies(
+    runner: BlockwiseRunner, split: ImageSplit, options: Reconstruction
+) -> tuple[BlockwiseRunner, ImageSplit]:
+    """The runner and the split with as many images as the options ask for, by augmentation."""
+    images, missing = runner.images, options.images - len(runner.images)
+    if missing <= 0:
+        return runner, split
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        copies = augmented_copies(images[split.training], missing)
+    training = torch.cat((split.training, torch.arange(len(images), options.images)))
+    return runner.on(torch.cat((images, copies))), replace(split, training=training)
 
 
 def _affordable(gm: fx.GraphModule, options: Reconstruction, images: int) -> int:

@@ -36,6 +36,7 @@ _PARTS = {
     "low_rank": LowRank,
     "compensation": Compensation,
     "reconstruction": Reconstruction,
+    "dense_reconstruction": Reconstruction,
 }
 
 
@@ -165,6 +166,8 @@ class Policy:
         compensation: closed-form correction of weights; None keeps the weights.
         reconstruction: training of blocks towards the float ones, the last step; None trains
             nothing.
+        dense_reconstruction: training instead of ``reconstruction`` where no output is logits but
+            all are maps, tokens or embeddings; None is ``reconstruction`` for these too.
     """
 
     name: str
@@ -183,6 +186,7 @@ class Policy:
     allocation: Allocation | None = None
     compensation: Compensation | None = None
     reconstruction: Reconstruction | None = None
+    dense_reconstruction: Reconstruction | None = None
 
     def __post_init__(self) -> None:
         """Checks types and combinations.
@@ -232,7 +236,12 @@ class Policy:
     @property
     def recovers(self) -> bool:
         """Whether weights are corrected or trained after scales are fixed; that needs images."""
-        return self.compensation is not None or self.reconstruction is not None
+        return self.compensation is not None or self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks are trained for some outputs."""
+        return self.reconstruction is not None or self.dense_reconstruction is not None
 
     @property
     def reads_images_twice(self) -> bool:
@@ -244,7 +253,7 @@ class Policy:
         """Whether a step measures or differentiates a loss of the model's outputs."""
         samples = self.samples
         gradients = samples is not None and samples.metric in GRADIENT_METRICS
-        return gradients or self.smooth or self.reconstruction is not None
+        return gradients or self.smooth or self.trains
 
     @property
     def samples(self) -> ScaleSearch | None:
@@ -260,6 +269,12 @@ class Policy:
         if self.search is None and (self.bias_correction or self.smooth or branches):
             return ScaleSearch(metric=Metric.MSE)  # rows without gradients
         return self.search
+
+    def for_outputs(self, *, logits: bool) -> Policy:
+        """The policy for a network with outputs that are logits, or without: one training."""
+        if logits or self.dense_reconstruction is None:
+            return replace(self, dense_reconstruction=None)
+        return replace(self, reconstruction=self.dense_reconstruction, dense_reconstruction=None)
 
     def with_rules(self, *rules: Rule) -> Policy:
         """A copy with ``rules`` before the policy's own rules, its name marked as changed."""

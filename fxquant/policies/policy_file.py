@@ -46,11 +46,13 @@ _PARTS = {
     "low_rank": LowRank,
     "compensation": Compensation,
     "reconstruction": Reconstruction,
+    "dense_reconstruction": Reconstruction,
 }
 # Place in a file of the fields of each class.
 _PLACES: dict[type, str] = {
     Policy: "at the top level",
     **{kind: f"under `{name}:`" for name, kind in _PARTS.items()},
+    Reconstruction: "under `reconstruction:` or `dense_reconstruction:`",
     Allocation: "under `allocation:`",
     Budget: "under `budget:` of `allocation:`",
     Rule: "in a rule of `rules:`",
@@ -157,7 +159,7 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
         if "widths" in changed:
             changed["widths"] = list(changed["widths"])
         values["allocation"] = {"budget": budget, **changed}
-    for name in ("compensation", "reconstruction"):
+    for name in ("compensation", "reconstruction", "dense_reconstruction"):
         options = getattr(policy, name)
         if options is not None:
             changed = _changed(options, type(options)())

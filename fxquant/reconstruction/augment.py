@@ -61,7 +61,7 @@ def fresh(context: BlockContext, index: Tensor, count: int) -> BlockContext:
     )
 
 
-def _augmented_copies(images: Tensor, count: int) -> Tensor:
+def augmented_copies(images: Tensor, count: int) -> Tensor:
     """``count`` images augmented from ``(B, …)``, with torch's generator of the CPU."""
     sources = _sources(len(images), count)
     return torch.cat([augmented(images[sources[chunk]]) for chunk in chunks(count)])
@@ -83,7 +83,7 @@ def made_in_folds(images: Tensor, count: int, folds: int) -> list[Tensor]:
     groups = []
     for fold, group in enumerate(images.tensor_split(folds)):
         copies = count // folds + (fold < count % folds)
-        groups.append(torch.cat((group, _augmented_copies(group, copies))) if copies else group)
+        groups.append(torch.cat((group, augmented_copies(group, copies))) if copies else group)
     return groups
 
 

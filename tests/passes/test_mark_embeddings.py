@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import policies
 from fxquant.calibration.network_loss import NetworkLoss
-from fxquant.config.recovery import Reconstruction
+from fxquant.config.recovery import BlockLoss, Reconstruction, Scope
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.config.vocabulary import Stage
 from fxquant.errors import PassError
@@ -21,6 +22,7 @@ from fxquant.graph.meta import EMBEDDINGS
 from fxquant.passes import InsertObservers, MarkEmbeddings, run_passes
 from fxquant.passes.canonical.canonicalize import CANONICAL
 from fxquant.policies.policy import Policy, Rule
+from fxquant.policies.policy_file import policy_to_dict
 from fxquant.reconstruction.blockwise import embedding_names
 from fxquant.testing import DIM, assert_pass, seeded, tokens
 from fxquant.utils.notes import NoteKind
@@ -145,3 +147,33 @@ def test_a_policy_without_losses_marks_nothing() -> None:
     report = fxquant.compile(seeded(Embedder()), [tokens(8)], policies.minmax()).report
     assert report.changes["MarkEmbeddings"] == 1
     assert not [note for note in report.notes if note.kind is NoteKind.OUTPUT]
+
+
+@pytest.mark.parametrize(
+    ("model", "logits"), [(Towers(), True), (Embedder(), False), (nn.Linear(DIM, 3), False)]
+)
+def test_networks_without_logits_have_a_training_of_their_own(
+    model: nn.Module, logits: bool
+) -> None:
+    policy = Policy(
+        name="p",
+        rules=(Rule(spec=FOUR),),
+        reconstruction=Reconstruction(scope=Scope.NETWORK, iterations=4, block_loss=BlockLoss.MSE),
+        dense_reconstruction=Reconstruction(iterations=4, block_loss=BlockLoss.MSE),
+    )
+    assert policy.trains and policy.recovers and policy.compares_outputs
+    compiled = fxquant.compile(seeded(model), [tokens(24)], policy)
+    sites = {item.site for item in compiled.report.comparisons} | {
+        note.site for note in compiled.report.notes if note.step == "Reconstruct"
+    }
+    assert ("network" in sites) == logits
+    assert compiled.policy == policy_to_dict(policy)
+
+
+def test_one_training_serves_all_outputs_where_no_other_is_named() -> None:
+    training = Reconstruction(iterations=4)
+    policy = Policy(name="p", rules=(Rule(spec=FOUR),), reconstruction=training)
+    assert policy.for_outputs(logits=False).reconstruction is training
+    dense = replace(policy, reconstruction=None, dense_reconstruction=training)
+    assert dense.trains and not dense.for_outputs(logits=True).trains
+    assert dense.for_outputs(logits=False).reconstruction is training

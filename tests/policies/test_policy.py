@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fxquant import policies
 from fxquant.config.allocation import Allocation, Budget, Method, Sensitivity
+from fxquant.config.recovery import Reconstruction
 from fxquant.config.scale_search import GradientLoss, Metric, ScaleSearch
 from fxquant.config.spec import MIN_BITS, Granularity, ObserverKind, Scheme, TensorSpec
 from fxquant.config.vocabulary import Arg, OpKind
@@ -109,6 +110,13 @@ policy_values = st.builds(
     reparameterize=st.booleans(),
     bias_correction=st.booleans(),
     allocation=st.none() | allocations,
+    dense_reconstruction=st.none()
+    | st.builds(
+        Reconstruction,
+        images=st.integers(0, 256),
+        iterations=st.integers(1, 99),
+        max_macs=st.none() | st.floats(1, 1e18),
+    ),
 )
 
 

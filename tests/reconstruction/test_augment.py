@@ -16,7 +16,7 @@ import fxquant
 from fxquant import policies
 from fxquant.config.recovery import Reconstruction, Scope
 from fxquant.errors import PolicyError
-from fxquant.graph.blocks import whole_network
+from fxquant.graph.blocks import find_blocks, whole_network
 from fxquant.graph.nodes import get_parameter
 from fxquant.passes import Reconstruct, run_passes
 from fxquant.quantizers import UniformQuantizer
@@ -243,13 +243,41 @@ def test_progress_has_the_loss(
     assert min(found) < 1
 
 
-def test_blocks_cannot_be_trained_on_new_images() -> None:
+def test_images_are_added_for_blocks_and_made_in_each_step_for_networks() -> None:
     text = "set scope to 'network', or augment to False"
     with refused(PolicyError, text, got=Scope.BLOCK, expected=Scope.NETWORK):
         Reconstruction(augment=True)
-    text = "set scope to 'network', or max_macs to None"
-    with refused(PolicyError, text, got=Scope.BLOCK, expected=Scope.NETWORK):
-        Reconstruction(max_macs=1e12)
+    with refused(PolicyError, "set augment to True", got=64, expected=0):
+        Reconstruction(scope=Scope.NETWORK, images=64)
+    with refused(PolicyError, "whole number >= 0", got=-1):
+        Reconstruction(images=-1)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(40, 0.25), (40, 0.0), (10, 0.25)])
+def test_blocks_are_trained_on_added_images_and_not_validated_on_them(
+    count: int, held_out: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: set[int] = set()
+    validated: list[torch.Tensor] = []
+    losses = training.image_losses
+
+    class Watched(training._Run):
+        def take(self, images: torch.Tensor) -> None:
+            drawn.update(images.tolist())
+            super().take(images)
+
+    def watched(block: nn.Module, context: Any, criterion: Any, images: torch.Tensor) -> Any:
+        validated.append(images)
+        return losses(block, context, criterion, images)
+
+    monkeypatch.setattr(training, "_Run", Watched)
+    monkeypatch.setattr(training, "image_losses", watched)
+    result = reconstruct(frozen(), images=count, held_out=held_out, block_loss="mse")
+    assert result.changed
+    split = split_images(len(BATCH), Reconstruction(held_out=held_out))
+    assert all(torch.equal(images, split.validation) for images in validated)
+    added = range(len(BATCH), max(count, len(BATCH)))
+    assert drawn == {*split.training.tolist(), *added}
 
 
 def test_scales_of_weights_alone_keep_the_codes() -> None:
@@ -279,10 +307,11 @@ def codes(gm: torch.fx.GraphModule) -> dict[str, tuple[torch.Tensor, torch.Tenso
     return found
 
 
-def test_work_bounds_the_steps() -> None:
+@pytest.mark.parametrize("scope", Scope)
+def test_work_bounds_the_steps(scope: Scope) -> None:
     def took(work: float | None) -> int:
         gm, steps = frozen(), []
-        options = Reconstruction(**{**SHORT, **NETWORK, "iterations": 25, "max_macs": work})
+        options = Reconstruction(**{**SHORT, **NETWORK, "scope": scope, "max_macs": work})
 
         class Counted(training._Run):
             def take(self, images: torch.Tensor) -> None:
@@ -297,7 +326,9 @@ def test_work_bounds_the_steps() -> None:
         if not steps:
             (skip,) = result.notes
             assert "raise max_macs, or set it to None" in skip.reason
-        return len(steps)
+        blocks = 1 if scope is Scope.NETWORK else len(find_blocks(gm))
+        assert len(steps) % blocks == 0
+        return len(steps) // blocks
 
     assert took(None) == 25
     some = next(work for work in (2.0**i for i in range(40)) if took(work))
