@@ -7,8 +7,8 @@ the ratios. Weights are random: latency does not depend on weights. `x86-vnni` a
 have int8 weights, which CPUs without VNNI multiply wrongly (the line above the table shows whether
 this CPU does); `x86-avx2` and `quantize_static uint8` have uint8 weights, which are exact on every
 CPU. With `--forms`, other forms of the 8-bit attention follow, for the target `x86-vnni`: softmax
-as one operation, twin uniform, or float in front of its product; `w8a8` divides it behind the
-product.
+as one operation, twin uniform, or float in front of its product, where `w8a8` divides it behind the
+product; and rotation behind GELU, with the twins that is `best` where outlying channels are found.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ from fxquant.policies.policy import Rule
 
 _W8A8 = policies.w8a8()
 _TWIN = TensorSpec(bits=8, scheme=Scheme.TWIN_UNIFORM)
+_ROTATED = replace(_W8A8, rotate_hidden=True)
 FORMS = {
     "softmax in one": replace(_W8A8, defer_softmax=False),
     "softmax twin": _W8A8.with_rules(Rule(fed_by="softmax", spec=_TWIN)),
     "softmax float": _W8A8.with_rules(Rule(fed_by="softmax", spec=None)),
+    "hidden rotated": _ROTATED,
+    "hidden rotated, softmax twin": _ROTATED.with_rules(Rule(fed_by="softmax", spec=_TWIN)),
 }
 
 
@@ -123,7 +126,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32, help="calibration images")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--forms", action="store_true", help="also time other forms of softmax")
+    parser.add_argument("--forms", action="store_true", help="also time other forms of 8 bits")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
