@@ -8,9 +8,10 @@ from enum import StrEnum
 class Effort(StrEnum):
     """Time that a compilation may take.
 
-    ``seconds``: scales of small networks are trained on images augmented from a few, larger
-    networks are not trained; ``minutes``: weights are trained too, except in the largest networks,
-    with more steps on hundreds of images; ``hours``: weights of all networks are trained.
+    ``seconds``: scales of small classifiers are trained on images augmented from a few, larger
+    ones are not trained; of networks without classes the weights are trained in a few steps;
+    ``minutes``: weights are trained, except in the largest networks, with more steps on hundreds of
+    images; ``hours``: weights of all networks are trained.
     """
 
     SECONDS = "seconds"

@@ -148,7 +148,7 @@ class Policy:
             Hadamard matrix, which a float linear computes at run time
             (:class:`fxquant.passes.RotateHidden`).
         trial_rotations: make the rotations of ``rotate``, and then those of ``rotate_hidden``, only
-            where they lower the noise of products enough, with min-max or other ranges observed on
+            where they lower the noise of products enough, quantized on trial with ranges fitted to
             the first calibration batch.
         centre_heads: shift the channels of keys and values of attention so that each lies around
             zero, which costs nothing (:class:`fxquant.passes.CentreHeads`).

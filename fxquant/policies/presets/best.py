@@ -8,13 +8,13 @@ from fxquant.config.allocation import Allocation, Budget
 from fxquant.config.effort import Effort
 from fxquant.config.recovery import BlockLoss, Compensation, Reconstruction, Scope, WeightTraining
 from fxquant.config.scale_search import ScaleSearch
-from fxquant.config.spec import MAX_KERNEL_BITS, TensorSpec
+from fxquant.config.spec import MAX_KERNEL_BITS, Scheme, TensorSpec
 from fxquant.config.validation import check_flags
 from fxquant.config.vocabulary import Arg
 from fxquant.errors import PolicyError, UnknownKeyError
 from fxquant.policies.policy import Policy, Rule
 from fxquant.policies.presets.plain import w8a8
-from fxquant.policies.presets.searched import mptq_vit, ptq4vit
+from fxquant.policies.presets.searched import ptq4vit
 from fxquant.policies.presets.shared_rules import elementwise_rules, end_rules
 from fxquant.utils.suggest import did_you_mean
 
@@ -49,6 +49,25 @@ _TRAINING = {
     Effort.MINUTES: _MINUTES,
     Effort.HOURS: replace(_MINUTES, iterations=10_000, max_macs=None),
 }
+# For maps, tokens and embeddings: no loss of the last outputs tells the few images apart from
+# others, and training of the whole network fits the images alone. Blocks, trained one by one, carry
+# over to other images.
+_DENSE_SECONDS = Reconstruction(
+    scope=Scope.BLOCK,
+    weights=WeightTraining.STRAIGHT_THROUGH,
+    block_loss=BlockLoss.MSE,
+    iterations=300,
+    batch=8,
+    weight_rate=5e-3,
+    scale_rate=5e-4,
+    drop=0.0,
+    max_macs=6.5e12,
+)
+_DENSE_TRAINING = {
+    Effort.SECONDS: _DENSE_SECONDS,
+    Effort.MINUTES: replace(_DENSE_SECONDS, iterations=1000, images=256, max_macs=3e13),
+    Effort.HOURS: replace(_DENSE_SECONDS, iterations=10_000, images=256, max_macs=None),
+}
 # For GPTQ: where tokens are merged, 32 images have fewer rows than a wide layer has columns.
 _IMAGES = 128
 
@@ -62,14 +81,18 @@ def best(
     budget: Budget | None = None,
     full: bool = False,
 ) -> Policy:
-    """Combination of methods that measured best on the example models.
+    """Combination of methods that measured best on a pretrained transformer and example models.
 
-    At 8 bits it is :func:`w8a8`: no other method gains there, and integer kernels run it directly.
-    Below 8 bits it is :func:`mptq_vit` with weights rounded by GPTQ (:class:`fxquant.Compensation`)
-    and the first and last linears and convolutions at 8 bits; then scales and biases are trained
-    towards the float network's outputs, as far as the effort allows
-    (:class:`fxquant.Reconstruction`). With effort ``minutes`` and ``hours`` weights are also moved
-    by the ridge before rounding, and trained. ``benchmarks/accuracy.py`` measures it.
+    At all widths softmax is divided behind its product, keys and values are centred, and residual
+    streams, heads and inputs behind activation functions are rotated where that lowers the noise
+    of products. At 8 bits it is otherwise :func:`w8a8` with twin quantizers behind softmax, and
+    nothing is searched or trained. Below 8 bits it has the search of :func:`mptq_vit` without
+    smoothing, weights rounded by GPTQ (:class:`fxquant.Compensation`), and the first and last
+    linears and convolutions at 8 bits. Then it trains as far as the effort allows
+    (:class:`fxquant.Reconstruction`): scales and biases of the whole network where outputs are
+    logits, weights block by block where they are maps, tokens or embeddings. With effort
+    ``minutes`` and ``hours`` weights are also moved by the ridge before rounding, and trained for
+    logits too. ``benchmarks/accuracy.py`` and ``benchmarks/real.py`` measure it.
 
     Args:
         weight_bits: width of weights, symmetric per output channel.
@@ -80,8 +103,8 @@ def best(
         end_bits: least width of the weights of the first and last layers, and of the last layers'
             inputs (:func:`fxquant.policies.end_rules`); None is 8, and 2 gives these layers the
             width of all others.
-        budget: budget of mixed precision, chosen exactly, instead of fixed widths; smoothing is
-            then decided at ``weight_bits`` and ``act_bits``.
+        budget: budget of mixed precision, chosen exactly, instead of fixed widths; rotations are
+            then tried at ``weight_bits`` and ``act_bits``.
         full: also quantize the inputs of norms, softmax, activation functions and additions to 8
             bits.
 
@@ -97,13 +120,10 @@ def best(
     widths = f"w{weight_bits}a{act_bits}" if budget is None else "mixed"
     suffix = "_full" if full else ""
     if weight_bits == act_bits == MAX_KERNEL_BITS and budget is None:
-        plain = w8a8(full=full)
+        plain = w8a8(full=True) if full else _eight_bits()
         description = f"our own pick: {plain.description}"
         return replace(plain, name=f"best_{widths}{suffix}", description=description)
-    if act_bits > MAX_KERNEL_BITS:
-        base = ptq4vit(weight_bits, act_bits, twin=False)
-    else:
-        base = mptq_vit(weight_bits, act_bits)
+    base = ptq4vit(weight_bits, act_bits, twin=act_bits <= MAX_KERNEL_BITS)
     ends: list[Rule] = []
     for rule in () if budget is not None else wide:
         bits = weight_bits if rule.arg is Arg.WEIGHT else act_bits
@@ -114,14 +134,44 @@ def best(
     image = [rule for rule in base.rules if rule.fed_by == "image"]
     base_rules = [rule for rule in base.rules if rule not in image]
     return replace(
-        base,
+        _prepared(base, full=full),
         name=f"best_{widths}_{effort}{suffix}",
         rules=(*(elementwise_rules() if full else ()), *image, *ends, *base_rules),
-        search=replace(base.search or ScaleSearch(), rows=_ROWS),
-        description=f"our own pick: {base.description}; weights rounded by columns; trained",
+        search=ScaleSearch(search_region_ratio=act_bits <= MAX_KERNEL_BITS, rows=_ROWS),
+        description="our own pick: rotated where that helps, scales searched, weights rounded by "
+        "columns, trained",
         allocation=None if budget is None else Allocation(budget=budget),
         compensation=Compensation(images=_IMAGES, ridge=effort != Effort.SECONDS),
         reconstruction=_TRAINING[Effort(effort)],
+        dense_reconstruction=_DENSE_TRAINING[Effort(effort)],
+    )
+
+
+def _eight_bits() -> Policy:
+    """Observed ranges, without a search or training: neither gains at 8 bits."""
+    twin = Rule(fed_by="softmax", spec=TensorSpec(scheme=Scheme.TWIN_UNIFORM), optional=True)
+    plain = _prepared(w8a8(), full=False)
+    return replace(
+        plain,
+        rules=(twin, *plain.rules),
+        description="8-bit weights and activations, twin quantizers behind softmax, rotated where "
+        "that helps",
+    )
+
+
+def _prepared(policy: Policy, *, full: bool) -> Policy:
+    """The policy with changes of the float network that cost little time in a runtime, or none.
+
+    Of rotations those are made that lower the noise of products. With ``full`` nothing may be
+    computed in float, as a rotation behind an activation function and divided softmax are.
+    """
+    return replace(
+        policy,
+        rotate=True,
+        rotate_hidden=not full,
+        trial_rotations=True,
+        centre_heads=True,
+        defer_softmax=not full,
     )
 
 
