@@ -240,7 +240,8 @@ def _add_preset_options(parser: argparse.ArgumentParser) -> None:
         "--effort",
         choices=[str(effort) for effort in Effort],
         help="time that preset best may take (seconds); below 8 bits seconds trains the scales of "
-        "small networks, minutes and hours train weights as well, on hundreds of --images",
+        "small classifiers and the weights of networks without classes, minutes and hours train "
+        "all weights, on hundreds of --images",
     )
     parser.add_argument(
         "--full",

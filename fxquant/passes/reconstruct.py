@@ -78,8 +78,7 @@ class Reconstruct:
         """
         if RECONSTRUCTED.get(gm):
             return PassResult(0)
-        runner, split = _with_copies(self.runner, self.split, self.options)
-        images = len(runner.images)
+        images = max(len(self.runner.images), self.options.images)
         steps = _affordable(gm, self.options, images)
         if steps < min(_MIN_STEPS, self.options.iterations):
             return PassResult(0, (skipped("network", _too_few_steps(steps, self.options, images)),))
@@ -89,6 +88,7 @@ class Reconstruct:
             if (reason := refusal(gm, edge, self.options)) is not None
         ]
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder, torch.random.fork_rng():
+            runner, split = _with_copies(self.runner, self.split, self.options)
             item = replace(self, runner=runner, split=split)
             blocks = _Blocks(gm, item, steps, Path(folder))
             for number, context in enumerate(blocks.walk()):

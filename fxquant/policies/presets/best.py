@@ -49,9 +49,8 @@ _TRAINING = {
     Effort.MINUTES: _MINUTES,
     Effort.HOURS: replace(_MINUTES, iterations=10_000, max_macs=None),
 }
-# For maps, tokens and embeddings: no loss of the last outputs tells the few images apart from
-# others, and training of the whole network fits the images alone. Blocks, trained one by one, carry
-# over to other images.
+# For maps, tokens and embeddings. Trained as a whole, towards such outputs, a network fits its few
+# images and loses on others; trained block by block, it gains on others too.
 _DENSE_SECONDS = Reconstruction(
     scope=Scope.BLOCK,
     weights=WeightTraining.STRAIGHT_THROUGH,
@@ -150,10 +149,8 @@ def best(
 def _eight_bits() -> Policy:
     """Observed ranges, without a search or training: neither gains at 8 bits."""
     twin = Rule(fed_by="softmax", spec=TensorSpec(scheme=Scheme.TWIN_UNIFORM), optional=True)
-    plain = _prepared(w8a8(), full=False)
     return replace(
-        plain,
-        rules=(twin, *plain.rules),
+        _prepared(w8a8(), full=False).with_rules(twin),
         description="8-bit weights and activations, twin quantizers behind softmax, rotated where "
         "that helps",
     )
